@@ -1,0 +1,1 @@
+"""Megatron-core behind narrow verbs: the only package that imports megatron or transformer_engine."""

@@ -1,0 +1,112 @@
+"""Process groups: who shares what with whom, and the few object collectives of the loop."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from peergrad.config import ParallelConfig
+from peergrad.parallel.device import set_up_device
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's place in the TP x PP x DP grid.
+
+    ``control`` spans all ranks over gloo whatever the device: it carries objects and small numbers.
+    """
+
+    device: torch.device
+    rank: int
+    world: int
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's per-token results stand for its data-parallel share: exactly one of
+        the ranks that hold the same micro-batches says so."""
+        return self.is_last_stage and self.tensor.rank() == 0
+
+    def share(self, function: Callable[[], Result]) -> Result:
+        """Run ``function`` on rank 0 and return its result on every rank.
+
+        If it raises, rank 0 raises the error itself and every other rank a RuntimeError that quotes
+        it, so that no rank waits for a broadcast that never comes.
+        """
+        box: list[Any] = [None, None]
+        error: BaseException | None = None
+        if self.rank == 0:
+            try:
+                box[0] = function()
+            except BaseException as caught:
+                error, box[1] = caught, f"{type(caught).__name__}: {caught}"
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise RuntimeError(f"rank 0 failed: {box[1]}")
+        result: Result = box[0]
+        return result
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
+    """Join the job (``torchrun`` sets the environment; without it, a job of one process), build
+    Megatron's groups and seed its generators. Order of ranks: tensor, data, pipeline."""
+    device = set_up_device()
+    timeout = timedelta(minutes=config.timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+    )
+    # On a CPU the tracker is a no-op, which dropout 0 and host-side initialisation allow.
+    model_parallel_cuda_manual_seed(
+        seed, inference_rng_tracker=device.type == "cpu", force_reset_rng=True
+    )
+    torch.manual_seed(seed)
+    return Groups(
+        device=device,
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        control=control,
+    )
+
+
+def close_groups() -> None:
+    """Leave the job; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

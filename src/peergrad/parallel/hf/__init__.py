@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints on Megatron models: configuration, names and layouts, files."""

@@ -1,0 +1,105 @@
+"""Names and layouts: one Megatron parameter is one or more HF tensors.
+
+The layer specs name their norms differently (``input_layernorm`` stands alone in the torch spec and
+inside ``linear_qkv`` in the te spec); names are brought to the te form first, so one table serves
+both. A new family is new rows here.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from peergrad.parallel.hf.config import Shape
+
+
+class Layout(Enum):
+    """How the HF tensors of one Megatron parameter are joined."""
+
+    PLAIN = auto()  # one to one
+    VOCAB = auto()  # one to one, with padding rows behind the real vocabulary
+    QKV = auto()  # per key-value group: its query heads, its key head, its value head
+    GATE_UP = auto()  # gate rows, then up rows, within each tensor rank
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The HF side of one Megatron parameter.
+
+    Example:
+        ``Mapped(("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        Layout.GATE_UP)``
+    """
+
+    names: tuple[str, ...]
+    layout: Layout
+
+
+_TOP = {
+    "embedding.word_embeddings.weight": Mapped(("model.embed_tokens.weight",), Layout.VOCAB),
+    "decoder.final_layernorm.weight": Mapped(("model.norm.weight",), Layout.PLAIN),
+    "output_layer.weight": Mapped(("lm_head.weight",), Layout.VOCAB),
+}
+_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": (("input_layernorm.weight",), Layout.PLAIN),
+    "self_attention.linear_qkv.weight": (
+        tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+        Layout.QKV,
+    ),
+    "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), Layout.PLAIN),
+    "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), Layout.PLAIN),
+    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), Layout.PLAIN),
+    "mlp.linear_fc1.layer_norm_weight": (("post_attention_layernorm.weight",), Layout.PLAIN),
+    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), Layout.GATE_UP),
+    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), Layout.PLAIN),
+}
+_TORCH_SPEC = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def hf_names(name: str) -> Mapped:
+    """The HF tensors of Megatron parameter ``name``, whose layer index is global.
+
+    Raises KeyError for a parameter the table does not know.
+    """
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return _TOP[name]
+    names, layout = _LAYER[_TORCH_SPEC.get(match[2], match[2])]
+    return Mapped(tuple(f"model.layers.{match[1]}.{n}" for n in names), layout)
+
+
+def to_megatron(
+    tensors: list[Tensor], layout: Layout, shape: Shape, *, dim: int | None, rank: int, ranks: int
+) -> Tensor:
+    """Full HF tensors -> this tensor rank's Megatron shard; ``dim`` is the sharded dimension."""
+    if layout is Layout.GATE_UP:
+        return torch.cat([t.chunk(ranks)[rank] for t in tensors])
+    whole = tensors[0]
+    if layout is Layout.VOCAB:
+        padding = shape.padded_vocab - whole.shape[0]
+        whole = torch.cat([whole, whole.new_zeros(padding, whole.shape[1])])
+    if layout is Layout.QKV:
+        grouped = [t.unflatten(0, (shape.kv_heads, -1)) for t in tensors]
+        whole = torch.cat(grouped, dim=1).flatten(0, 1)
+    return whole if dim is None else whole.chunk(ranks, dim)[rank].contiguous()
+
+
+def to_hf(shards: list[Tensor], layout: Layout, shape: Shape, *, dim: int | None) -> list[Tensor]:
+    """All tensor ranks' shards of one parameter -> its full HF tensors, contiguous."""
+    if layout is Layout.GATE_UP:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+    whole = shards[0] if dim is None or len(shards) == 1 else torch.cat(shards, dim)
+    if layout is Layout.VOCAB:
+        return [whole[: shape.vocab].contiguous()]
+    if layout is Layout.QKV:
+        d = shape.head_dim
+        sizes = [shape.heads // shape.kv_heads * d, d, d]
+        parts = whole.unflatten(0, (shape.kv_heads, -1)).split(sizes, dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+    return [whole]

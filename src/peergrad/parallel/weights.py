@@ -1,0 +1,99 @@
+"""Weights in and out of a distributed Megatron model, under HF names."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peergrad.parallel.groups import Groups
+from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.files import open_tensors
+from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
+from peergrad.parallel.model import PolicyModel
+
+
+def local_parameters(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under layer numbers that count over all pipeline stages."""
+    for name, parameter in model.named_parameters():
+        match = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if match is not None:
+            index = model.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{index}.{name[match.end() :]}"
+        yield name, parameter
+
+
+def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
+    """The dimension that is divided over the tensor ranks; None if every rank holds it whole."""
+    if getattr(parameter, "tensor_model_parallel", False):
+        return int(parameter.partition_dim)  # type: ignore[attr-defined]
+    return None
+
+
+@torch.no_grad()
+def load_hf(model: PolicyModel, path: str, shape: Shape, groups: Groups) -> None:
+    """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
+
+    Raises ValueError for a missing tensor or a wrong shape.
+    """
+    with open_tensors(path) as reader:
+        for name, parameter in local_parameters(model):
+            if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
+                name = "embedding.word_embeddings.weight"
+            mapped = hf_names(name)
+            shard = to_megatron(
+                [reader.get(n) for n in mapped.names],
+                mapped.layout,
+                shape,
+                dim=sharded_dim(parameter),
+                rank=groups.tensor.rank(),
+                ranks=groups.tensor.size(),
+            )
+            if shard.shape != parameter.shape:
+                raise ValueError(
+                    f"model.path = {path!r}: {' + '.join(mapped.names)} gives {tuple(shard.shape)} "
+                    f"where config.json asks for {tuple(parameter.shape)}; use matching files"
+                )
+            parameter.copy_(shard)
+
+
+@torch.no_grad()
+def export_hf(model: PolicyModel, shape: Shape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """Stream ``(HF name, full tensor)`` in a fixed order, on every rank.
+
+    Collective: every rank must drain it. One parameter at a time is gathered over the tensor ranks
+    of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.
+    Tensors stay valid until the generator advances.
+    """
+    mine = dict(local_parameters(model))
+    described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
+    stages: list[list[tuple[str, torch.Size, torch.dtype, int | None]]]
+    stages = [described] * groups.pipeline.size()
+    if groups.pipeline.size() > 1:
+        dist.all_gather_object(stages, described, group=groups.pipeline)
+    for stage, parameters in enumerate(stages):
+        for name, size, dtype, dim in parameters:
+            if shape.tied and name == "output_layer.weight":
+                continue
+            if stage == groups.pipeline.rank():
+                shards = _gather(mine[name].detach(), dim, groups.tensor)
+            else:
+                parts = 1 if dim is None else groups.tensor.size()
+                shards = [torch.empty(size, dtype=dtype, device=groups.device) for _ in range(parts)]
+            if groups.pipeline.size() > 1:
+                source = dist.get_global_rank(groups.pipeline, stage)
+                for shard in shards:
+                    dist.broadcast(shard, src=source, group=groups.pipeline)
+            mapped = hf_names(name)
+            yield from zip(mapped.names, to_hf(shards, mapped.layout, shape, dim=dim), strict=True)
+
+
+def _gather(tensor: Tensor, dim: int | None, group: dist.ProcessGroup) -> list[Tensor]:
+    # gloo broadcasts wrong data from a non-contiguous tensor, without an error
+    tensor = tensor.contiguous()
+    if dim is None or group.size() == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(shards, tensor, group=group)
+    return shards

@@ -1,0 +1,209 @@
+"""From a generator or a file of rows to tokenised prompts."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peergrad.config import DataConfig, require
+from peergrad.data import Prompt
+from peergrad.prompts import arithmetic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a source.
+
+    Example:
+        ``_Row(index=3, where="row 4 of gsm8k.jsonl", columns={"prompt": "1+2=", "answer": "3"})``
+    """
+
+    index: int
+    where: str
+    columns: dict[str, Any]
+
+    def column(self, option: str, name: str) -> Any:
+        require(
+            name in self.columns,
+            option,
+            name,
+            f"{self.where} has no such column, only {', '.join(map(repr, self.columns)) or 'none'}",
+            "name one that every row has",
+        )
+        return self.columns[name]
+
+
+def load_prompts(
+    config: DataConfig,
+    source: str,
+    *,
+    split: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+) -> list[Prompt]:
+    """Read, check, render and tokenise every prompt of ``source``.
+
+    ``source`` is ``arithmetic`` (``seed`` decides its order) or a .jsonl / .parquet file. The first
+    row has the id ``"<split>-0"``, and dropping a long prompt renames no other. Columns other than
+    prompt and answer go to ``Prompt.extra``.
+
+    Example:
+        >>> prompts = load_prompts(DataConfig(), "arithmetic", split="test", tokenizer=t, seed=0)
+        >>> prompts[0].id, prompts[0].text, prompts[0].answer
+        ('test-0', '17+25=', '42')
+    """
+    option = "data.source" if split == "train" else "data.held_out"
+    if source == "arithmetic":
+        rows = _generate(config, split, seed)
+    else:
+        rows = list(_read(Path(source), option))
+    require(bool(rows), option, source, "holds no rows", "give a file with at least one prompt")
+    texts = [_render(config, row, tokenizer) for row in rows]
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(texts, add_special_tokens=not config.chat, verbose=False)["input_ids"]
+    prompts = [
+        _prompt(config, f"{split}-{row.index}", row, text, tokens)
+        for row, text, tokens in zip(rows, texts, encoded, strict=True)
+    ]
+    return _drop_long(config.max_prompt_tokens, source, prompts)
+
+
+def _generate(config: DataConfig, split: str, seed: int) -> list[_Row]:
+    return [
+        _Row(i, f"row {i + 1}", {config.prompt_key: text, config.answer_key: answer})
+        for i, (text, answer) in enumerate(arithmetic.problems(split, seed))
+    ]
+
+
+def _read(path: Path, option: str) -> Iterator[_Row]:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    require(
+        path.suffix in readers,
+        option,
+        str(path),
+        "must be arithmetic or end in .jsonl or .parquet",
+        "convert the file to one of these",
+    )
+    require(path.is_file(), option, str(path), "there is no such file", "correct the path")
+    for index, row in readers[path.suffix](path, option):
+        where = f"row {index + 1} of {path.name}"
+        require(isinstance(row, dict), option, str(path), f"{where} is no object", "correct it")
+        yield _Row(index, where, row)
+
+
+def _read_jsonl(path: Path, option: str) -> Iterator[tuple[int, Any]]:
+    """Blank lines hold nothing but count, so that row numbers are line numbers."""
+    for index, line in enumerate(path.read_bytes().splitlines()):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                rule = f"row {index + 1} of {path.name} is not JSON ({error})"
+                raise ValueError(f"{option} = {str(path)!r}: {rule}; correct it") from error
+            yield index, row
+
+
+def _read_parquet(path: Path, option: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow  # here, because it takes longer to import than most files to read
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        rule = f"is not readable as parquet ({str(error).splitlines()[0]})"
+        raise ValueError(f"{option} = {str(path)!r}: {rule}; write it again") from error
+    for index, row in enumerate(rows):
+        # Rollouts are recorded as JSON with all columns: dates, decimals and bytes become text.
+        yield index, json.loads(json.dumps(row, default=str))
+
+
+def _render(config: DataConfig, row: _Row, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text that the model reads: the prompt itself, or its chat through the template."""
+    prompt = row.column("data.prompt_key", config.prompt_key)
+    if not config.chat:
+        require(
+            isinstance(prompt, str) and prompt != "",
+            "data.prompt_key",
+            config.prompt_key,
+            f"{row.where} must hold text there, not {prompt!r:.60}",
+            "correct it, or set data.chat=true for lists of messages",
+        )
+        return str(prompt)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            _messages(config, row, prompt), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        rule = f"the tokenizer's chat template fails on {row.where} ({error})"
+        remedy = "correct the row, or use the tokenizer of a chat model"
+        raise ValueError(f"data.chat = True: {rule}; {remedy}") from error
+    return str(rendered)
+
+
+def _messages(config: DataConfig, row: _Row, prompt: Any) -> list[dict[str, Any]]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    require(
+        isinstance(messages, list) and messages != [] and all(map(_is_message, messages)),
+        "data.prompt_key",
+        config.prompt_key,
+        f"{row.where} must hold text or a list of {{role, content}} there, not {prompt!r:.60}",
+        "correct it",
+    )
+    if config.system is None:
+        return list(messages)
+    require(
+        messages[0]["role"] != "system",
+        "data.system",
+        config.system,
+        f"{row.where} brings a system message of its own",
+        "unset it, or remove the message from the data",
+    )
+    return [{"role": "system", "content": config.system}, *messages]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) and message[key] for key in ("role", "content")
+    )
+
+
+def _prompt(config: DataConfig, id: str, row: _Row, text: str, tokens: list[int]) -> Prompt:
+    answer = row.column("data.answer_key", config.answer_key)
+    require(
+        isinstance(answer, str | int | float),
+        "data.answer_key",
+        config.answer_key,
+        f"{row.where} must hold text or a number there, not {answer!r:.60}",
+        "correct it; columns of any other kind reach the reward in prompt.extra",
+    )
+    used = (config.prompt_key, config.answer_key)
+    extra = {key: value for key, value in row.columns.items() if key not in used}
+    return Prompt(id, np.array(tokens, np.int32), text, str(answer), extra)
+
+
+def _drop_long(limit: int, source: str, prompts: list[Prompt]) -> list[Prompt]:
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= limit]
+    require(
+        bool(kept),
+        "data.max_prompt_tokens",
+        limit,
+        f"the shortest of the {len(prompts)} prompts of {source} has "
+        f"{min(len(prompt.tokens) for prompt in prompts)} tokens",
+        "raise it",
+    )
+    if len(kept) < len(prompts):
+        dropped = len(prompts) - len(kept)
+        logger.warning(
+            "%s: left out %d of %d prompts, longer than data.max_prompt_tokens = %d",
+            source, dropped, len(prompts), limit,
+        )  # fmt: skip
+    return kept

@@ -1,0 +1,1 @@
+"""Everything between the trainer and the SGLang servers. Import the modules, not this package."""

@@ -1,0 +1,79 @@
+"""Tiny HF checkpoints with random weights, for tests."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHARACTERS = "0123456789+-*/= .,?!abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; ids 0 and 1 are padding and end."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_hf_model(
+    path: Path,
+    *,
+    family: str = "qwen3",
+    seed: int = 0,
+    tied: bool = False,
+    layers: int = 4,
+    vocab: int = 128,
+) -> Path:
+    """Write a random fp32 checkpoint of ``family`` ("qwen3" or "llama") with its tokenizer.
+
+    The wide initialisation keeps logits far from uniform: a weight that is lost or mis-mapped
+    moves logprobs by whole nats, so no test passes by chance.
+    """
+    torch.manual_seed(seed)
+    sizes = dict(
+        num_hidden_layers=layers,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = (
+        Qwen3ForCausalLM(Qwen3Config(**sizes))
+        if family == "qwen3"
+        else LlamaForCausalLM(LlamaConfig(**sizes))
+    )
+    for name, parameter in model.named_parameters():  # norms start at 1: make a lost one show
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    # The padding row starts at 0, where the first norm's gradient is 1 / sqrt(eps).
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[0], std=0.15)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
