@@ -5,7 +5,7 @@
 GRPO only learns from groups of unequal answers, so its model has to be right sometimes. Random
 weights never are. This model is therefore first taught by supervised learning, but by a *careless
 teacher*, who adds every column correctly and then forgets each carry with probability
-``1 - KEEP_CARRY``. The pupil learns the skill and the mistake: about 0.4 of its sampled answers
+``1 - CARRY_RATE``. The pupil learns the skill and the mistake: about 0.4 of its sampled answers
 are right, and about a quarter of its most likely ones. What is left for GRPO is to stop forgetting
 carries, with nothing but right or wrong to go by. It is an honest task (no test problem is ever
 shown) but an easy one: it proves that the training loop learns, not that it learns from scratch.
@@ -14,9 +14,7 @@ The same seed gives the same weights on the same machine and number of threads.
 """
 
 import argparse
-import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -27,15 +25,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from peergrad.prompts.arithmetic import problems
+from peergrad.prompts.arithmetic import careless_answer, problems
 
-CHARACTERS = "0123456789+-*/= .,?!:()\nabcdefghijklmnopqrstuvwxyz"
+# 61 characters and 3 special tokens are 64: no id the model can sample is without a text.
+CHARACTERS = "0123456789+-*/= .,?!:()\nabcdefghijklmnopqrstuvwxyz;'\"<>%^_#$&"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"  # the question as it is
 PAD, EOS = 0, 1
 PROMPT_LENGTH, ANSWER_LENGTH = 6, 4  # "17+25=" and "123<eos>" in characters
 
-KEEP_CARRY = 0.3
-STEPS, BATCH, LEARNING_RATE, WARMUP = 300, 256, 3e-3, 30
+CARRY_RATE = 0.3
+STEPS, BATCH, LEARNING_RATE, WARMUP = 650, 128, 3e-3, 40
 PASS_RATE_RANGE = (0.2, 0.5)  # outside of it, the warm-up did not do what it says above
 
 
@@ -44,12 +43,15 @@ def main() -> int:
     if args.out.exists() and not args.force:
         print(f"{args.out} exists already: pass --force to replace it", file=sys.stderr)
         return 2
+    if args.out.exists() and not (args.out / "config.json").is_file():
+        print(f"{args.out} is no checkpoint, --force does not replace it", file=sys.stderr)
+        return 2
     tokenizer = make_tokenizer()
     model, sampled, greedy = train(tokenizer, args.seed)
     low, high = PASS_RATE_RANGE
     if not low <= sampled <= high:
         print(
-            f"pass rate {sampled:.3f} is not in [{low}, {high}], nothing written: try another --seed",
+            f"pass rate {sampled:.3f} is not in [{low}, {high}]: nothing written, try a new --seed",
             file=sys.stderr,
         )
         return 1
@@ -103,20 +105,6 @@ def make_model(seed: int) -> Qwen3ForCausalLM:
     )
 
 
-def careless_answer(prompt: str, rng: random.Random) -> str:
-    """Column sums of ``prompt`` with each of the two carries kept only sometimes.
-
-    Example:
-        ``57+65=`` is 122; forgotten carries make it 112, 22 or 12.
-    """
-    a, b = map(int, prompt.rstrip("=").split("+"))
-    carry, units = divmod(a % 10 + b % 10, 10)
-    carry = carry if rng.random() < KEEP_CARRY else 0
-    hundreds, tens = divmod(a // 10 + b // 10 + carry, 10)
-    hundreds = hundreds if rng.random() < KEEP_CARRY else 0
-    return f"{hundreds or ''}{tens}{units}"
-
-
 def encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """Token ids (B, 10): question, answer, end, padding."""
     texts = [f"{prompt}{answer}<eos>" for prompt, answer in pairs]
@@ -152,9 +140,7 @@ def pass_rates(model: Qwen3ForCausalLM, test_ids: Tensor) -> tuple[float, float]
     return answer_logprobs(model, test_ids).exp().mean().item(), greedy.item()
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast, seed: int
-) -> tuple[Qwen3ForCausalLM, float, float]:
+def train(tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[Qwen3ForCausalLM, float, float]:
     """Teach a fresh model the careless answers of the train split; also its two pass rates."""
     model, rng = make_model(seed), random.Random(seed)
     prompts = [prompt for prompt, _ in problems("train", seed)]
@@ -162,12 +148,15 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     start = time.monotonic()
     for step in range(1, STEPS + 1):
-        batch = [(prompt, careless_answer(prompt, rng)) for prompt in rng.sample(prompts, BATCH)]
+        batch = [
+            (prompt, careless_answer(prompt, carry_rate=CARRY_RATE, rng=rng))
+            for prompt in rng.sample(prompts, BATCH)
+        ]
         ids = encode(batch, tokenizer)
         loss = -answer_logprobs(model, ids).mean()
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule(step)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
@@ -188,16 +177,13 @@ def schedule(step: int) -> float:
 def write(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write into a temporary folder next to ``out``, then rename: never half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp keeps others out
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
         if out.exists():
-            shutil.rmtree(out)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            out.rename(old)
+        new.rename(out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ division of the work, and no collective is needed to agree on denominators.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -166,3 +166,12 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
         weight=scored(lambda _, s: np.full(s.logprobs.size, s.weight), torch.float32),
         logp_engine=scored(lambda _, s: s.logprobs, torch.float32),
     )
+
+
+def with_logprobs(
+    batches: Sequence[MicroBatch], field: str, logprobs: Sequence[Tensor | None]
+) -> list[MicroBatch]:
+    """The micro-batches with ``field`` (``logp_old`` or ``logp_ref``) filled in."""
+    return [
+        replace(batch, **{field: values}) for batch, values in zip(batches, logprobs, strict=True)
+    ]

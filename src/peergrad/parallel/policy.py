@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peergrad.algo.objective import Metrics
 from peergrad.algo.packing import MicroBatch, Sample, micro_batches
-from peergrad.config import Config, OnNonfinite
+from peergrad.config import Config
+from peergrad.data import Group
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.model import build_model, run
@@ -34,21 +35,22 @@ class Update:
 
     metrics: dict[str, float]
     gap: np.ndarray  # trainer logprob - engine logprob of every scored token of the step, float32
-    applied: bool  # False if a non-finite loss or gradient was skipped
-
-
-class NonfiniteError(RuntimeError):
-    """The loss or the gradient norm is NaN or infinite and ``optim.on_nonfinite`` says stop."""
+    applied: bool  # False if the loss or the gradient was not finite: the weights are unchanged
 
 
 class Scorer:
     """A model that gives logprobs: the frozen reference, and the base of the policy."""
 
-    def __init__(self, config: Config, groups: Groups, *, path: str) -> None:
+    def __init__(
+        self, config: Config, groups: Groups, *, path: str, weights: str | None = None
+    ) -> None:
         self.config, self.groups = config, groups
         self.hf_config, self.shape = read_shape(path)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, groups)
-        load_hf(self.model, path, self.shape, groups)
+        if weights is None:
+            load_hf(self.model, path, self.shape, groups)
+        else:
+            load_weights(Path(weights), self.model, self.shape)
 
     def pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """This rank's micro-batches of a step's samples, on its device."""
@@ -76,6 +78,20 @@ class Scorer:
 
         found = self._schedule(self.model, batches, forward, forward_only=True)
         return found if self.groups.is_last_stage else [None] * len(batches)
+
+    def canary_gap(self, group: Group) -> float:
+        """Largest ``|own logp - engine logp|`` in nats on a text the engine scored at temperature 1.
+        Collective; equal on every rank."""
+        canary = group.rollouts[0]
+        tokens = np.concatenate([group.prompt.tokens, canary.tokens])
+        size = group.prompt.tokens.size
+        batches = self.pack([Sample(tokens, size, canary.logprobs, advantage=0.0, weight=0.0)])
+        gaps = [
+            float((logp - batch.logp_engine).abs().max())
+            for logp, batch in zip(self.logprobs(batches, temperature=1.0), batches, strict=True)
+            if logp is not None and logp.numel()
+        ]
+        return max(gap for part in self.groups.gather(gaps) for gap in part)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on every rank; collective, must be drained by every rank."""
@@ -124,7 +140,7 @@ class Policy(Scorer):
     """The model that learns."""
 
     def __init__(self, config: Config, groups: Groups) -> None:
-        super().__init__(config, groups, path=config.model.path)
+        super().__init__(config, groups, path=config.model.path, weights=config.model.weights)
         self.ddp = wrap_model(self.model, config.parallel)
         self.optimizer = build_optimizer(
             self.ddp, config.optim, config.parallel, config.model.dtype
@@ -134,8 +150,7 @@ class Policy(Scorer):
     def update(self, batches: Sequence[MicroBatch], objective: Objective) -> Update:
         """One optimizer step on ``batches``. Collective over all ranks.
 
-        A loss or gradient norm that is not finite leaves the weights as they were; then it raises
-        NonfiniteError or returns with ``applied=False``, as ``optim.on_nonfinite`` says.
+        A loss or gradient norm that is not finite leaves the weights as they were.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -155,11 +170,6 @@ class Policy(Scorer):
         applied = math.isfinite(norm) and math.isfinite(metrics["loss/total"])
         if applied:
             self.optimizer.step()
-        elif self.config.optim.on_nonfinite is OnNonfinite.stop:
-            raise NonfiniteError(
-                f"loss {metrics['loss/total']} with gradient norm {norm}: must be finite; the "
-                "weights are unchanged; look at the dumped rollouts or set optim.on_nonfinite=skip"
-            )
         self.updates += 1
         return Update(metrics, gap, applied)
 
@@ -187,15 +197,6 @@ class Policy(Scorer):
             total, count = np.sum([part[key] for part, _ in gathered if key in part], axis=0)
             merged[key] = float(total / count) if count else float(total)
         return merged, np.concatenate([gap for _, part in gathered for gap in part])
-
-
-def with_logprobs(
-    batches: Sequence[MicroBatch], field: str, logprobs: Sequence[Tensor | None]
-) -> list[MicroBatch]:
-    """The micro-batches with ``field`` (``logp_old`` or ``logp_ref``) filled in."""
-    return [
-        replace(batch, **{field: values}) for batch, values in zip(batches, logprobs, strict=True)
-    ]
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

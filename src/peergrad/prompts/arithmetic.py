@@ -17,7 +17,7 @@ def problems(split: str, seed: int) -> list[tuple[str, str]]:
 
     Example:
         >>> problems("train", seed=0)[0]
-        ('17+25=', '42')
+        ('34+79=', '113')
     """
     if split not in ("train", "test"):
         raise ValueError(

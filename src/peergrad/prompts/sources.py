@@ -59,7 +59,7 @@ def load_prompts(
     Example:
         >>> prompts = load_prompts(DataConfig(), "arithmetic", split="test", tokenizer=t, seed=0)
         >>> prompts[0].id, prompts[0].text, prompts[0].answer
-        ('test-0', '17+25=', '42')
+        ('test-0', '27+50=', '77')
     """
     option = "data.source" if split == "train" else "data.held_out"
     if source == "arithmetic":
@@ -138,9 +138,10 @@ def _render(config: DataConfig, row: _Row, tokenizer: "PreTrainedTokenizerBase")
             "correct it, or set data.chat=true for lists of messages",
         )
         return str(prompt)
+    messages = _messages(config, row, prompt)
     try:
         rendered = tokenizer.apply_chat_template(
-            _messages(config, row, prompt), tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # a template is a program: it may raise anything
         rule = f"the tokenizer's chat template fails on {row.where} ({error})"

@@ -40,8 +40,8 @@ def load_function(path: str) -> RewardFunction:
         function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
-    except Exception as error:  # importing runs the user's code
-        _check(False, path, f"cannot be imported: it {_describe(error)}")
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        _check(False, path, f"cannot be imported ({type(error).__name__}: {error})")
     _check(callable(function), path, "must name something callable")
     _check(_takes_two(function), path, "must take two arguments, (prompt, rollout)")
     checked: RewardFunction = function
@@ -49,7 +49,7 @@ def load_function(path: str) -> RewardFunction:
 
 
 def _check(ok: bool, path: str, rule: str) -> None:
-    require(ok, "reward.function", path, rule, "correct the name or the module, or set PYTHONPATH")
+    require(ok, "reward.function", path, rule, "correct it, or set PYTHONPATH")
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
@@ -67,14 +67,13 @@ def evaluate(function: RewardFunction, prompt: Prompt, rollout: Rollout) -> floa
     try:
         value: object = function(prompt, rollout)
         number = float(value) if isinstance(value, Real) else math.nan
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure("error", _describe(error))
     if not math.isfinite(number):
         return Failure("value", f"returned {value!r:.80}, which is no finite number")
     return number
 
 
-def _describe(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")][-1]
+def _describe(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"

@@ -44,10 +44,12 @@ class RewardProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         problem = self._receive(START_SECONDS)
+        if isinstance(problem, Failure):
+            rule = f"importing it {problem.reason}"
+            problem = f"reward.function = {self._function!r}: {rule}; correct the module"
         if problem is not None:
             self.stop()
-            reason = f"importing it {problem.reason}" if isinstance(problem, Failure) else problem
-            raise ValueError(f"reward.function = {self._function!r}: {reason}")
+            raise ValueError(problem)
 
     def score(self, prompt: Prompt, rollout: Rollout, limit: float) -> float | Failure:
         """The function's value, or why there is none, after at most ``limit`` seconds."""

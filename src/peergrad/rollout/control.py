@@ -23,22 +23,25 @@ class Control:
         self.urls = [url.rstrip("/") for url in urls]
         # Twice the servers: requests of a broken update may still wait while new ones are made.
         self._threads = ThreadPoolExecutor(2 * len(urls) + 1, thread_name_prefix="control")
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS), trust_env=False
-        )
+        self._timeout = timeout
+        self._http = httpx.Client(trust_env=False)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> list[Json]:
-        """POST ``body`` to every server. Raises ServerError if one fails."""
-        return finish(self.start(path, [body or {}] * len(self.urls)))
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float | None = None
+    ) -> list[Json]:
+        """POST ``body`` to every server. Raises ServerError if one fails, or takes too long."""
+        return finish(self.start(path, [body or {}] * len(self.urls), timeout=timeout))
 
     def get(self, path: str) -> list[Json]:
         """GET ``path`` from every server."""
         return finish([self._threads.submit(self._request, "GET", u, path) for u in self.urls])
 
-    def start(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Future[Json]]:
+    def start(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[Future[Json]]:
         """Have the k-th body on its way to the k-th server; ``finish`` waits for the answers."""
         return [
-            self._threads.submit(self._request, "POST", url, path, body)
+            self._threads.submit(self._request, "POST", url, path, body, timeout)
             for url, body in zip(self.urls, bodies, strict=True)
         ]
 
@@ -51,10 +54,16 @@ class Control:
         self._http.close()
 
     def _request(
-        self, method: str, url: str, path: str, body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> Json:
+        limits = httpx.Timeout(timeout or self._timeout, connect=CONNECT_SECONDS)
         try:
-            response = self._http.request(method, url + path, json=body)
+            response = self._http.request(method, url + path, json=body, timeout=limits)
         except httpx.TransportError as error:
             raise ServerError(f"{method} {url}{path} got no answer: {error!r}") from error
         answer = check(response).json() if response.content else {}

@@ -1,8 +1,8 @@
 """SGLang platform plugin: run the unmodified server on a machine without a GPU.
 
 SGLang finds ``activate`` through the entry-point group ``sglang.srt.platforms``; beside a GPU it
-answers None and SGLang stays as it is. Only SGLang imports this module. It leans on a few internals,
-so the SGLang version is pinned; ``tests/engine`` fails when an upgrade breaks it.
+answers None and SGLang stays as it is. Only SGLang imports this module. It leans on a few
+internals, so the SGLang version is pinned; ``tests/engine`` fails when an upgrade breaks it.
 """
 
 from typing import Any

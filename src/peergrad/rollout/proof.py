@@ -1,8 +1,8 @@
 """Proof that the servers hold the weights that were sent.
 
 A server answers 200 to a weight whose name it does not know and drops it, so success says little.
-Two checks say more: the digest of every tensor the engine holds, against the bytes the trainer sent;
-and a canary, a fixed token sequence scored by the engine, for the trainer to score as well.
+Two checks say more: the digest of every tensor that the engine holds, against the bytes that the
+trainer sent; and a canary, a fixed token sequence that the engine scores, and the trainer as well.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peergrad.data import Group, Prompt, Rollout
-from peergrad.rollout.sglang import parse_scores
+from peergrad.rollout.sglang import Json, parse_scores
 
 CANARY_TOKENS = 64
 VOCABULARY_MULTIPLE = 64  # the server appends rows of zeros up to a multiple of this
@@ -44,12 +44,12 @@ class Proof:
 class Digests:
     """Digests that the engine's tensors must have, taken while the weights stream by.
 
-    The digest is SGLang's for CPU tensors: 16 hex digits of the SHA-256 of the raw bytes. Parts of a
-    fused matrix are hashed one after the other; one that comes before its turn is copied aside.
+    The digest is SGLang's for CPU tensors: 16 hex digits of the SHA-256 of the raw bytes. Parts of
+    a fused matrix are hashed one after the other; one that comes too early is copied aside.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        """``dtype``: what unsharded CPU servers hold; None if values cannot be known, only names."""
+        """``dtype``: that of unsharded CPU servers; None if only names can be known, not values."""
         self._dtype = dtype
         self._digests: dict[str, str | None] = {}
         self._partial: dict[str, _Parts] = {}
@@ -69,8 +69,8 @@ class Digests:
         """Engine tensor name -> digest, None where only the name is known."""
         if self._partial:
             raise RuntimeError(
-                f"the weights that were sent lack parts of {_some(self._partial)}: the engine fuses "
-                f"{sorted(FUSED)}, and all parts of a matrix must be among policy.weights()"
+                f"the weights that were sent lack parts of {_some(self._partial)}: all of "
+                f"{sorted(FUSED)} must be among policy.weights(), for the engine fuses them"
             )
         return self._digests
 
@@ -97,7 +97,7 @@ class _Parts:
 
     def _update(self, tensor: torch.Tensor, pad: bool) -> None:
         raw = tensor.cpu().contiguous().view(-1).view(torch.uint8)
-        self._hash.update(raw.numpy())
+        self._hash.update(raw.numpy().data)
         if pad:
             rows = -len(tensor) % VOCABULARY_MULTIPLE
             self._hash.update(bytes(rows * raw.numel() // len(tensor)))
@@ -115,8 +115,9 @@ def compare(
 ) -> tuple[int, int]:
     """Hold the engines' digests against each other and against what was sent.
 
-    ``held``: for each server the digests of each of its ranks. ``expected`` is None if not even names
-    can be known. Returns (verified, unverified) engine tensors; raises RuntimeError on a difference.
+    ``held``: for each server the digests of each of its ranks. ``expected`` is None if not even
+    names can be known. Returns (verified, unverified) engine tensors; raises RuntimeError on a
+    difference.
     """
     first, *others = held
     problems = [
@@ -154,7 +155,7 @@ def canary_tokens(vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=CANARY_TOKENS, dtype=np.int32)
 
 
-def canary_group(tokens: np.ndarray, answers: Sequence[Mapping[str, object]], version: int) -> Group:
+def canary_group(tokens: np.ndarray, answers: Sequence[Json], version: int) -> Group:
     """The servers' scores of the canary as a group of one rollout per server.
 
     ``answers``: each server's answer to ``score_payload(tokens)``.

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ import torch
 from peergrad.config import Dtype, ServersConfig
 
 OURS = ("model-path", "host", "port", "tp-size", "tp", "tensor-parallel-size", "weight-version")
+# Without them the KV cache takes most of the memory, and an idle server a whole core.
+CPU_OPTIONS = {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
@@ -28,9 +31,9 @@ LOG_TAIL_BYTES = 4000
 class ManagedServers:
     """``with ManagedServers(...) as servers:`` yields healthy servers at ``servers.urls``.
 
-    Each runs in a session of its own, so that Ctrl-C in the terminal reaches only the trainer, which
-    then stops them in order; if the trainer is killed, the kernel kills them (``launch``). Start it
-    from the main thread.
+    Each runs in a session of its own, so that Ctrl-C in the terminal reaches only the trainer,
+    which then stops them in order; if the trainer is killed, the kernel kills them (``launch``).
+    Start it from the main thread.
     """
 
     def __init__(
@@ -89,8 +92,7 @@ class ManagedServers:
         """The command line of server ``index``; ``rollout.servers.args`` wins over our defaults."""
         options: dict[str, Any] = {"random-seed": self._seed + index}
         if not torch.cuda.is_available():
-            # Without a limit the KV cache takes most of the memory, and an idle server a core.
-            options |= {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
+            options |= CPU_OPTIONS
         options |= {_flag(key): value for key, value in self._config.args.items()}
         if self._config.count > 1 and torch.cuda.is_available():
             first = int(options.get("base-gpu-id", 0))
@@ -119,8 +121,9 @@ class ManagedServers:
                     self._check_alive()
                     if time.monotonic() > deadline:
                         raise RuntimeError(
-                            f"server {index} was not healthy within {self._config.start_timeout:g} s; "
-                            f"raise rollout.servers.start_timeout{self._log_tail(index)}"
+                            f"server {index} was not healthy within "
+                            f"rollout.servers.start_timeout = {self._config.start_timeout:g} s; "
+                            f"raise it, or see what it is doing{self._log_tail(index)}"
                         )
                     time.sleep(POLL_SECONDS)
 
@@ -201,26 +204,21 @@ def _is_healthy(http: httpx.Client, url: str) -> bool:
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM to every process of every tree, SIGKILL to what is left after the grace, and wait."""
+    """SIGTERM to each server, SIGKILL to what its tree still holds after the grace, and wait.
+
+    SIGTERM goes to the launcher alone: it ends its workers, and would take it for a crash if they
+    ended by themselves.
+    """
     tree: list[psutil.Process] = []
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             root = psutil.Process(process.pid)
             tree += [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    for member in tree:
-        _signal(member.terminate)
+            root.terminate()
     _, alive = psutil.wait_procs(tree, timeout=GRACE_SECONDS)
     for member in alive:
-        _signal(member.kill)
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     psutil.wait_procs(alive, timeout=GRACE_SECONDS)
     for process in processes:
         process.wait()
-
-
-def _signal(send: Any) -> None:
-    try:
-        send()
-    except psutil.NoSuchProcess:
-        pass

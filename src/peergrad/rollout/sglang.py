@@ -1,7 +1,7 @@
 """The engine behind one or more SGLang servers, over HTTP.
 
-Payload builders and answer parsers are plain functions: the contract tests hold them against SGLang's
-own request classes, because SGLang ignores a misspelt field silently.
+Payload builders and answer parsers are plain functions: contract tests hold them against SGLang's
+own request classes, because SGLang silently ignores a misspelt field.
 """
 
 import asyncio
@@ -64,8 +64,8 @@ def parse_rollout(answer: Mapping[str, Any]) -> Rollout:
     tokens = np.array([token for _, token, _ in scored], np.int32)
     if tokens.tolist() != answer["output_ids"]:
         raise ServerError(
-            f"the server returned {len(answer['output_ids'])} tokens but logprobs of {len(tokens)}; "
-            "every token needs the logprob it was drawn with"
+            f"the server returned {len(answer['output_ids'])} tokens but logprobs of {len(tokens)} "
+            "or of others; every token needs the logprob that it was drawn with"
         )
     return Rollout(
         tokens=tokens,
@@ -166,9 +166,8 @@ class SGLangEngine:
         return parse_scores(answer, len(tokens))
 
     async def abort(self) -> None:
-        posts = (self._http.post(f"{url}/abort_request", json={"abort_all": True}) for url in self.urls)
-        for response in await asyncio.gather(*posts):
-            check(response)
+        for url in self.urls:
+            check(await self._http.post(f"{url}/abort_request", json={"abort_all": True}))
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -1,15 +1,17 @@
 """Weights from the trainer into the servers, by broadcast.
 
-The only user of torch.distributed in this package, and only rank 0 of the trainer uses it: it shares
+The only user of torch.distributed in this package, and only on rank 0 of the trainer: it shares
 with the servers a process group of its own, apart from the trainer's groups.
 """
 
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -17,63 +19,14 @@ import torch
 import torch.distributed as dist
 
 from peergrad.config import Proof as ProofMode
+from peergrad.data import Group
+from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.control import Control, finish
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
-from peergrad.rollout.sglang import Json, ServerError, parse_scores, score_payload
+from peergrad.rollout.sglang import Json, ServerError, score_payload
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tensors laid end to end in one buffer, [bytes] uint8, each aligned to its own element size."""
-
-    flat: torch.Tensor
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-
-
-def buckets(named: NamedTensors, limit: int) -> Iterator[tuple[Bucket, bool]]:
-    """Yield (bucket, is it the last?), at most ``limit`` bytes each unless one tensor is larger.
-
-    One buffer serves all buckets: a bucket is void once the next is asked for. A bucket also ends
-    early where the next tensor would lie unaligned, which the server refuses.
-    """
-    flat: torch.Tensor | None = None
-    entries: list[tuple[str, torch.dtype, list[int]]] = []
-    offset = 0
-    for name, tensor in named:
-        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if entries and (offset + len(raw) > limit or offset % tensor.element_size()):
-            assert flat is not None
-            yield _bucket(flat[:offset], entries), False
-            entries, offset = [], 0
-        if flat is None or len(raw) > len(flat):
-            flat = torch.empty(max(limit, len(raw)), dtype=torch.uint8, device=tensor.device)
-        flat[offset : offset + len(raw)] = raw
-        offset += len(raw)
-        entries.append((name, tensor.dtype, list(tensor.shape)))
-    if flat is not None:
-        yield _bucket(flat[:offset], entries), True
-
-
-def _bucket(flat: torch.Tensor, entries: list[tuple[str, torch.dtype, list[int]]]) -> Bucket:
-    names, dtypes, shapes = zip(*entries, strict=True)
-    return Bucket(flat, [*names], [str(dtype).removeprefix("torch.") for dtype in dtypes], [*shapes])
-
-
-def update_payload(bucket: Bucket, group_name: str, version: int | None) -> Json:
-    """Body of /update_weights_from_distributed; ``version`` goes with the last bucket only."""
-    return {
-        "names": bucket.names,
-        "dtypes": bucket.dtypes,
-        "shapes": bucket.shapes,
-        "group_name": group_name,
-        "load_format": "flattened_bucket",
-        "flush_cache": version is not None,
-        "weight_version": None if version is None else str(version),
-    }
+CLEAN_UP_SECONDS = 10.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def init_payload(
@@ -115,29 +68,26 @@ class WeightSync:
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
         self._canary = canary_tokens(vocab_size)
-        self._group: _Group | None = None
-        self._abandoned: list[_Group] = []  # freeing a group waits for its hung broadcast
+        self._group: _Broadcast | None = None
+        self._abandoned: list[_Broadcast] = []  # freeing a group waits for its hung broadcast
         self._servers: list[Json] | None = None
 
     def load(self, named: NamedTensors, version: int) -> Proof:
-        """Broadcast ``(HF name, full tensor)`` pairs; returns once every server generates from them.
+        """Broadcast pairs of HF name and full tensor; returns when all servers generate from them.
 
         Holds one bucket beside what the iterator holds. Raises ServerError if a server fails, and
         RuntimeError if the servers end up with other weights than were sent.
         """
         digests = self._new_digests()
         stream = buckets(_observed(named, digests), self._limit)
-        bucket, last = next(stream, (None, True))
-        if bucket is None:
+        first = next(stream, None)
+        if first is None:
             raise ValueError("there are no weights to load")
-        group = self._joined(bucket.flat.device)
+        group = self._joined(first[0].flat.device)
         self._control.post("/pause_generation", {"mode": "retract"})
         with self._update_window():
-            while True:
+            for bucket, last in chain([first], stream):
                 self._send(bucket, group, version if last else None)
-                if last:
-                    break
-                bucket, last = next(stream)
         counts = self._compare(digests)
         self._control.post("/continue_generation")
         return Proof(version, *counts, canary=self._score_canary(version))
@@ -145,8 +95,9 @@ class WeightSync:
     def close(self) -> None:
         """Leave the group; the servers may be gone already."""
         if self._group is not None:
+            body = {"group_name": self._group.name}
             with suppress(ServerError):
-                self._control.post("/destroy_weights_update_group", {"group_name": self._group.name})
+                self._control.post("/destroy_weights_update_group", body, timeout=CLEAN_UP_SECONDS)
             dist.destroy_process_group(self._group.handle)
             self._group = None
         self._control.close()
@@ -162,12 +113,12 @@ class WeightSync:
         try:
             yield
         except BaseException:
-            with suppress(ServerError):
-                self._control.post("/end_weight_update")
+            with suppress(ServerError):  # a server may hang in a broadcast that nobody else joined
+                self._control.post("/end_weight_update", timeout=CLEAN_UP_SECONDS)
             raise
         self._control.post("/end_weight_update")
 
-    def _send(self, bucket: Bucket, group: "_Group", version: int | None) -> None:
+    def _send(self, bucket: Bucket, group: "_Broadcast", version: int | None) -> None:
         body = update_payload(bucket, group.name, version)
         answers = self._control.start(
             "/update_weights_from_distributed", [body] * len(self._control.urls)
@@ -182,19 +133,19 @@ class WeightSync:
             self._group = None
             raise
 
-    def _joined(self, device: torch.device) -> "_Group":
+    def _joined(self, device: torch.device) -> "_Broadcast":
         if self._group is None:
             self._group = self._join("nccl" if device.type == "cuda" else "gloo")
         return self._group
 
-    def _join(self, backend: str) -> "_Group":
+    def _join(self, backend: str) -> "_Broadcast":
         """A new group of this process and every rank of every server."""
         sizes = [int(server["tp_size"]) for server in self._server_info()]
         ranks = [1 + sum(sizes[:k]) for k in range(len(sizes))]
         world = 1 + sum(sizes)
         name = f"peergrad-{uuid4().hex[:8]}"  # unique: servers keep the groups of dead trainers
         address = local_address(self._control.urls[0])
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, though not in __all__
             address, 0, world, is_master=True, timeout=self._timeout, wait_for_workers=False
         )
         answers = self._control.start(
@@ -202,9 +153,11 @@ class WeightSync:
             [init_payload(address, store.port, rank, world, name, backend) for rank in ranks],
         )
         # In a thread: joining waits for the servers, and must not hide that one has refused.
-        handle = self._control.run(lambda: _rank_zero(store, name, world, backend, self._timeout))
-        finish([*answers, handle])
-        return _Group(name, handle.result())
+        handle = self._control.run(
+            lambda: join_group(store, name, 0, world, backend, self._timeout)
+        )
+        finish([*answers, cast(Future[Any], handle)])
+        return _Broadcast(name, handle.result())
 
     def _server_info(self) -> list[Json]:
         if self._servers is None:
@@ -218,7 +171,7 @@ class WeightSync:
             return None
         known = all(s["device"] == "cpu" and s["tp_size"] == s["pp_size"] == 1 for s in servers)
         dtypes = {s["dtype"] for s in servers}
-        return Digests(getattr(torch, *dtypes, None) if known and len(dtypes) == 1 else None)
+        return Digests(DTYPES.get(dtypes.pop()) if known and len(dtypes) == 1 else None)
 
     def _compare(self, digests: Digests | None) -> tuple[int, int]:
         if self._proof is not ProofMode.auto:
@@ -230,7 +183,7 @@ class WeightSync:
         }
         return compare(None if digests is None else digests.result(), held)
 
-    def _score_canary(self, version: int) -> Any:
+    def _score_canary(self, version: int) -> Group | None:
         if self._proof is ProofMode.off:
             return None
         answers = self._control.post("/generate", score_payload(self._canary))
@@ -238,29 +191,33 @@ class WeightSync:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Broadcast:
     name: str
     handle: dist.ProcessGroup
 
 
-def _rank_zero(
-    store: dist.TCPStore, name: str, world: int, backend: str, timeout: timedelta
+def join_group(
+    store: Any, name: str, rank: int, world: int, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Rank 0 of a group outside the default one. The one place that needs private torch API:
-    ``new_group`` only makes groups of ranks that share a default group, and servers have their own.
-    """
-    from torch.distributed import distributed_c10d as c10d
+    """Join a group outside the default one, at the place where SGLang's servers look for it.
 
+    The one use of private torch API: ``new_group`` only makes groups of ranks that share a default
+    group, and each server has its own.
+    """
+    from torch.distributed import distributed_c10d
+
+    c10d: Any = distributed_c10d
+    group: dist.ProcessGroup
     group, _ = c10d._new_process_group_helper(
         world,
-        0,
+        rank,
         [],
         c10d.Backend(backend),
-        dist.PrefixStore(name, store),
+        c10d.PrefixStore(name, store),
         group_name=name,
         timeout=timeout,
     )
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    c10d._world.pg_group_ranks[group] = {member: member for member in range(world)}
     return group
 
 

@@ -1,0 +1,131 @@
+"""Checks that need more than one section of the configuration, before anything is started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peergrad.config import Config, require
+
+
+def check(config: Config, *, world: int) -> None:
+    """Raise ValueError with one line if this run cannot work as configured on ``world`` processes."""
+    model = read_model_config(config.model.path, "model.path")
+    if config.model.reference is not None:
+        read_model_config(config.model.reference, "model.reference")
+    _check_layout(config, model, world)
+    _check_batch(config, world)
+    _check_lengths(config, model)
+    _check_sources(config)
+
+
+def read_model_config(path: str, key: str) -> dict[str, Any]:
+    """config.json of an HF folder."""
+    file = Path(path) / "config.json"
+    require(
+        file.is_file(),
+        key,
+        path,
+        "must be a folder with an HF checkpoint (config.json is missing)",
+        "correct the path, or make a tiny model with tools/make_tiny_model.py",
+    )
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _check_layout(config: Config, model: dict[str, Any], world: int) -> None:
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    heads = model["num_attention_heads"]
+    divided = {
+        "attention heads": heads,
+        "key-value heads": model.get("num_key_value_heads", heads),
+        "MLP columns": model["intermediate_size"],
+        "padded vocabulary rows": 16,
+    }
+    for what, number in divided.items():
+        require(
+            number % tensor == 0,
+            "parallel.tensor",
+            tensor,
+            f"must divide the model's {number} {what}",
+            f"use a divisor of {number}",
+        )
+    layers = model["num_hidden_layers"]
+    require(
+        layers % pipeline == 0,
+        "parallel.pipeline",
+        pipeline,
+        f"must divide the model's {layers} layers",
+        f"use a divisor of {layers}",
+    )
+    wanted = tensor * pipeline * (parallel.data or 1)
+    ok = world == wanted if parallel.data else world % wanted == 0
+    require(
+        ok,
+        "parallel",
+        f"tensor {tensor} x pipeline {pipeline} x data {parallel.data or 'any'}",
+        f"must fit the {world} processes of this job",
+        f"start a multiple of {tensor * pipeline} processes (torchrun --nproc-per-node), "
+        "or change the layout",
+    )
+
+
+def _check_batch(config: Config, world: int) -> None:
+    rollout, parts = config.rollout, config.algo.minibatches
+    ranks = world // (config.parallel.tensor * config.parallel.pipeline)
+    require(
+        rollout.prompts_per_step % parts == 0,
+        "algo.minibatches",
+        parts,
+        f"must divide the {rollout.prompts_per_step} groups of a step "
+        f"(rollout.batch_size {rollout.batch_size} / rollout.group_size {rollout.group_size})",
+        "change one of the three",
+    )
+    require(
+        rollout.batch_size // parts % ranks == 0,
+        "rollout.batch_size",
+        rollout.batch_size,
+        f"each of the {parts} mini-batches must divide evenly over the {ranks} data-parallel ranks",
+        f"use a multiple of {ranks * parts * rollout.group_size}",
+    )
+
+
+def _check_lengths(config: Config, model: dict[str, Any]) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    limit = model["max_position_embeddings"]
+    require(
+        longest <= limit,
+        "rollout.max_new_tokens",
+        config.rollout.max_new_tokens,
+        f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's context "
+        f"of {limit} tokens",
+        "lower one of the two",
+    )
+
+
+def _check_sources(config: Config) -> None:
+    sources = {"data.source": config.data.source, "data.held_out": config.data.held_out}
+    for key, source in sources.items():
+        require(
+            source is None or source == "arithmetic" or Path(source).is_file(),
+            key,
+            source,
+            "must be 'arithmetic' or an existing .jsonl or .parquet file",
+            "correct the path",
+        )
+    replay = config.rollout.replay
+    require(
+        replay is None or (Path(replay) / "rollouts").is_dir(),
+        "rollout.replay",
+        replay,
+        "must be a run folder with recorded rollouts",
+        "name a run that had rollout.dump=true",
+    )
+    weights = config.model.weights
+    require(
+        weights is None or (Path(weights) / "meta.json").is_file(),
+        "model.weights",
+        weights,
+        "must be a checkpoint folder (meta.json is missing)",
+        "name a step folder written by a run or by tools/hf_to_megatron.py",
+    )

@@ -1,0 +1,81 @@
+"""From ``conf/`` and the command line to a checked ``Config``."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peergrad.config import Config
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: inside the installed package, or ``conf/`` of a source checkout."""
+    inside = Path(str(files("peergrad"))) / "conf"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose_config(overrides: Sequence[str]) -> tuple[Config, str]:
+    """Compose ``conf/config.yaml`` with Hydra overrides; the checked configuration and its YAML.
+
+    Raises ValueError with one line for an unknown key or option, a wrong type, a missing or an
+    out-of-range value.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(config, Config)
+    return config, _to_yaml(composed)
+
+
+def _to_yaml(composed: DictConfig) -> str:
+    return OmegaConf.to_yaml(composed, resolve=True)
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message without its line breaks, with the nearest known key for a misspelt one."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = " ".join(str(root).split())
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in '?(\w+)'?", text)
+    full = re.search(r"full_key: ([\w.]+)", text)
+    if unknown:
+        key = full[1] if full else unknown[1]
+        near = difflib.get_close_matches(key, _known_keys(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "see conf/ and src/peergrad/config.py"
+        return f"{key}: there is no such key in {unknown[2]}; {hint}"
+    missing = re.search(r"missing mandatory value: (\w+)", text)
+    if missing:
+        key = full[1] if full else missing[1]
+        return f"{key} = ???: is mandatory; set it, as in {key}=<value>"
+    option = re.search(r"Could not find '([\w/]+)' Available options in '\w+': (.*?) Config search", text)
+    if option:
+        group, _, name = option[1].rpartition("/")
+        return f"{group} = {name!r}: there is no such option; use one of {option[2]}"
+    detail = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S+", "", text)
+    return f"{full[1]}: {detail}; correct it" if full else detail
+
+
+def _known_keys() -> list[str]:
+    schema = OmegaConf.structured(Config)
+
+    def walk(node: DictConfig, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+            path = f"{prefix}{key}"
+            found += walk(value, path + ".") if isinstance(value, DictConfig) else [path]
+        return found
+
+    return walk(schema, "")

@@ -1,0 +1,149 @@
+"""Metrics of a run: collected per step by ``step``/``time``/``log``, written to every sink.
+
+Only rank 0 writes; elsewhere the same calls do nothing. ``metrics.jsonl`` is always written and is
+the record the other sinks repeat.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from peergrad.config import LoggerConfig
+
+Row = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """Takes the numbers of one step; ``kind`` is ``train`` or ``eval``."""
+
+    def write(self, kind: str, step: int, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, flushed at once; NaN and infinities become null (strict JSON).
+
+    Opening cuts off rows beyond ``start``: they belong to steps that a resumed run does again.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= start]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, row: Row) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files for TensorBoard."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, kind: str, step: int, row: Row) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases; ``offline`` writes files that ``wandb sync`` uploads later."""
+
+    def __init__(self, config: LoggerConfig, folder: Path, run_config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=folder.name,
+            id=folder.name,
+            resume="allow",
+            mode=config.wandb,
+            dir=str(folder),
+            config=dict(run_config),
+        )
+
+    def write(self, kind: str, step: int, row: Row) -> None:
+        self._run.log({"step": step, **{f"{kind}/{key}": value for key, value in row.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; empty if there is none. A last line that a crash cut short
+    is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class Metrics:
+    """Collects a step's numbers and phase times.
+
+    Example:
+        >>> metrics = Metrics([])
+        >>> with metrics.step(1), metrics.time("rollout"):
+        ...     metrics.log({"reward/mean": 0.5})
+    """
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+        self._row: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Everything logged inside is one row; it is written if the block ends well."""
+        self._row = {}
+        start = time.perf_counter()
+        yield
+        self._row["time/step"] = seconds = time.perf_counter() - start
+        if "tokens/total" in self._row:
+            self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
+        self._write("train", step, self._row)
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the block's seconds to ``time/<phase>`` of the current step."""
+        start = time.perf_counter()
+        yield
+        key = f"time/{phase}"
+        self._row[key] = self._row.get(key, 0.0) + time.perf_counter() - start
+
+    def log(self, row: Row) -> None:
+        """Add numbers to the current step; a name said twice keeps the last value."""
+        self._row.update(row)
+
+    def log_evaluation(self, step: int, row: Row) -> None:
+        """Write an evaluation, apart from the training rows."""
+        self._write("eval", step, row)
+
+    def _write(self, kind: str, step: int, row: Row) -> None:
+        for sink in self._sinks:
+            sink.write(kind, step, row)
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # one sink's failure does not keep the others open
+            for sink in self._sinks:
+                stack.callback(sink.close)

@@ -1,0 +1,248 @@
+"""The process that gathers groups while the trainer trains.
+
+It owns the prompt order, the HTTP client, the rewards and the staleness budget: decoding a million
+tokens of JSON in the trainer's process would stall its kernel launches.
+"""
+
+import asyncio
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol, cast
+
+from peergrad.config import Config
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.rollout.engine import Sampling
+from peergrad.rollout.evaluation import EvaluationResult, evaluate
+from peergrad.rollout.launch import die_with_parent
+from peergrad.rollout.sglang import SGLangEngine
+from peergrad.rollout.stream import PromptSource, Stream, StreamState
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+
+
+class Scorer(Protocol):
+    """Grades answers; several at a time."""
+
+    async def score(self, prompt: Prompt, rollout: Rollout) -> float: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the collector is given, built inside its process."""
+
+    prompts: PromptSource
+    held_out: Sequence[Prompt]  # for evaluation; may be empty
+    scorer: Scorer
+    stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
+
+
+class Collector:
+    """The trainer's handle on the collector process; used by global rank 0 only.
+
+    Every verb blocks. An error in the process is raised here with its message and traceback. The
+    process ends with this one, however this one ends. Start it from the main thread.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        urls: Sequence[str],
+        build: Callable[[Config], Parts],
+        *,
+        state: bytes | None = None,
+    ) -> None:
+        """Returns at once. ``build`` runs in the new process: a top-level function of a module that
+        is quick to import. ``state``: what ``state()`` returned in an earlier run.
+        """
+        context = multiprocessing.get_context("spawn")  # fork would copy CUDA and its threads
+        self._connection, theirs = context.Pipe()
+        # Not a daemon: those may not have children, and rewards run in processes of their own.
+        self._process = context.Process(
+            target=_run,
+            args=(theirs, os.getpid(), config, list(urls), build, state),
+            name="collector",
+        )
+        self._process.start()
+        theirs.close()  # so that the end of the process shows as the end of the pipe
+        atexit.register(self.close)  # before multiprocessing's own hook, which would wait for it
+
+    def set_version(self, version: int) -> None:
+        """The servers hold weights ``version``."""
+        self._call("set_version", version)
+
+    def take(self, version: int) -> list[Group]:
+        """The groups that step ``version`` trains on; waits for them."""
+        return cast(list[Group], self._call("take", version))
+
+    def evaluate(self, version: int) -> EvaluationResult | None:
+        """Answer the held-out prompts with the present weights; None if there are none."""
+        return cast(EvaluationResult | None, self._call("evaluate", version))
+
+    def state(self) -> bytes:
+        """Prompt position, groups waiting and prompts in flight, for a checkpoint."""
+        return cast(bytes, self._call("state"))
+
+    def close(self) -> None:
+        """End the process; safe to call again."""
+        atexit.unregister(self.close)
+        self._connection.close()
+        self._process.join(GRACE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        with suppress(BrokenPipeError):  # ended already: its last words are still in the pipe
+            self._connection.send((verb, arguments))
+        while not self._connection.poll(POLL_SECONDS):
+            if not self._process.is_alive() and not self._connection.poll():
+                break
+        try:
+            error, result = self._connection.recv()
+        except (EOFError, OSError) as end:
+            self._process.join(GRACE_SECONDS)
+            raise RuntimeError(
+                f"the collector process ended with exit code {self._process.exitcode}"
+            ) from end
+        if error is not None:
+            raise RuntimeError(error)
+        return result
+
+
+class _Worker:
+    """The verbs, on the other side of the pipe."""
+
+    def __init__(
+        self, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+    ) -> None:
+        rollout = config.rollout
+        self._evaluation = config.evaluation
+        self._parts = parts
+        self._engine = SGLangEngine(
+            urls,
+            max_concurrency=rollout.max_concurrency,
+            request_timeout=rollout.request_timeout,
+            retries=rollout.retries,
+        )
+        self._sampling = Sampling(
+            n=rollout.group_size,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            stop_token_ids=(*parts.stop_token_ids, *rollout.stop_token_ids),
+        )
+        restored = None if state is None else cast(StreamState, pickle.loads(state))
+        self._stream = Stream(
+            self._engine,
+            parts.prompts,
+            parts.scorer.score,
+            self._sampling,
+            batch=rollout.prompts_per_step,
+            max_staleness=rollout.max_staleness,
+            state=restored,
+        )
+
+    async def set_version(self, version: int) -> None:
+        self._stream.set_version(version)
+
+    async def take(self, version: int) -> list[Group]:
+        return await self._stream.take(version)
+
+    async def evaluate(self, version: int) -> EvaluationResult | None:
+        prompts = self._parts.held_out[: self._evaluation.prompts]
+        if not prompts:
+            return None
+        sampling = Sampling(
+            n=self._evaluation.samples,
+            temperature=self._evaluation.temperature,
+            max_new_tokens=self._sampling.max_new_tokens,
+            stop_token_ids=self._sampling.stop_token_ids,
+        )
+        return await evaluate(
+            self._engine,
+            prompts,
+            self._parts.scorer.score,
+            sampling,
+            version=version,
+            pass_reward=self._evaluation.pass_reward,
+        )
+
+    async def state(self) -> bytes:
+        return pickle.dumps(self._stream.state())
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+        await self._engine.aclose()
+
+
+def _run(
+    connection: Connection,
+    parent: int,
+    config: Config,
+    urls: Sequence[str],
+    build: Callable[[Config], Parts],
+    state: bytes | None,
+) -> None:
+    """The process: build the parts, answer until the pipe ends.
+
+    An error while building is sent unasked, and so answers the first request.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    die_with_parent(parent)
+    try:
+        parts = build(config)
+        try:
+            asyncio.run(_serve(connection, config, urls, parts, state))
+        finally:
+            parts.scorer.close()
+    except Exception as error:
+        with suppress(OSError):
+            connection.send((_describe(error), None))
+
+
+async def _serve(
+    connection: Connection, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+) -> None:
+    """Answer one request after the other. The trainer waits for each answer, so that whatever comes
+    before it can only be the end of the pipe: a trainer interrupted while it waited.
+    """
+    worker = _Worker(config, urls, parts, state)
+    incoming = _next_request(connection)
+    while request := await incoming:
+        verb, arguments = request
+        incoming = _next_request(connection)
+        call = asyncio.create_task(getattr(worker, verb)(*arguments))
+        await asyncio.wait((call, incoming), return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            call.cancel()
+            break
+        error = call.exception()
+        connection.send((_describe(error), None) if error else (None, call.result()))
+    await worker.aclose()
+
+
+def _next_request(connection: Connection) -> asyncio.Task[tuple[str, tuple[Any, ...]] | None]:
+    """The next (verb, arguments), None at the end of the pipe."""
+
+    def receive() -> tuple[str, tuple[Any, ...]] | None:
+        try:
+            return cast(tuple[str, tuple[Any, ...]], connection.recv())
+        except (EOFError, OSError):
+            return None
+
+    return asyncio.create_task(asyncio.to_thread(receive))
+
+
+def _describe(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error))
+    return f"{error}\n--- {type(error).__name__} in the collector process ---\n{text}"

@@ -1,0 +1,58 @@
+"""Pass rate on held-out prompts."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peergrad.data import Prompt, Rollout
+from peergrad.rollout.engine import Engine, Sampling
+from peergrad.rollout.stream import Score
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over all answers to the held-out prompts.
+
+    Example:
+        ``EvaluationResult(version=40, prompts=256, pass_rate=0.62, mean_reward=0.64,
+        mean_length=117.0, truncated=0.02)``
+    """
+
+    version: int
+    prompts: int
+    pass_rate: float  # share of answers whose reward reaches evaluation.pass_reward: pass@1
+    mean_reward: float
+    mean_length: float  # tokens
+    truncated: float  # share of answers cut off at max_new_tokens
+
+
+async def evaluate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    score: Score,
+    sampling: Sampling,
+    *,
+    version: int,
+    pass_reward: float,
+) -> EvaluationResult:
+    """Answer and grade all prompts at once."""
+
+    async def answer(prompt: Prompt) -> list[tuple[Rollout, float]]:
+        request = f"evaluation/{version}/{prompt.id}"
+        rollouts = await engine.generate(prompt.tokens, sampling, request_id=request)
+        rewards = await asyncio.gather(*(score(prompt, rollout) for rollout in rollouts))
+        return list(zip(rollouts, rewards, strict=True))
+
+    answers = await asyncio.gather(*map(answer, prompts))
+    graded = [pair for pairs in answers for pair in pairs]
+    rewards = np.array([reward for _, reward in graded])
+    return EvaluationResult(
+        version=version,
+        prompts=len(prompts),
+        pass_rate=float(np.mean(rewards >= pass_reward)),
+        mean_reward=float(np.mean(rewards)),
+        mean_length=float(np.mean([len(rollout.tokens) for rollout, _ in graded])),
+        truncated=float(np.mean([rollout.finish == "length" for rollout, _ in graded])),
+    )

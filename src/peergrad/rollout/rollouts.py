@@ -1,0 +1,144 @@
+"""Where groups come from, as the training loop sees it on every rank."""
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from peergrad.data import Group, read_groups, write_groups
+from peergrad.rollout.buckets import NamedTensors
+from peergrad.rollout.collector import Collector
+from peergrad.rollout.evaluation import EvaluationResult
+from peergrad.rollout.proof import Proof
+from peergrad.rollout.sync import WeightSync
+
+T = TypeVar("T")
+
+
+class Share(Protocol):
+    """Runs ``fn`` on rank 0 alone; every rank gets its result, or raises its error."""
+
+    def __call__(self, fn: Callable[[], T]) -> T: ...
+
+
+class Rollouts(Protocol):
+    """Every method but ``close`` is collective: all ranks call it, in the same order.
+
+    ``version`` is the number of training steps done; so is ``step``.
+    """
+
+    def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
+        """Generate with these weights from now on."""
+        ...
+
+    def take(self, step: int) -> list[Group]:
+        """The groups that the step after ``step`` steps trains on."""
+        ...
+
+    def evaluate(self, version: int) -> EvaluationResult | None:
+        """Answer the held-out prompts; None if there is no engine or nothing is held out."""
+        ...
+
+    def state(self) -> bytes | None:
+        """What a checkpoint must hold to go on with the same prompts; None if there is nothing."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def recorded(run_dir: Path, step: int) -> Path:
+    """File of the groups trained on after ``step`` steps: it carries the number of that step."""
+    return run_dir / "rollouts" / f"step_{step + 1:06d}.jsonl.zst"
+
+
+class LiveRollouts:
+    """Groups from an engine. Global rank 0 has the collector and the weight sync, others None."""
+
+    def __init__(
+        self,
+        share: Share,
+        *,
+        collector: Collector | None,
+        sync: WeightSync | None,
+        dump_to: Path | None,
+    ) -> None:
+        """``dump_to``: the run folder under which to record every step's groups."""
+        self._share = share
+        self._collector = collector
+        self._sync = sync
+        self._dump_to = dump_to
+
+    def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
+        """Each rank drains ``named``, whose every item is a collective operation.
+
+        So rank 0 goes on draining when a server fails, and only then raises, with all the others.
+        """
+        stream = iter(named)
+        result: Proof | Exception | None = None
+        if self._sync is not None:
+            try:
+                result = self._sync.load(stream, version)
+            except Exception as error:
+                result = error
+        deque(stream, maxlen=0)
+
+        def finish() -> Proof | None:
+            if isinstance(result, Exception):
+                raise result
+            self._on_rank_zero().set_version(version)
+            return result
+
+        return self._share(finish)
+
+    def take(self, step: int) -> list[Group]:
+        def take() -> list[Group]:
+            groups = self._on_rank_zero().take(step)
+            if self._dump_to is not None:
+                write_groups(recorded(self._dump_to, step), groups)
+            return groups
+
+        return self._share(take)
+
+    def evaluate(self, version: int) -> EvaluationResult | None:
+        return self._share(lambda: self._on_rank_zero().evaluate(version))
+
+    def state(self) -> bytes | None:
+        return self._share(lambda: self._on_rank_zero().state())
+
+    def close(self) -> None:
+        if self._collector is not None:
+            self._collector.close()
+        if self._sync is not None:
+            self._sync.close()
+
+    def _on_rank_zero(self) -> Collector:
+        assert self._collector is not None, "share must run this on the rank with the collector"
+        return self._collector
+
+
+class ReplayRollouts:
+    """The recorded groups of an earlier run, without an engine; each rank reads them itself."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def load_weights(self, named: NamedTensors, version: int) -> None:
+        """Nobody would use them; no rank drains ``named``, so nothing is gathered either."""
+
+    def take(self, step: int) -> list[Group]:
+        try:
+            return read_groups(recorded(self._run_dir, step))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"rollout.replay = {str(self._run_dir)!r}: has no record of step {step + 1} "
+                f"({error.filename}); lower run.steps, or replay a run with rollout.dump=true"
+            ) from error
+
+    def evaluate(self, version: int) -> None:
+        return None
+
+    def state(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass

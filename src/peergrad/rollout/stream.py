@@ -1,0 +1,149 @@
+"""Groups in the making: how far generation may run ahead of training, and what is in flight.
+
+One stream serves synchronous and asynchronous training: with ``max_staleness`` 0 the engine works
+on exactly the batch that the trainer waits for; with 1 also on the next one; and so on.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.rollout.engine import Engine, Sampling
+
+Score = Callable[[Prompt, Rollout], Awaitable[float]]
+
+
+class PromptSource(Protocol):
+    """An endless iterator of prompts whose position can be saved."""
+
+    def __next__(self) -> Prompt: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Everything a restored stream needs to lose and repeat nothing."""
+
+    prompts: dict[str, Any]  # position of the prompt source
+    started: int  # groups ever started: the next sequence number
+    batches: int  # batches ever taken
+    finished: dict[int, Group]  # by sequence number
+    in_flight: dict[int, Prompt]  # by sequence number; sampled afresh after a restore
+
+
+class Stream:
+    """Starts groups in prompt order and hands them out in that same order, a batch at a time.
+
+    At weight version v, the groups started may not exceed ``(max_staleness + v + 1) * batch``: that
+    is AReaL's bound (accepted + running), and since batches are handed out in starting order, a
+    group trained on at version v was started at version ``v - max_staleness`` or later.
+    All methods belong to one event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptSource,
+        score: Score,
+        sampling: Sampling,
+        *,
+        batch: int,
+        max_staleness: int,
+        state: StreamState | None = None,
+    ) -> None:
+        """``batch``: groups per training step. Nothing starts before the first ``set_version``."""
+        self._engine = engine
+        self._prompts = prompts
+        self._score = score
+        self._sampling = sampling
+        self._batch = batch
+        self._max_staleness = max_staleness
+        self._started = 0
+        self._batches: int | None = None
+        self._finished: dict[int, Group] = {}
+        self._in_flight: dict[int, Prompt] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Event()
+        if state is not None:
+            prompts.load_state_dict(state.prompts)
+            self._started, self._batches = state.started, state.batches
+            self._finished, self._in_flight = dict(state.finished), dict(state.in_flight)
+
+    def set_version(self, version: int) -> None:
+        """The engine now holds weights ``version``: start what that allows."""
+        if self._batches is None:
+            self._batches = version  # a run that begins at a later version owes no earlier batches
+        for sequence in sorted(self._in_flight.keys() - self._tasks.keys()):
+            self._start(sequence, self._in_flight[sequence])  # restored: these come first
+        for _ in range(self.capacity(version)):
+            self._start(self._started, next(self._prompts))
+            self._started += 1
+
+    def capacity(self, version: int) -> int:
+        """Groups that may be started at weight version ``version``."""
+        accepted = (self._batches or 0) * self._batch + len(self._finished)
+        running = len(self._in_flight)
+        return (self._max_staleness + version + 1) * self._batch - (accepted + running)
+
+    async def take(self, version: int) -> list[Group]:
+        """The batch that training step ``version`` trains on, in starting order.
+
+        Raises what a group raised as soon as it does; the stream is then at its end.
+        """
+        if self._batches != version:
+            raise ValueError(f"batch {version} was asked for, but batch {self._batches} is next")
+        wanted = sorted([*self._finished, *self._in_flight])[: self._batch]
+        if len(wanted) < self._batch:
+            raise ValueError(f"set_version({version}) must come before take({version})")
+        while self._failure is None and not self._finished.keys() >= set(wanted):
+            self._changed.clear()
+            await self._changed.wait()
+        if self._failure is not None:
+            raise self._failure
+        self._batches += 1
+        return [self._finished.pop(sequence) for sequence in wanted]
+
+    def state(self) -> StreamState:
+        return StreamState(
+            prompts=self._prompts.state_dict(),
+            started=self._started,
+            batches=self._batches or 0,
+            finished=dict(self._finished),
+            in_flight=dict(self._in_flight),
+        )
+
+    async def aclose(self) -> None:
+        """Cancel what is in flight."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _start(self, sequence: int, prompt: Prompt) -> None:
+        self._in_flight[sequence] = prompt
+        self._tasks[sequence] = asyncio.create_task(self._run(sequence, prompt))
+
+    async def _run(self, sequence: int, prompt: Prompt) -> None:
+        """Sample and grade one group; the first failure ends all others."""
+        try:
+            self._finished[sequence] = await self._sample(f"{sequence}/{prompt.id}", prompt)
+            del self._in_flight[sequence]
+        except Exception as error:
+            if self._failure is None:
+                self._failure = error
+                for task in self._tasks.values():
+                    task.cancel()
+        finally:
+            del self._tasks[sequence]
+            self._changed.set()
+
+    async def _sample(self, group_id: str, prompt: Prompt) -> Group:
+        rollouts = await self._engine.generate(prompt.tokens, self._sampling, request_id=group_id)
+        rewards = await asyncio.gather(*(self._score(prompt, rollout) for rollout in rollouts))
+        graded = zip(rollouts, rewards, strict=True)
+        return Group(group_id, prompt, tuple(replace(r, reward=reward) for r, reward in graded))

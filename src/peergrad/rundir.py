@@ -1,0 +1,74 @@
+"""The folder of a run: what is where, and that nothing in it is ever overwritten by accident."""
+
+import logging
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from peergrad.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class RunDir:
+    """Paths of one run.
+
+    Example:
+        ``RunDir(Path("runs/quickstart")).metrics`` is ``runs/quickstart/metrics.jsonl``
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.hf = path / "hf"
+        self.curve = path / "curve.png"
+        self.done = path / "DONE"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.exists() or self.checkpoints.exists()
+
+    def new_attempt(self) -> Path:
+        """A fresh log folder for this start of the run; ``logs/latest`` points to it."""
+        logs = self.path / "logs"
+        attempt = logs / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+        attempt.mkdir(parents=True)
+        link = logs / ".latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(attempt.name)
+        link.replace(logs / "latest")
+        return attempt
+
+
+def check_run_dir(config: RunConfig) -> RunDir:
+    """The run's folder, refused with a ValueError if it holds a run that was not asked for."""
+    run = RunDir(Path(config.root) / config.name)
+    if run.started and not config.resume:
+        raise ValueError(
+            f"run.name = {config.name!r}: {run.path} already holds a run; set run.resume=true to "
+            "continue it, or choose a new run.name to start anew"
+        )
+    return run
+
+
+def log_to(folder: Path, rank: int) -> None:
+    """Send the program's log to ``folder/rank_<rank>.log``; warnings of rank 0 to stderr as well."""
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log")]
+    if rank == 0:
+        screen = logging.StreamHandler(sys.stderr)
+        screen.setLevel(logging.WARNING)
+        handlers.append(screen)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=handlers,
+        force=True,
+    )
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # libraries' deprecations
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,75 @@
+"""A local HTTP server that answers like SGLang, or as badly as a test wants."""
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = tuple[int, Any]  # status, body
+
+
+def sample(tokens: list[int], *, version: str = "0", finish: str = "stop") -> dict[str, Any]:
+    """One sample as /generate returns it; token t has logprob -t."""
+    return {
+        "text": " ".join(map(str, tokens)),
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": finish},
+            "output_token_logprobs": [[-float(t), t, None] for t in tokens],
+            "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
+        },
+    }
+
+
+def answer_generate(body: dict[str, Any]) -> Answer:
+    """Each sample repeats the prompt and ends it with token 1."""
+    n = body["sampling_params"]["n"]
+    samples = [sample([*body["input_ids"], 1]) for _ in range(n)]
+    return 200, samples if n > 1 else samples[0]
+
+
+class FakeServer:
+    """``with FakeServer(answer) as server``: ``answer(body)`` decides on each request.
+
+    ``routes`` names other functions for single paths.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[dict[str, Any]], Answer] = answer_generate,
+        **routes: Callable[[dict[str, Any]], Answer],
+    ) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(
+                    self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}"
+                )
+                fake.requests.append((self.path, body))
+                status, content = routes.get(self.path[1:], answer)(body)
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                with suppress(BrokenPipeError):  # the client gave up, as some tests want it to
+                    self.wfile.write(data)
+
+            do_GET = do_POST
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> "FakeServer":
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()

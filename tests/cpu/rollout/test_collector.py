@@ -1,0 +1,174 @@
+"""The collector process against a local stand-in for SGLang."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+from fake_sglang import FakeServer, answer_generate, sample
+
+from peergrad.config import Config
+from peergrad.data import Prompt
+from peergrad.rollout.collector import Collector, Parts
+
+
+class Counting:
+    def __init__(self):
+        self.position = 0
+
+    def __next__(self):
+        self.position += 1
+        return new_prompt(self.position - 1)
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class LastDigit:
+    """Rewards answers whose prompt ends in an even token."""
+
+    async def score(self, prompt, rollout):
+        if prompt.id == "p666":
+            raise ValueError("no grade for p666")
+        return float(prompt.tokens[-1] % 2 == 0)
+
+    def close(self):
+        pass
+
+
+def new_prompt(index):
+    return Prompt(f"p{index}", np.array([5, index], np.int32), "", "")
+
+
+def build(config):
+    return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,))
+
+
+def build_badly(config):
+    raise FileNotFoundError("no such data set: nowhere.jsonl")
+
+
+def build_from_666(config):
+    parts = build(config)
+    parts.prompts.position = 666
+    return parts
+
+
+def new_config(**rollout):
+    config = Config()
+    config.rollout = replace(config.rollout, batch_size=6, group_size=2, **rollout)
+    config.evaluation.prompts = 5
+    return config
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as fake:
+        yield fake
+
+
+@pytest.fixture
+def start(server):
+    started = []
+
+    def build_collector(parts=build, config=None, **options):
+        collector = Collector(config or new_config(), [server.url], parts, **options)
+        started.append(collector)
+        return collector
+
+    yield build_collector
+    for collector in started:
+        collector.close()
+        assert not collector._process.is_alive()
+
+
+def test_batches_evaluation_and_state(server, start):
+    collector = start(config=new_config(max_staleness=1))
+    collector.set_version(0)
+    groups = collector.take(0)
+    assert [g.id for g in groups] == ["0/p0", "1/p1", "2/p2"]
+    assert groups[1].rollouts[0].tokens.tolist() == [5, 1, 1]
+    assert [g.rewards.tolist() for g in groups] == [[1, 1], [0, 0], [1, 1]]
+    assert server.requests[0][1]["sampling_params"]["stop_token_ids"] == [1]
+
+    result = collector.evaluate(1)
+    assert (result.version, result.prompts, result.pass_rate) == (1, 5, 0.6)
+    assert (result.mean_reward, result.mean_length, result.truncated) == (0.6, 3.0, 0.0)
+    assert server.requests[-1][1]["sampling_params"]["temperature"] == 0.0
+
+    collector.set_version(1)
+    state = collector.state()
+    collector.close()
+    resumed = start(config=new_config(max_staleness=1), state=state)
+    resumed.set_version(1)
+    assert [g.id for g in resumed.take(1)] == ["3/p3", "4/p4", "5/p5"]
+
+
+def test_an_error_comes_with_its_message_and_traceback(start):
+    collector = start(build_from_666)
+    collector.set_version(0)
+    with pytest.raises(RuntimeError, match=r"(?s)^no grade for p666.*ValueError.*in score"):
+        collector.take(0)
+
+
+def test_an_error_while_building_comes_with_the_first_call(start):
+    collector = start(build_badly)
+    with pytest.raises(RuntimeError, match=r"^no such data set: nowhere\.jsonl"):
+        collector.set_version(0)
+
+
+def test_so_does_a_state_that_cannot_be_restored(start):
+    collector = start(state=b"no state")
+    with pytest.raises(RuntimeError, match=r"(?s)UnpicklingError in the collector process"):
+        collector.set_version(0)
+
+
+def test_a_dead_process_is_noticed(server, start):
+    collector = start()
+    collector.set_version(0)
+    os.kill(collector._process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="collector process ended with exit code -9"):
+        collector.take(0)
+
+
+def test_ctrl_c_is_left_to_the_trainer(start):
+    collector = start()
+    collector.set_version(0)
+    os.kill(collector._process.pid, signal.SIGINT)
+    assert len(collector.take(0)) == 3
+
+
+def test_a_server_that_dies_in_the_middle_is_an_error_not_a_hang():
+    answers = count()
+
+    def two_then_refuse(body):
+        return answer_generate(body) if next(answers) < 2 else (400, {"message": "out of memory"})
+
+    with FakeServer(two_then_refuse) as server:
+        collector = Collector(new_config(), [server.url], build)
+        try:
+            collector.set_version(0)
+            with pytest.raises(RuntimeError, match="answered 400: out of memory"):
+                collector.take(0)
+        finally:
+            collector.close()
+
+
+def test_a_trainer_interrupted_while_it_waits_can_close_at_once():
+    def slow(body):
+        time.sleep(3)
+        return 200, [sample([7])] * 2
+
+    with FakeServer(slow) as server:
+        collector = Collector(new_config(), [server.url], build)
+        collector.set_version(0)
+        collector._connection.send(("take", (0,)))  # the answer will not be waited for
+        began = time.monotonic()
+        collector.close()
+        assert time.monotonic() - began < 2.5

@@ -1,0 +1,170 @@
+"""Managed servers with stand-ins for SGLang: start, failure, stop, command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from peergrad.config import Dtype, ServersConfig
+from peergrad.rollout import servers as module
+from peergrad.rollout.servers import ManagedServers
+
+# Healthy at once, with a child process, as SGLang has.
+HEALTHY = """
+import subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def managed(tmp_path, monkeypatch):
+    """Builds servers that run a script of ours, given the port."""
+    monkeypatch.setattr(module, "_check_installed", lambda: None)
+
+    def build(script="", **config):
+        config = ServersConfig(**{"start_timeout": 20.0, **config})
+        built = ManagedServers(
+            config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs"
+        )
+        if script:
+            port = lambda index: built.urls[index].rpartition(":")[2]  # noqa: E731
+            built.command = lambda index: [sys.executable, "-c", script, port(index)]
+        return built
+
+    return build
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+def test_servers_start_and_leave_nothing_behind(managed, tmp_path):
+    before = set(children())
+    servers = managed(HEALTHY, count=2)
+    with servers:
+        assert len(set(servers.urls)) == 2
+        started = set(children()) - before
+        assert len(started) == 4
+        sessions = {os.getsid(process.pid) for process in started}
+        assert len(sessions) == 2 and os.getsid(0) not in sessions
+    assert not any(process.is_running() for process in started)
+    servers.stop()  # again
+    assert (tmp_path / "logs/server_1.log").exists()
+
+
+def test_a_server_that_dies_shows_its_last_words(managed):
+    script = "print('x' * 9000); print('no such model'); raise SystemExit(3)"
+    with pytest.raises(RuntimeError, match=r"(?s)server 0 ended with exit code 3.*no such model"):
+        managed(script).__enter__()
+
+
+def test_a_server_that_is_late_is_stopped(managed):
+    before = set(children())
+    servers = managed(
+        "import time; print('loading', flush=True); time.sleep(600)", count=2, start_timeout=1.0
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)start_timeout = 1 s.*loading"):
+        servers.__enter__()
+    assert set(children()) == before
+
+
+def test_an_interrupt_while_waiting_leaves_nothing_behind(managed, monkeypatch):
+    before = set(children())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_is_healthy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        managed(HEALTHY).__enter__()
+    assert set(children()) == before
+
+
+def test_a_killed_parent_takes_its_children_along(tmp_path):
+    script = (
+        "import os, subprocess, sys, time\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "launch = [sys.executable, '-m', 'peergrad.rollout.launch', str(os.getpid())]\n"
+        "print(subprocess.Popen([*launch, *command], start_new_session=True).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    while "launch" in " ".join(child.cmdline()):  # until it has become the command itself
+        time.sleep(0.02)
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_of_a_dead_parent_does_not_start():
+    command = [sys.executable, "-m", "peergrad.rollout.launch", "1", "echo", "started"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "the parent process 1 ended" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the defaults of a machine without a GPU")
+def test_the_users_options_win(managed):
+    args = {
+        "max_total_tokens": 99,
+        "--sleep-on-idle": False,
+        "enable-metrics": True,
+        "lora": [1, 2],
+    }
+    command = " ".join(managed(args=args, count=2, tensor=2).command(1))
+    assert "-m sglang.launch_server" in command
+    for option in (
+        "--max-total-tokens 99",
+        "--enable-metrics --lora 1 2",
+        "--tp-size 2",
+        "--dtype float32",
+        "--weight-version 0",
+        "--random-seed 1",
+        "--disable-cuda-graph",
+    ):
+        assert option in command
+    assert "sleep-on-idle" not in command and "32768" not in command
+
+
+def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    servers = managed(args={"base-gpu-id": 4}, count=2, tensor=2)
+    assert "--base-gpu-id 4" in " ".join(servers.command(0))
+    assert "--base-gpu-id 6" in " ".join(servers.command(1))
+    assert "sleep-on-idle" not in servers.command(0)
+
+
+def test_options_that_are_ours_are_refused(managed):
+    with pytest.raises(ValueError, match=r"rollout\.servers\.args sets \['port'\]"):
+        managed(args={"port": 1})
+
+
+def test_servers_do_not_take_themselves_for_ranks(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LOCAL_SCRATCH", "/scratch")
+    env = module._environment(0, 1)
+    assert not env.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+    assert "TORCHELASTIC_RUN_ID" not in env
+    assert env["LOCAL_SCRATCH"] == "/scratch"
+    assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+
+
+def test_a_missing_installation_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"needs SGLang.*rollout\.servers\.mode=external"):
+        module._check_installed()

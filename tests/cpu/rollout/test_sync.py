@@ -1,0 +1,215 @@
+"""Weight syncs to two stand-ins for servers that take part in real Gloo broadcasts."""
+
+import hashlib
+import math
+import multiprocessing
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_sglang import FakeServer
+
+from peergrad.config import Proof as ProofMode
+from peergrad.rollout.proof import CANARY_TOKENS
+from peergrad.rollout.sglang import ServerError
+from peergrad.rollout.sync import WeightSync, join_group, local_address
+
+TIMEOUT = timedelta(seconds=30)
+
+
+class Receiver:
+    """What a server does with an update, in plain form. ``faults``: paths that fail or lie."""
+
+    def __init__(self):
+        self.faults, self.group, self.held, self.version = set(), None, {}, None
+
+    def routes(self):
+        paths = ("server_info", "init_weights_update_group", "update_weights_from_distributed")
+        return {path: getattr(self, path) for path in (*paths, "weights_checker", "generate")}
+
+    def server_info(self, _):
+        sizes = {"tp_size": 1, "pp_size": 1}
+        return 200, {**sizes, "device": "cpu", "dtype": "float32", "quantization": None}
+
+    def init_weights_update_group(self, body):
+        world = body["world_size"]
+        store = dist.TCPStore(body["master_address"], body["master_port"], world, timeout=TIMEOUT)
+        self.group = join_group(
+            store, body["group_name"], body["rank_offset"], world, body["backend"], TIMEOUT
+        )
+        return 200, {"success": True}
+
+    def update_weights_from_distributed(self, body):
+        if "update" in self.faults:
+            return 400, {"message": "out of memory"}
+        dtypes = [getattr(torch, name) for name in body["dtypes"]]
+        sizes = [math.prod(s) * d.itemsize for s, d in zip(body["shapes"], dtypes, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        dist.broadcast(flat, src=0, group=self.group)
+        for name, raw in zip(body["names"], flat.split(sizes), strict=True):
+            self.held[name] = hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]
+        self.version = body["weight_version"] or self.version
+        return 200, {"success": True}
+
+    def weights_checker(self, _):
+        held = dict.fromkeys(self.held, "0" * 16) if "checksum" in self.faults else self.held
+        return 200, {"ranks": [{"checksums": held}]}
+
+    def generate(self, _):
+        scores = [[None, 0, None]] + [[-0.5, 0, None]] * (CANARY_TOKENS - 1)
+        return 200, {"meta_info": {"input_token_logprobs": scores}}
+
+
+def serve(connection):
+    """The stand-in's process: told of faults, asked for (requests, version)."""
+    receiver = Receiver()
+    with FakeServer(lambda _: (200, {"success": True}), **receiver.routes()) as server:
+        connection.send(server.url)
+        while True:
+            receiver.faults = connection.recv()
+            connection.send((list(server.requests), receiver.version))
+            server.requests.clear()
+
+
+class Servers:
+    def __init__(self, count):
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            self._processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
+            self._processes[-1].start()
+            self._pipes.append(ours)
+        self.urls = [pipe.recv() for pipe in self._pipes]
+
+    def ask(self, *faults):
+        """Set each server's faults; return each one's (requests since, version)."""
+        for pipe, fault in zip(self._pipes, faults or [set()] * len(self.urls), strict=True):
+            pipe.send(fault)
+        return [pipe.recv() for pipe in self._pipes]
+
+    def stop(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def servers():
+    started = Servers(2)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def sync(servers):
+    built = WeightSync(servers.urls, vocab_size=50, bucket_mb=1, timeout=30.0)
+    yield built
+    built.close()
+    servers.ask()
+
+
+def weights(count=5):
+    """0.4 MB each: two fit into a bucket."""
+    torch.manual_seed(0)
+    return [(f"model.w{i}.weight", torch.randn(100_000)) for i in range(count)]
+
+
+def paths(requests):
+    return [path[1:] for path, _ in requests]
+
+
+def test_all_servers_get_all_buckets_in_the_one_safe_order(servers, sync):
+    proof = sync.load(weights(), 7)
+    assert (proof.version, proof.verified, proof.unverified) == (7, 5, 0)
+    assert [r.versions for r in proof.canary.rollouts] == [((7, 0, CANARY_TOKENS - 1),)] * 2
+    for rank, (requests, version) in enumerate(servers.ask(), start=1):
+        assert paths(requests) == [
+            "server_info",
+            "init_weights_update_group",
+            "pause_generation",
+            "begin_weight_update",
+            *["update_weights_from_distributed"] * 3,
+            "end_weight_update",
+            "weights_checker",
+            "continue_generation",
+            "generate",
+        ]
+        assert requests[1][1]["rank_offset"] == rank
+        assert requests[1][1]["world_size"] == 3
+        updates = [body for path, body in requests if path.startswith("/update")]
+        assert [len(body["names"]) for body in updates] == [2, 2, 1]
+        assert [body["flush_cache"] for body in updates] == [False, False, True]
+        assert [body["weight_version"] for body in updates] == [None, None, "7"]
+        assert version == "7"
+    sync.load(weights(), 8)  # the group is there, and so is what the servers are
+    assert paths(servers.ask()[0][0])[0] == "pause_generation"
+
+
+def test_a_server_that_refuses_does_not_leave_the_broadcast_hanging(servers, sync):
+    servers.ask(set(), {"update"})
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=rf"{servers.urls[1]}/update.* 400: out of memory"):
+        sync.load(weights(), 9)
+    assert time.monotonic() - began < 10
+    for requests, _ in servers.ask():
+        assert "end_weight_update" in paths(requests)
+        assert "continue_generation" not in paths(requests)
+    assert sync.load(weights(), 10).verified == 5
+    requests, version = servers.ask()[1]
+    assert "init_weights_update_group" in paths(requests)  # the broken group is not used again
+    assert version == "10"
+
+
+def test_one_server_with_other_weights_stops_generation(servers, sync):
+    servers.ask(set(), {"checksum"})
+    with pytest.raises(RuntimeError) as error:
+        sync.load(weights(), 11)
+    assert f"{servers.urls[1]} holds other values than {servers.urls[0]} of" in str(error.value)
+    assert f"{servers.urls[1]} holds other values than were sent of" in str(error.value)
+    assert "continue_generation" not in paths(servers.ask()[0][0])
+
+
+def test_a_failing_iterator_closes_the_window_and_shows_its_own_error(servers, sync):
+    def broken():
+        yield from weights(4)
+        raise FloatingPointError("cannot gather")
+
+    with pytest.raises(FloatingPointError, match="cannot gather"):
+        sync.load(broken(), 12)
+    assert paths(servers.ask()[0][0])[-1] == "end_weight_update"
+
+
+def test_the_trainers_own_groups_are_left_alone(servers):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sync = WeightSync(servers.urls, vocab_size=50, timeout=30.0)
+        assert sync.load(weights(), 13).verified == 5
+        sync.close()
+        ones = torch.ones(2)
+        dist.all_reduce(ones)
+        assert ones.tolist() == [1, 1]
+    finally:
+        dist.destroy_process_group()
+        servers.ask()
+
+
+def test_no_proof_asks_for_none(servers):
+    sync = WeightSync(servers.urls, vocab_size=50, proof=ProofMode.off, timeout=30.0)
+    proof = sync.load(weights(), 13)
+    sync.close()
+    assert (proof.verified, proof.unverified, proof.canary) == (0, 0, None)
+    assert not {"weights_checker", "generate"} & set(paths(servers.ask()[0][0]))
+
+
+def test_a_dead_server_is_named():
+    with FakeServer() as server:
+        url = server.url
+    with pytest.raises(ServerError, match=f"GET {url}/server_info got no answer"):
+        WeightSync([url], vocab_size=50).load(weights(), 1)
+
+
+def test_this_machine_as_a_server_sees_it():
+    assert local_address("http://127.0.0.1:30000") == "127.0.0.1"
