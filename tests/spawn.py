@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import socket
 import time
@@ -17,7 +18,12 @@ def free_port() -> int:
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, ranks: int, port: int, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    port: int,
+    results: Any,
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -31,12 +37,15 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        results.put((rank, function(*args), None))
+        # pickled here: a queue would pass tensors by handles that end with this process
+        results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300
+) -> list[Any]:
     """Call the top-level ``function(*args)`` on ``ranks`` processes; its results in rank order.
 
     The first rank that fails raises here with its traceback; all others are then ended.
@@ -62,7 +71,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
                 continue
             if error:
                 raise RuntimeError(f"rank {rank} of {ranks} failed:\n{error}")
-            found[rank] = value
+            found[rank] = pickle.loads(value)
     finally:
         for worker in workers:
             worker.join(timeout=10)

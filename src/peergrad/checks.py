@@ -6,9 +6,18 @@ from typing import Any
 
 from peergrad.config import Config, require
 
+NEEDED = (
+    "num_attention_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+)
+"""What the checks read of an HF config.json; a model without it is none of the supported kind."""
+
 
 def check(config: Config, *, world: int) -> None:
-    """Raise ValueError with one line if this run cannot work as configured on ``world`` processes."""
+    """Raise ValueError with one line if this run cannot work as configured on ``world``
+    processes."""
     model = read_model_config(config.model.path, "model.path")
     if config.model.reference is not None:
         read_model_config(config.model.reference, "model.reference")
@@ -28,7 +37,13 @@ def read_model_config(path: str, key: str) -> dict[str, Any]:
         "must be a folder with an HF checkpoint (config.json is missing)",
         "correct the path, or make a tiny model with tools/make_tiny_model.py",
     )
-    found: dict[str, Any] = json.loads(file.read_text())
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        rule = f"config.json is not JSON ({error})"
+        raise ValueError(f"{key} = {path!r}: {rule}; download it again") from error
+    for name in NEEDED:
+        require(name in found, key, path, f"config.json has no {name}", "choose another model")
     return found
 
 
@@ -65,8 +80,8 @@ def _check_layout(config: Config, model: dict[str, Any], world: int) -> None:
         "parallel",
         f"tensor {tensor} x pipeline {pipeline} x data {parallel.data or 'any'}",
         f"must fit the {world} processes of this job",
-        f"start a multiple of {tensor * pipeline} processes (torchrun --nproc-per-node), "
-        "or change the layout",
+        f"start {wanted if parallel.data else f'a multiple of {wanted}'} processes "
+        "(torchrun --nproc-per-node), or change the layout",
     )
 
 
@@ -97,8 +112,8 @@ def _check_lengths(config: Config, model: dict[str, Any]) -> None:
         longest <= limit,
         "rollout.max_new_tokens",
         config.rollout.max_new_tokens,
-        f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's context "
-        f"of {limit} tokens",
+        f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's "
+        f"context of {limit} tokens",
         "lower one of the two",
     )
 
@@ -107,7 +122,7 @@ def _check_sources(config: Config) -> None:
     sources = {"data.source": config.data.source, "data.held_out": config.data.held_out}
     for key, source in sources.items():
         require(
-            source is None or source == "arithmetic" or Path(source).is_file(),
+            source in (None, "arithmetic") or _is_data_file(Path(source)),
             key,
             source,
             "must be 'arithmetic' or an existing .jsonl or .parquet file",
@@ -129,3 +144,7 @@ def _check_sources(config: Config) -> None:
         "must be a checkpoint folder (meta.json is missing)",
         "name a step folder written by a run or by tools/hf_to_megatron.py",
     )
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".parquet") and path.is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,19 +27,30 @@ def compose_config(overrides: Sequence[str]) -> tuple[Config, str]:
     Raises ValueError with one line for an unknown key or option, a wrong type, a missing or an
     out-of-range value.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=_schema())
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
+        # "+key=value" adds unknown keys past Hydra's check: merging into the schema refuses them.
+        OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
         config = OmegaConf.to_object(composed)
+    except OverrideParseException as error:
+        raise ValueError(
+            f"{error.override!r}: cannot be read as an override; write key=value or group=option"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config)
-    return config, _to_yaml(composed)
+    return config, OmegaConf.to_yaml(composed, resolve=True)
 
 
-def _to_yaml(composed: DictConfig) -> str:
-    return OmegaConf.to_yaml(composed, resolve=True)
+def _schema() -> DictConfig:
+    """The dataclasses as Hydra's schema, with the two free dicts open to any key."""
+    schema = OmegaConf.structured(Config)
+    for free in (schema.parallel.megatron, schema.rollout.servers.args):
+        OmegaConf.set_struct(free, False)
+    assert isinstance(schema, DictConfig)
+    return schema
 
 
 def _one_line(error: Exception) -> str:
@@ -52,30 +63,33 @@ def _one_line(error: Exception) -> str:
     full = re.search(r"full_key: ([\w.]+)", text)
     if unknown:
         key = full[1] if full else unknown[1]
-        near = difflib.get_close_matches(key, _known_keys(), n=1)
+        known = [other for other in _known_keys() if not key.startswith(f"{other}.")]
+        near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "see conf/ and src/peergrad/config.py"
         return f"{key}: there is no such key in {unknown[2]}; {hint}"
     missing = re.search(r"missing mandatory value: (\w+)", text)
     if missing:
         key = full[1] if full else missing[1]
         return f"{key} = ???: is mandatory; set it, as in {key}=<value>"
-    option = re.search(r"Could not find '([\w/]+)' Available options in '\w+': (.*?) Config search", text)
+    option = re.search(
+        r"Could not find '([\w/]+)' Available options in '\w+': (.*?) Config search", text
+    )
     if option:
         group, _, name = option[1].rpartition("/")
         return f"{group} = {name!r}: there is no such option; use one of {option[2]}"
     detail = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S+", "", text)
-    return f"{full[1]}: {detail}; correct it" if full else detail
+    return f"{full[1]}: {detail.rstrip('.')}; correct it" if full else detail
 
 
 def _known_keys() -> list[str]:
-    schema = OmegaConf.structured(Config)
-
     def walk(node: DictConfig, prefix: str) -> list[str]:
         found = []
         for key in node:
             value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-            path = f"{prefix}{key}"
-            found += walk(value, path + ".") if isinstance(value, DictConfig) else [path]
+            path = f"{prefix}{key!s}"
+            found.append(path)
+            if isinstance(value, DictConfig):
+                found += walk(value, path + ".")
         return found
 
-    return walk(schema, "")
+    return walk(_schema(), "")

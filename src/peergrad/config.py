@@ -1,8 +1,8 @@
 """Every knob of a run: nested dataclasses, each field with its default, its meaning and its check.
 
 Hydra composes the YAML files of ``conf/`` against these classes, so an unknown key or a wrong type
-is refused; ``__post_init__`` refuses values out of range. Past ``OmegaConf.to_object`` there are only
-these dataclasses. Checks that need more than one section, the model's shape or the number of
+is refused; ``__post_init__`` refuses values out of range. Past ``OmegaConf.to_object`` there are
+only these dataclasses. Checks that need more than one section, the model's shape or the number of
 processes are in ``peergrad.checks``. This module imports nothing heavy.
 """
 
@@ -19,6 +19,10 @@ def require(ok: bool, key: str, value: object, rule: str, remedy: str) -> None:
 
 def _at_least(key: str, value: float, least: float, remedy: str = "raise it") -> None:
     require(value >= least, key, value, f"must be at least {least}", remedy)
+
+
+def _positive(key: str, value: float, remedy: str) -> None:
+    require(0 < value < float("inf"), key, value, "must be positive and finite", remedy)
 
 
 def _open_unit(key: str, value: float) -> None:
@@ -74,7 +78,8 @@ class ModelConfig:
     reference: str | None = None
     """HF checkpoint of the reference model; default: ``path``. Loaded only if algo.kl_coef > 0."""
     dtype: Dtype = Dtype.bfloat16
-    """Precision of parameters and layers; logprobs, losses and main gradients are always float32."""
+    """Precision of parameters and layers; logprobs, losses and main gradients are always
+    float32."""
 
 
 @dataclass(kw_only=True)
@@ -90,15 +95,14 @@ class AlgoConfig:
     kl_coef: float = 0.04
     """Weight of the k3 estimate of KL(policy || reference) in the loss; 0 loads no reference."""
     aggregation: Aggregation = Aggregation.seq_mean_token_mean
-    """How per-token losses become one scalar; denominators are global over ranks and micro-batches."""
+    """How per-token losses become one scalar; denominators are global over ranks and
+    micro-batches."""
     minibatches: int = 1
     """Optimizer steps per rollout batch. Above 1 the old logprobs are computed before the first."""
 
     def __post_init__(self) -> None:
         _open_unit("algo.clip_low", self.clip_low)
-        require(
-            self.clip_high > 0, "algo.clip_high", self.clip_high, "must be positive", "try 0.2"
-        )
+        _positive("algo.clip_high", self.clip_high, "try 0.2")
         _at_least("algo.kl_coef", self.kl_coef, 0)
         _at_least("algo.std_eps", self.std_eps, 0)
         _at_least("algo.minibatches", self.minibatches, 1)
@@ -115,7 +119,8 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallel: activations outside the matrices are split over the tensor ranks."""
     spec: Spec = Spec.auto
-    """Layers: ``te`` (Transformer Engine, GPU), ``torch`` (plain PyTorch), ``auto`` picks and logs."""
+    """Layers: ``te`` (Transformer Engine, GPU), ``torch`` (plain PyTorch), ``auto`` picks and
+    logs."""
     micro_batch_tokens: int = 4096
     """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
     logprob_chunk: int = 2048
@@ -132,6 +137,7 @@ class ParallelConfig:
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.data is not None:
             _at_least("parallel.data", self.data, 1)
+        _positive("parallel.timeout_minutes", self.timeout_minutes, "use 30")
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence",
@@ -159,6 +165,7 @@ class ServersConfig:
     def __post_init__(self) -> None:
         _at_least("rollout.servers.count", self.count, 1)
         _at_least("rollout.servers.tensor", self.tensor, 1)
+        _positive("rollout.servers.start_timeout", self.start_timeout, "use 300")
         external = self.mode is ServerMode.external
         require(
             bool(self.urls) == external,
@@ -222,13 +229,14 @@ class RolloutConfig:
             f"must be a positive multiple of rollout.group_size ({self.group_size})",
             f"use {max(1, round(self.batch_size / self.group_size)) * self.group_size}",
         )
-        require(
-            self.temperature > 0,
+        _positive(
             "rollout.temperature",
             self.temperature,
-            "must be positive",
             "use 1.0; greedy sampling belongs to evaluation.temperature",
         )
+        _positive("rollout.request_timeout", self.request_timeout, "use 600")
+        if self.max_canary_gap is not None:
+            _positive("rollout.max_canary_gap", self.max_canary_gap, "use null for no limit")
         for key, value, full in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, -1)):
             require(
                 value == full,
@@ -249,9 +257,9 @@ class RolloutConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: str = "arithmetic"
-    """``arithmetic`` (generated) or a .jsonl / .parquet file of training prompts."""
-    held_out: str | None = "arithmetic"
+    source: str = "???"
+    """``arithmetic`` (generated) or a .jsonl / .parquet file of training prompts. Mandatory."""
+    held_out: str | None = None
     """The same for evaluation; null: no evaluation."""
     prompt_key: str = "prompt"
     """Column that holds the prompt: a string, or a list of chat messages."""
@@ -288,11 +296,12 @@ class RewardConfig:
     timeout: float = 10.0
     """Seconds one reward may take."""
     on_error: OnError = OnError.zero
-    """A reward that fails or takes too long: reward 0 and a warning that names the sample, or stop."""
+    """A reward that fails or takes too long: reward 0 and a warning that names the sample, or
+    stop."""
 
     def __post_init__(self) -> None:
         _at_least("reward.workers", self.workers, 1)
-        require(self.timeout > 0, "reward.timeout", self.timeout, "must be positive", "use 10")
+        _positive("reward.timeout", self.timeout, "use 10")
         require(
             (self.function is not None) == (self.kind is RewardKind.function),
             "reward.function",
@@ -322,7 +331,7 @@ class OptimConfig:
     dumped either way."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "must be positive", "the usual value is 1e-6")
+        _positive("optim.lr", self.lr, "the usual value is 1e-6")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "use 0.9 / 0.95")

@@ -40,7 +40,9 @@ class ConsoleSink:
     def write(self, kind: str, step: int, row: Row) -> None:
         if kind == "eval":
             numbers = "  ".join(f"{key} {value:.3f}" for key, value in row.items())
-            self._console.print(f"evaluation after step {step}: {numbers}", highlight=False)
+            self._console.print(
+                f"evaluation after step {step}: {numbers}", highlight=False, soft_wrap=True
+            )
             return
         cells = [format(row[key], form) if key in row else "-" for key, form in COLUMNS.values()]
         if self._live:

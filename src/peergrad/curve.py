@@ -21,10 +21,10 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         points = [(r["step"], r[key]) for r in rows if r["kind"] == kind and r.get(key) is not None]
         if points:
             reward.plot(*zip(*points, strict=True), style, label=label)
-    reward.set_ylim(-0.02, 1.02) if all(
-        0 <= r["reward/mean"] <= 1 for r in rows if r.get("reward/mean") is not None
-    ) else None
-    reward.legend(loc="lower right")
+            reward.legend(loc="lower right")
+    rewards = [r["reward/mean"] for r in rows if r.get("reward/mean") is not None]
+    if all(0 <= r <= 1 for r in rewards):
+        reward.set_ylim(-0.02, 1.02)
     reward.grid(alpha=0.3)
     points = [(r["step"], r["logprob_gap/max"]) for r in rows if r.get("logprob_gap/max")]
     if points:

@@ -36,9 +36,9 @@ class Prompt:
 class Rollout:
     """One sampled answer.
 
-    ``logprobs[t]`` is the engine's log probability of ``tokens[t]`` at the sampling temperature over
-    the full vocabulary. ``versions`` are half-open spans ``(weight version, start, end)`` over the
-    answer's tokens: a rollout that was interrupted by a weight sync has several.
+    ``logprobs[t]`` is the engine's log probability of ``tokens[t]`` at the sampling temperature
+    over the full vocabulary. ``versions`` are half-open spans ``(weight version, start, end)``
+    over the answer's tokens: a rollout that was interrupted by a weight sync has several.
 
     Example:
         ``Rollout(tokens=np.array([7, 1], np.int32), logprobs=np.array([-.1, -.2], np.float32),

@@ -1,9 +1,9 @@
 """The algorithm, in order. Every rank runs this same code.
 
-Step s trains on groups sampled under weight version s - 1 (at most ``rollout.max_staleness`` versions
-older) and makes version s. The order that must not change: weights reach the engine before the next
-groups are asked for, and a checkpoint is taken after that, when trainer, engine and collector stand
-at the same version.
+Step s trains on groups sampled under weight version s - 1 (at most ``rollout.max_staleness``
+versions older) and makes version s. The order that must not change: weights reach the engine
+before the next groups are asked for, and a checkpoint is taken after that, when trainer, engine
+and collector stand at the same version.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python -m peergrad.main experiment=quickstart_cpu optim.lr=5e-4
     torchrun --nproc-per-node 4 -m peergrad.main parallel.tensor=2 parallel.pipeline=2 ...
 
-``--cfg`` prints the composed configuration and stops. The only file that knows all parts.
+``--cfg`` prints the composed configuration and stops; ``--check`` only says what is wrong with it.
+The only file that knows all parts.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="peergrad", description=__doc__, add_help=True)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides: group=option or key=value")
     parser.add_argument("--cfg", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--check", action="store_true", help="check everything and stop")
     options = parser.parse_args(arguments)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -50,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.check:
+        return 0
     interrupt_once()
     try:
         run(config, text, directory)
@@ -75,11 +80,12 @@ def interrupt_once() -> None:
 
 def run(config: Config, text: str, directory: RunDir) -> None:
     """Build every part, train, export. Parts are closed in reverse order whatever happens."""
+    # Their absence is no news: the log says which layer spec is used.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     # Imported here: a configuration error should not have to wait for Megatron.
     from peergrad.loop import train
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.groups import close_groups, init_groups
-    from peergrad.parallel.hf.files import write_hf
     from peergrad.parallel.policy import Policy, Scorer
 
     start_time = time.monotonic()
@@ -88,7 +94,9 @@ def run(config: Config, text: str, directory: RunDir) -> None:
         groups = init_groups(config.parallel, seed=config.run.seed)
         attempt = groups.share(directory.new_attempt)
         log_to(attempt, groups.rank)
-        groups.share(lambda: [p.write_text(text) for p in (attempt / "config.yaml", directory.config)])
+        groups.share(
+            lambda: [p.write_text(text) for p in (attempt / "config.yaml", directory.config)]
+        )
         policy = Policy(config, groups)
         checkpoints = Checkpoints(directory.checkpoints, config.checkpoint, groups)
         start = checkpoints.restore(policy) if config.run.resume else 0
@@ -98,7 +106,12 @@ def run(config: Config, text: str, directory: RunDir) -> None:
             weights = None if config.model.reference else config.model.weights
             reference = Scorer(config, groups, path=path, weights=weights)
         rollouts = build_rollouts(
-            config, directory, attempt, groups, checkpoints.collector_state(start), stack,
+            config,
+            directory,
+            attempt,
+            groups,
+            checkpoints.collector_state(start),
+            stack,
             vocab=policy.shape.vocab,
         )
         metrics = Metrics(build_sinks(config, directory, start) if groups.rank == 0 else [])
@@ -112,12 +125,7 @@ def run(config: Config, text: str, directory: RunDir) -> None:
             checkpoints=checkpoints,
             metrics=metrics,
         )
-        if groups.rank == 0:
-            write_hf(policy.weights(), directory.hf, companions=Path(config.model.path))
-        else:
-            for _ in policy.weights():
-                pass
-        groups.barrier()
+        policy.export(directory.hf, companions=Path(config.model.path))
     if groups.rank == 0:
         finish(config, directory, time.monotonic() - start_time)
 
@@ -180,7 +188,8 @@ def build_rollouts(
         groups.share,
         collector=collector,
         sync=sync,
-        dump_to=directory.path if config.rollout.dump else None,
+        run_dir=directory.path,
+        dump=config.rollout.dump,
     )
 
 

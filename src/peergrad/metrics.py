@@ -28,11 +28,12 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object a line, flushed at once; NaN and infinities become null (strict JSON).
 
-    Opening cuts off rows beyond ``start``: they belong to steps that a resumed run does again.
+    Opening cuts off what a resumed run does again: the rows beyond step ``start``, or all of them if
+    it begins anew, since step 0 has an evaluation.
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= start]
+        kept = [row for row in read_metrics(path) if row["step"] <= start] if start else []
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         partial.replace(path)
@@ -53,7 +54,8 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        # Hides what an earlier attempt wrote from this step on; step 0 has an evaluation.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
     def write(self, kind: str, step: int, row: Row) -> None:
         for key, value in row.items():
@@ -74,10 +76,11 @@ class WandB:
             name=folder.name,
             id=folder.name,
             resume="allow",
-            mode=config.wandb,
+            mode=config.wandb,  # type: ignore[arg-type]
             dir=str(folder),
             config=dict(run_config),
         )
+        self._run.define_metric("*", step_metric="step")  # wandb's own step counts calls
 
     def write(self, kind: str, step: int, row: Row) -> None:
         self._run.log({"step": step, **{f"{kind}/{key}": value for key, value in row.items()}})

@@ -30,8 +30,10 @@ class RunDir:
 
     @property
     def started(self) -> bool:
-        """Whether a run has begun here."""
-        return self.config.exists() or self.checkpoints.exists()
+        """Whether there is anything here that a new run would overwrite or mix with; an attempt that
+        failed before its first result leaves nothing."""
+        measured = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return measured or self.checkpoints.exists()
 
     def new_attempt(self) -> Path:
         """A fresh log folder for this start of the run; ``logs/latest`` points to it."""
@@ -57,7 +59,8 @@ def check_run_dir(config: RunConfig) -> RunDir:
 
 
 def log_to(folder: Path, rank: int) -> None:
-    """Send the program's log to ``folder/rank_<rank>.log``; warnings of rank 0 to stderr as well."""
+    """Send the program's log to ``folder/rank_<rank>.log``; warnings of rank 0 to stderr as
+    well."""
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log")]
     if rank == 0:
         screen = logging.StreamHandler(sys.stderr)

@@ -91,7 +91,11 @@ def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def stop_if_nonfinite(
-    config: Config, rollouts: Rollouts, groups: Sequence[Group], updates: Sequence[Update], step: int
+    config: Config,
+    rollouts: Rollouts,
+    groups: Sequence[Group],
+    updates: Sequence[Update],
+    step: int,
 ) -> None:
     """Dump the groups of a step whose loss or gradient was not finite; warn or raise as configured.
 
@@ -100,7 +104,7 @@ def stop_if_nonfinite(
     bad = [update.metrics for update in updates if not update.applied]
     if not bad:
         return
-    where = rollouts.dump(groups, step)
+    where = rollouts.dump(groups, step - 1)
     message = (
         f"step {step}: loss {bad[0]['loss/total']} with gradient norm {bad[0]['optim/grad_norm']} "
         f"is not finite; the update was not applied; the rollouts are in {where}"

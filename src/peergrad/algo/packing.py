@@ -127,7 +127,8 @@ def micro_batches(
     """The micro-batches of data-parallel rank ``rank`` of ``ranks``, on the CPU.
 
     All ranks get the same number: those with less work end with empty ones, because schedules and
-    expert-parallel layers need every rank to take part in every collective. ``multiple``: see ``pack``.
+    expert-parallel layers need every rank to take part in every collective. ``multiple``: see
+    ``pack``.
     """
     shares = [fill(share, budget) for share in balance(samples, ranks)]
     count = max(1, *(len(share) for share in shares))
@@ -173,5 +174,6 @@ def with_logprobs(
 ) -> list[MicroBatch]:
     """The micro-batches with ``field`` (``logp_old`` or ``logp_ref``) filled in."""
     return [
-        replace(batch, **{field: values}) for batch, values in zip(batches, logprobs, strict=True)
+        replace(batch, **{field: values})  # type: ignore[arg-type]
+        for batch, values in zip(batches, logprobs, strict=True)
     ]

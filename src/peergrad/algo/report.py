@@ -11,7 +11,8 @@ def rollout_statistics(groups: Sequence[Group], *, version: int) -> dict[str, fl
     """Reward, length and age of one step's rollouts; ``version`` is the trainer's weight version.
 
     A flat group (all rewards equal) teaches nothing; their fraction says how much of the batch is
-    wasted. Lengths are in tokens, staleness in weight versions, of the oldest token of each rollout.
+    wasted. Lengths are in tokens, staleness in weight versions, of the oldest token of each
+    rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = np.array([r.reward for r in rollouts])
@@ -33,8 +34,8 @@ def rollout_statistics(groups: Sequence[Group], *, version: int) -> dict[str, fl
 
 
 def gap_statistics(gap: np.ndarray) -> dict[str, float]:
-    """Mean, 99th percentile and maximum of ``|trainer logp - engine logp|`` in nats, over all scored
-    tokens of a step (``gap``: ``[N]`` float32). No tokens: no numbers.
+    """Mean, 99th percentile and maximum of ``|trainer logp - engine logp|`` in nats, over all
+    scored tokens of a step (``gap``: ``[N]`` float32). No tokens: no numbers.
 
     On-policy, with equal weights, temperature and precision, only rounding is left: about 1e-6 in
     float32. Anything larger is a fault of the sync, the mapping or the kernels.

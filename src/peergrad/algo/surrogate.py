@@ -23,14 +23,15 @@ def clipped_token_ratio(
     clip_low: float,
     clip_high: float,
 ) -> Clipped:
-    """``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` with ``rho = exp(logp - logp_old)``.
+    """``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)``, ``rho = exp(logp - logp_old)``.
 
     PPO's clip on each token's ratio (DeepSeekMath, arXiv:2402.03300, eq. 3); separate bounds are
-    DAPO's clip-higher (arXiv:2503.14476). ``logp_old`` and ``advantage`` are constants. The gradient
-    is ``-A rho`` where the unclipped term is the smaller one or both are equal, else 0.
+    DAPO's clip-higher (arXiv:2503.14476). ``logp_old`` and ``advantage`` are constants. The
+    gradient is ``-A rho`` where the unclipped term is the smaller one or both are equal, else 0.
 
     Example:
-        rho = 1.5, A = 1, clips .2: loss -1.2, clipped high. rho = 1.5, A = -1: loss 1.5, not clipped.
+        rho = 1.5, A = 1, clips .2: loss -1.2, clipped high. rho = 1.5, A = -1: loss 1.5, not
+        clipped.
     """
     ratio = (logp - logp_old).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)

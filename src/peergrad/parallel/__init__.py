@@ -1,1 +1,2 @@
-"""Megatron-core behind narrow verbs: the only package that imports megatron or transformer_engine."""
+"""Megatron-core behind narrow verbs: the only package that imports megatron or
+transformer_engine."""

@@ -50,8 +50,8 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """``[T, heads, d]`` -> ``[T, heads * d]`` packed, ``[s, b, heads, d]`` -> ``[s, b, heads * d]``
-        batched; causal within each sequence."""
+        """Packed ``[T, heads, d]`` -> ``[T, heads * d]``, or batched ``[s, b, heads, d]`` ->
+        ``[s, b, heads * d]``; causal within each sequence."""
         assert attention_mask is None and attention_bias is None, "only causal attention is built"
         if packed_seq_params is None:
             batched = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
@@ -60,9 +60,11 @@ class PackedAttention(MegatronModule):
         if lengths.numel() * width <= PADDING_WASTE * query.shape[0]:
             out = self._padded(query, key, value, packed_seq_params.cu_seqlens_q, width)
         else:
-            splits = [x.split(lengths.tolist()) for x in (query, key, value)]
+            splits = [torch.split(x, lengths.tolist()) for x in (query, key, value)]
             rows = zip(*splits, strict=True)
-            out = torch.cat([self._attend(*(x.transpose(0, 1) for x in r)).transpose(0, 1) for r in rows])
+            out = torch.cat(
+                [self._attend(*(x.transpose(0, 1) for x in r)).transpose(0, 1) for r in rows]
+            )
         return out.flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu: Tensor, width: int) -> Tensor:

@@ -47,7 +47,7 @@ def set_up_device() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    CudaLiteralsOnCpu().__enter__()
+    CudaLiteralsOnCpu().__enter__()  # type: ignore[no-untyped-call]
     return torch.device("cpu")

@@ -82,8 +82,9 @@ def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         config.tensor,
         config.pipeline,

@@ -123,41 +123,41 @@ def transformer_config(
                 "TransformerConfig; correct or remove it"
             )
     params = torch.float32 if dtype is Dtype.float32 else torch.bfloat16
-    options: dict[str, Any] = dict(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn,
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+    options: dict[str, Any] = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn,
+        "layernorm_epsilon": shape.norm_eps,
+        "qk_layernorm": shape.qk_norm,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
         # Megatron's default is 0.1, which would put the trainer off the engine's policy.
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        sequence_parallel=parallel.sequence,
-        params_dtype=params,
-        pipeline_dtype=params,
-        bf16=dtype is Dtype.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
+        "params_dtype": params,
+        "pipeline_dtype": params,
+        "bf16": dtype is Dtype.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
         # The loss function returns sums over globally weighted tokens: see Policy.update.
-        calculate_per_token_loss=True,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable lengths demand it, dense models included
-        batch_p2p_sync=False,
-        persist_layer_norm=spec is Spec.te,
-        bias_activation_fusion=spec is Spec.te,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # needs apex or TE's main-grad kernels
-        apply_rope_fusion=False,
-    )
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # demanded by variable lengths
+        "batch_p2p_sync": False,
+        "persist_layer_norm": spec is Spec.te,
+        "bias_activation_fusion": spec is Spec.te,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
+        "apply_rope_fusion": False,
+    }
     return TransformerConfig(**{**options, **parallel.megatron})
 
 
@@ -196,4 +196,5 @@ def build_model(
         rope_scaling_factor=shape.rope_factor or 1.0,
         parallel_output=True,
     )
-    return model.to(device=groups.device, dtype=config.params_dtype)
+    model.to(device=groups.device, dtype=config.params_dtype)
+    return model

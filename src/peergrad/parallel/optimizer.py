@@ -14,9 +14,9 @@ from peergrad.parallel.model import PolicyModel
 def wrap_model(model: PolicyModel, parallel: ParallelConfig) -> DistributedDataParallel:
     """Megatron DDP with float32 gradients that are summed, never averaged.
 
-    The loss already carries its global denominators (``algo.aggregate``). Megatron would divide once
-    more by the number of tokens that the schedule counted: handing None to ``finalize_model_grads``
-    is the one place where that averaging is undone.
+    The loss already carries its global denominators (``algo.aggregate``). Megatron would divide
+    once more by the number of tokens that the schedule counted: handing None to
+    ``finalize_model_grads`` is the one place where that averaging is undone.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -1,9 +1,11 @@
 """The models of a run behind four verbs: pack, logprobs, update, weights."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import read_shape
+from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import build_optimizer, learning_rate, wrap_model
+from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
@@ -80,12 +84,14 @@ class Scorer:
         return found if self.groups.is_last_stage else [None] * len(batches)
 
     def canary_gap(self, group: Group) -> float:
-        """Largest ``|own logp - engine logp|`` in nats on a text the engine scored at temperature 1.
-        Collective; equal on every rank."""
-        canary = group.rollouts[0]
-        tokens = np.concatenate([group.prompt.tokens, canary.tokens])
+        """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
+        temperature 1 (one rollout per server). Collective; equal on every rank."""
         size = group.prompt.tokens.size
-        batches = self.pack([Sample(tokens, size, canary.logprobs, advantage=0.0, weight=0.0)])
+        samples = [
+            Sample(np.concatenate([group.prompt.tokens, r.tokens]), size, r.logprobs, 0.0, 0.0)
+            for r in group.rollouts
+        ]
+        batches = self.pack(samples)
         gaps = [
             float((logp - batch.logp_engine).abs().max())
             for logp, batch in zip(self.logprobs(batches, temperature=1.0), batches, strict=True)
@@ -96,6 +102,15 @@ class Scorer:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on every rank; collective, must be drained by every rank."""
         return export_hf(self.model, self.shape, self.groups)
+
+    def export(self, folder: Path, *, companions: Path) -> None:
+        """Write the weights as an HF checkpoint, with configuration and tokenizer copied from
+        ``companions``. Collective; rank 0 writes."""
+        if self.groups.rank == 0:
+            write_hf(self.weights(), folder, companions=companions)
+        else:
+            deque(self.weights(), maxlen=0)
+        self.groups.barrier()
 
     def _head(
         self, hidden: Tensor, batch: MicroBatch, temperature: float | None = None
@@ -202,4 +217,4 @@ class Policy(Scorer):
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)
+    return replace(batch, **moved)  # type: ignore[arg-type]

@@ -118,7 +118,8 @@ def linear_logprob(
     temperature: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log probability of ``targets`` and entropy under ``softmax(hidden @ weight.T / temperature)``.
+    """Log probability of ``targets`` and entropy under ``softmax(hidden @ weight.T /
+    temperature)``.
 
     Args:
         hidden: ``[S, H]``, the same on every rank of ``group``; its gradient here is this shard's
@@ -135,5 +136,7 @@ def linear_logprob(
     first = group.rank() * weight.shape[0]
     width = max(0, min(weight.shape[0], vocab_size - first))
     real = weight if width == weight.shape[0] else weight[:width]  # a slice's backward copies
-    logp, entropy = _LinearLogprob.apply(hidden, real, targets, group, first, temperature, chunk)
-    return logp, entropy
+    result: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
+        hidden, real, targets, group, first, temperature, chunk
+    )
+    return result

@@ -80,7 +80,9 @@ def export_hf(model: PolicyModel, shape: Shape, groups: Groups) -> Iterator[tupl
                 shards = _gather(mine[name].detach(), dim, groups.tensor)
             else:
                 parts = 1 if dim is None else groups.tensor.size()
-                shards = [torch.empty(size, dtype=dtype, device=groups.device) for _ in range(parts)]
+                shards = [
+                    torch.empty(size, dtype=dtype, device=groups.device) for _ in range(parts)
+                ]
             if groups.pipeline.size() > 1:
                 source = dist.get_global_rank(groups.pipeline, stage)
                 for shard in shards:

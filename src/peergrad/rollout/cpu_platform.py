@@ -18,7 +18,7 @@ def activate() -> str | None:
     return None if torch.cuda.is_available() else f"{__name__}.CpuPlatform"
 
 
-class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Plain CPU: every layer takes its PyTorch-native forward."""
 
     # "Out of tree" is what selects the native forwards; "CPU" would ask for compiled operators that

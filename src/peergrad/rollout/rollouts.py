@@ -1,7 +1,7 @@
 """Where groups come from, as the training loop sees it on every rank."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Share(Protocol):
     """Runs ``fn`` on rank 0 alone; every rank gets its result, or raises its error."""
 
-    def __call__(self, fn: Callable[[], T]) -> T: ...
+    def __call__(self, function: Callable[[], T], /) -> T: ...
 
 
 class Rollouts(Protocol):
@@ -37,6 +37,10 @@ class Rollouts(Protocol):
 
     def evaluate(self, version: int) -> EvaluationResult | None:
         """Answer the held-out prompts; None if there is no engine or nothing is held out."""
+        ...
+
+    def dump(self, groups: Sequence[Group], step: int) -> Path:
+        """Record groups of the step after ``step`` steps; the file they are in."""
         ...
 
     def state(self) -> bytes | None:
@@ -60,13 +64,15 @@ class LiveRollouts:
         *,
         collector: Collector | None,
         sync: WeightSync | None,
-        dump_to: Path | None,
+        run_dir: Path,
+        dump: bool,
     ) -> None:
-        """``dump_to``: the run folder under which to record every step's groups."""
+        """``dump``: record every step's groups under ``run_dir``."""
         self._share = share
         self._collector = collector
         self._sync = sync
-        self._dump_to = dump_to
+        self._run_dir = run_dir
+        self._dump = dump
 
     def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
         """Each rank drains ``named``, whose every item is a collective operation.
@@ -93,11 +99,16 @@ class LiveRollouts:
     def take(self, step: int) -> list[Group]:
         def take() -> list[Group]:
             groups = self._on_rank_zero().take(step)
-            if self._dump_to is not None:
-                write_groups(recorded(self._dump_to, step), groups)
+            if self._dump:
+                write_groups(recorded(self._run_dir, step), groups)
             return groups
 
         return self._share(take)
+
+    def dump(self, groups: Sequence[Group], step: int) -> Path:
+        path = recorded(self._run_dir, step)
+        self._share(lambda: write_groups(path, groups))
+        return path
 
     def evaluate(self, version: int) -> EvaluationResult | None:
         return self._share(lambda: self._on_rank_zero().evaluate(version))
@@ -136,6 +147,9 @@ class ReplayRollouts:
 
     def evaluate(self, version: int) -> None:
         return None
+
+    def dump(self, groups: Sequence[Group], step: int) -> Path:
+        return recorded(self._run_dir, step)
 
     def state(self) -> None:
         return None

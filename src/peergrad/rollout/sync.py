@@ -69,7 +69,7 @@ class WeightSync:
         self._timeout = timedelta(seconds=timeout)
         self._canary = canary_tokens(vocab_size)
         self._group: _Broadcast | None = None
-        self._abandoned: list[_Broadcast] = []  # freeing a group waits for its hung broadcast
+        self._abandoned: list[_Broadcast] = []  # to free one would wait for its broadcast
         self._servers: list[Json] | None = None
 
     def load(self, named: NamedTensors, version: int) -> Proof:
@@ -95,9 +95,7 @@ class WeightSync:
     def close(self) -> None:
         """Leave the group; the servers may be gone already."""
         if self._group is not None:
-            body = {"group_name": self._group.name}
-            with suppress(ServerError):
-                self._control.post("/destroy_weights_update_group", body, timeout=CLEAN_UP_SECONDS)
+            self._destroy(self._group)
             dist.destroy_process_group(self._group.handle)
             self._group = None
         self._control.close()
@@ -128,10 +126,21 @@ class WeightSync:
             finish(answers)  # first: a server that refused will never join the broadcast
             work.wait()
         except BaseException:
-            group.handle.abort()  # stops NCCL; Gloo ends by its timeout
-            self._abandoned.append(group)
-            self._group = None
+            self._abandon(group)
             raise
+
+    def _abandon(self, group: "_Broadcast") -> None:
+        """Give up a group in which a broadcast may hang; the next ``load`` makes a new one."""
+        self._group = None
+        self._abandoned.append(group)
+        group.handle.abort()  # ends NCCL's broadcast; Gloo's ends when a server closes its side
+        self._destroy(group)
+
+    def _destroy(self, group: "_Broadcast") -> None:
+        """Have the servers leave ``group``, those that still answer."""
+        body = {"group_name": group.name}
+        with suppress(ServerError):
+            self._control.post("/destroy_weights_update_group", body, timeout=CLEAN_UP_SECONDS)
 
     def _joined(self, device: torch.device) -> "_Broadcast":
         if self._group is None:

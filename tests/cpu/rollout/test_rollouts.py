@@ -1,5 +1,7 @@
 """What every rank sees: who drains the weights, where errors go, recording and replay."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -56,8 +58,8 @@ def new_group():
     return Group("0/p", Prompt("p", tokens, "x", "y"), (rollout, rollout))
 
 
-def live(share=on_this_rank, collector=None, sync=None, dump_to=None):
-    return LiveRollouts(share, collector=collector, sync=sync, dump_to=dump_to)
+def live(share=on_this_rank, collector=None, sync=None, run_dir=Path("unused"), dump=False):
+    return LiveRollouts(share, collector=collector, sync=sync, run_dir=run_dir, dump=dump)
 
 
 def test_weights_reach_the_engine_before_the_collector_hears_of_them():
@@ -82,11 +84,19 @@ def test_a_failing_server_leaves_no_rank_behind_in_a_collective():
 
 def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
     group = new_group()
-    assert live(collector=FakeCollector([group]), dump_to=tmp_path).take(11) == [group]
+    rollouts = live(collector=FakeCollector([group]), run_dir=tmp_path, dump=True)
+    assert rollouts.take(11) == [group]
     assert (tmp_path / "rollouts/step_000012.jsonl.zst").exists()
     (again,) = ReplayRollouts(tmp_path).take(11)
     assert again.id == group.id
     assert again.rollouts[0].logprobs.tobytes() == group.rollouts[0].logprobs.tobytes()
+
+
+def test_groups_are_recorded_on_demand_even_if_steps_are_not(tmp_path):
+    rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path)
+    groups = rollouts.take(0)
+    assert not (tmp_path / "rollouts").exists()
+    assert rollouts.dump(groups, 0).exists()
 
 
 def test_replay_gathers_no_weights_and_names_what_is_missing(tmp_path):

@@ -48,12 +48,16 @@ def _rope(config: PretrainedConfig) -> tuple[float, float | None]:
     if kind == "default":
         return theta, None
     if kind == "llama3":
-        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        fixed = {
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        }
         if all(rope.get(key) == value for key, value in fixed.items()):
             return theta, float(rope["factor"])
     raise ValueError(
-        f"model.path: rope_parameters = {dict(rope)}: only the default rope and Llama 3.1's scaling "
-        "(low 1, high 4, original length 8192) are supported; choose another model"
+        f"model.path: rope_parameters = {dict(rope)}: only the default rope and Llama 3.1's "
+        "scaling (low 1, high 4, original length 8192) are supported; choose another model"
     )
 
 
@@ -86,7 +90,8 @@ def read_shape(path: str) -> tuple[PretrainedConfig, Shape]:
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         max_length=config.max_position_embeddings,

@@ -103,7 +103,8 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give the shards HF's names, which need their number, and write the index if there are many."""
+    """Give the shards HF's names, which need their number, and write the index if there are
+    many."""
     if len(shards) == 1:
         (folder / "0.shard").replace(folder / "model.safetensors")
         return

@@ -84,7 +84,7 @@ def to_megatron(
         padding = shape.padded_vocab - whole.shape[0]
         whole = torch.cat([whole, whole.new_zeros(padding, whole.shape[1])])
     if layout is Layout.QKV:
-        grouped = [t.unflatten(0, (shape.kv_heads, -1)) for t in tensors]
+        grouped = [t.view(shape.kv_heads, -1, *t.shape[1:]) for t in tensors]
         whole = torch.cat(grouped, dim=1).flatten(0, 1)
     return whole if dim is None else whole.chunk(ranks, dim)[rank].contiguous()
 
@@ -100,6 +100,6 @@ def to_hf(shards: list[Tensor], layout: Layout, shape: Shape, *, dim: int | None
     if layout is Layout.QKV:
         d = shape.head_dim
         sizes = [shape.heads // shape.kv_heads * d, d, d]
-        parts = whole.unflatten(0, (shape.kv_heads, -1)).split(sizes, dim=1)
+        parts = torch.split(whole.view(shape.kv_heads, -1, *whole.shape[1:]), sizes, dim=1)
         return [part.flatten(0, 1).contiguous() for part in parts]
     return [whole]

@@ -1,0 +1,67 @@
+"""Statistics of a step by hand."""
+
+import numpy as np
+import pytest
+
+from peergrad.algo.report import gap_statistics, rollout_statistics
+from peergrad.data import Group, Prompt, Rollout
+
+Spans = tuple[tuple[int, int, int], ...]
+
+
+def new_rollout(length: int, reward: float, finish: str, versions: Spans) -> Rollout:
+    tokens = np.ones(length, np.int32)
+    return Rollout(tokens, np.zeros(length, np.float32), versions, finish, "", reward)
+
+
+def test_rollouts() -> None:
+    prompts = [Prompt("a", np.ones(3, np.int32), "", ""), Prompt("b", np.ones(5, np.int32), "", "")]
+    groups = [
+        Group(
+            "a",
+            prompts[0],
+            (
+                new_rollout(4, 1.0, "stop", ((6, 0, 1), (7, 1, 4))),  # oldest token: one behind
+                new_rollout(2, 0.0, "length", ((7, 0, 2),)),
+            ),
+        ),
+        Group(
+            "b",
+            prompts[1],
+            (
+                new_rollout(6, 1.0, "length", ((4, 0, 6),)),  # three behind
+                new_rollout(0, 1.0, "abort", ()),  # no token: of no age
+            ),
+        ),
+    ]
+    assert rollout_statistics(groups, version=7) == {
+        "reward/mean": 0.75,
+        "reward/std": pytest.approx(np.sqrt(3) / 4),  # sqrt((3 * .0625 + .5625) / 4)
+        "reward/flat_groups": 0.5,
+        "response/length": 3.0,
+        "response/length_max": 6.0,
+        "response/truncated": 0.5,
+        "tokens/response": 12.0,
+        "tokens/total": 28.0,  # each rollout is trained with its prompt: 12 + 2 * 3 + 2 * 5
+        "version/trainer": 7.0,
+        "version/staleness": 1.0,  # (1 + 0 + 3 + 0) / 4
+    }
+
+
+def test_gap() -> None:
+    gap = np.array([0.5, -1.5, 0.0, 0.0], np.float32)
+    found = gap_statistics(gap)
+    # Sorted 0 0 .5 1.5: the quantile .99 lies at index 2.97.
+    assert found == {
+        "logprob_gap/mean": 0.5,
+        "logprob_gap/p99": pytest.approx(0.5 + 0.97),
+        "logprob_gap/max": 1.5,
+    }
+
+
+def test_no_tokens_have_no_gap() -> None:
+    assert gap_statistics(np.zeros(0, np.float32)) == {}
+
+
+def test_a_gap_that_is_not_finite_is_not_hidden() -> None:
+    assert np.isnan(gap_statistics(np.array([0.0, np.nan], np.float32))["logprob_gap/max"])
