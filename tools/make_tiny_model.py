@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from peergrad.prompts.arithmetic import careless_answer, problems
 
@@ -46,6 +46,7 @@ def main() -> int:
     if args.out.exists() and not (args.out / "config.json").is_file():
         print(f"{args.out} is no checkpoint, --force does not replace it", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)  # so small that a second thread only waits for the first
     tokenizer = make_tokenizer()
     model, sampled, greedy = train(tokenizer, args.seed)
     low, high = PASS_RATE_RANGE
@@ -179,6 +180,9 @@ def write(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
+        model.generation_config = GenerationConfig(
+            do_sample=True, eos_token_id=EOS, pad_token_id=PAD
+        )
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         if out.exists():

@@ -1,0 +1,53 @@
+# make train · make test · make check · make bench
+#
+# Needs Python 3.11, git, make and gcc; everything else goes into .venv. Options:
+#   make train NAME=second               a new run beside the first
+#   make train RESUME=1                  continue an interrupted run
+#   make train ARGS="optim.lr=2e-4"      any override of conf/
+PYTHON ?= python3.11
+NAME ?= quickstart_cpu
+RANKS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := models/tiny
+RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true) $(ARGS)
+
+# One thread a process: the ranks and the server share the cores.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export TORCH_CPP_LOG_LEVEL := ERROR
+
+.PHONY: train test check bench clean
+
+train: $(READY) $(MODEL)
+	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
+	@$(BIN)/torchrun --nproc-per-node $(RANKS) -m peergrad.main $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) $(MODEL)
+	$(BIN)/python benchmarks/step.py
+
+# --no-deps: the lock is complete, and sglang's own pins would pull gigabytes of CUDA.
+$(READY): requirements-cpu.lock pyproject.toml
+	@echo "setting up $(VENV) (2.5 GB, a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(MODEL): | $(READY)
+	$(BIN)/python tools/make_tiny_model.py --out $@
+
+clean:
+	rm -rf $(VENV) models
