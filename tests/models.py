@@ -49,21 +49,21 @@ def make_hf_model(
     moves logprobs by whole nats, so no test passes by chance.
     """
     torch.manual_seed(seed)
-    sizes = dict(
-        num_hidden_layers=layers,
-        hidden_size=64,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        intermediate_size=96,
-        vocab_size=vocab,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "vocab_size": vocab,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": tied,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     model = (
         Qwen3ForCausalLM(Qwen3Config(**sizes))
         if family == "qwen3"

@@ -28,8 +28,8 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object a line, flushed at once; NaN and infinities become null (strict JSON).
 
-    Opening cuts off what a resumed run does again: the rows beyond step ``start``, or all of them if
-    it begins anew, since step 0 has an evaluation.
+    Opening cuts off what a resumed run does again: the rows beyond step ``start``, or all of them
+    if it begins anew, since step 0 has an evaluation.
     """
 
     def __init__(self, path: Path, start: int) -> None:
@@ -86,7 +86,10 @@ class WandB:
         self._run.log({"step": step, **{f"{kind}/{key}": value for key, value in row.items()}})
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # waits for wandb's own process, which writes longer than finish() waits
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

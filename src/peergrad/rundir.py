@@ -8,8 +8,6 @@ from pathlib import Path
 
 from peergrad.config import RunConfig
 
-log = logging.getLogger(__name__)
-
 
 class RunDir:
     """Paths of one run.
@@ -30,8 +28,8 @@ class RunDir:
 
     @property
     def started(self) -> bool:
-        """Whether there is anything here that a new run would overwrite or mix with; an attempt that
-        failed before its first result leaves nothing."""
+        """Whether there is anything here that a new run would overwrite or mix with; an attempt
+        that failed before its first result leaves nothing."""
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or self.checkpoints.exists()
 

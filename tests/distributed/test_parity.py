@@ -12,6 +12,7 @@ from tests.spawn import run_ranks
 
 LENGTHS = (3, 17, 1, 40, 9)
 VOCAB = 100  # no multiple of the padding
+Layout = tuple[int, int, bool]  # tensor, pipeline, sequence parallel
 
 
 def sequences() -> list[np.ndarray]:
@@ -27,7 +28,7 @@ def hf_logits(path: str) -> list[torch.Tensor]:
         return [model(torch.from_numpy(s).long()[None]).logits[0] for s in sequences()]
 
 
-def build(path: str, tensor: int, pipeline: int, **parallel: Any) -> Any:
+def build(path: str, tensor: int, pipeline: int, sequence: bool) -> Any:
     from peergrad.config import Config, Dtype, ModelConfig, ParallelConfig, RolloutConfig
     from peergrad.parallel.groups import init_groups
     from peergrad.parallel.policy import Scorer
@@ -37,8 +38,9 @@ def build(path: str, tensor: int, pipeline: int, **parallel: Any) -> Any:
         parallel=ParallelConfig(
             tensor=tensor,
             pipeline=pipeline,
+            sequence=sequence,
+            micro_batch_tokens=48,
             logprob_chunk=7,
-            **{"micro_batch_tokens": 48, **parallel},
         ),
         rollout=RolloutConfig(temperature=0.7),
     )
@@ -57,7 +59,7 @@ def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[s
     """Full logits of all sequences, packed into one row and one by one, logprobs and exports."""
     from peergrad.algo.packing import Sample, pack
 
-    scorer = build(path, tensor, pipeline, sequence=sequence)
+    scorer = build(path, tensor, pipeline, sequence)
     samples = [
         Sample(s, 1, np.zeros(s.size - 1, np.float32), advantage=0.0, weight=0.0)
         for s in sequences()
@@ -89,33 +91,54 @@ def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[s
     return out
 
 
+def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]:
+    """Every model on every layout, one after the other in the same processes."""
+    from peergrad.parallel.groups import leave_layout
+
+    found = []
+    for layout in layouts:
+        for path in paths:
+            found.append(rank_logits(path, *layout))
+            leave_layout()
+    return found
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "sequence"),
-    [(1, 1, False), (2, 1, False), (1, 2, False), (2, 1, True), (2, 2, False)],
+    ("ranks", "layouts"),
+    [
+        (1, [(1, 1, False)]),
+        (2, [(2, 1, False), (1, 2, False), (2, 1, True)]),
+        (4, [(2, 2, False)]),
+    ],
 )
-def test_equals_transformers(
-    tmp_path: Path, family: str, tensor: int, pipeline: int, sequence: bool
-) -> None:
-    if tensor * pipeline * sequence and family == "llama":
-        pytest.skip("sequence parallelism does not depend on the family")
-    tied = pipeline == 2  # two stages hold a copy each: the harder case
-    path = make_hf_model(tmp_path, family=family, vocab=VOCAB, tied=tied)
-    wanted = hf_logits(str(path))
-    ranks = run_ranks(tensor * pipeline, rank_logits, str(path), tensor, pipeline, sequence)
-    for rank in ranks:
-        for found in rank["logits"].values():
-            for ours, theirs in zip(found, wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-        if "logp" in rank:
-            check_logprobs(rank, wanted)
-        check_round_trip(rank["weights"], path, tied)
+def test_equals_transformers(tmp_path: Path, ranks: int, layouts: list[Layout]) -> None:
+    # Tied embeddings are the harder case of a pipeline: two stages hold a copy each.
+    models = [("qwen3", False), ("qwen3", True), ("llama", False)]
+    paths = [
+        make_hf_model(tmp_path / str(i), family=family, vocab=VOCAB, tied=tied)
+        for i, (family, tied) in enumerate(models)
+    ]
+    wanted = [hf_logits(str(path)) for path in paths]
+    for rank in run_ranks(ranks, all_layouts, [str(path) for path in paths], layouts):
+        for i, found in enumerate(rank):
+            check(
+                found, wanted[i % len(models)], paths[i % len(models)], models[i % len(models)][1]
+            )
+
+
+def check(found: dict[str, Any], wanted: list[torch.Tensor], path: Path, tied: bool) -> None:
+    for sequences_logits in found["logits"].values():
+        for ours, theirs in zip(sequences_logits, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    if "logp" in found:
+        check_logprobs(found, wanted)
+    check_round_trip(found["weights"], path, tied)
 
 
 def check_logprobs(rank: dict[str, Any], wanted: list[torch.Tensor]) -> None:
-    """``logprobs`` at temperature 0.7 against log_softmax of transformers' logits; the micro-batches
-    may come in any order, so tokens and logprobs are compared as sorted pairs."""
+    """``logprobs`` at temperature 0.7 against log_softmax of transformers' logits; the
+    micro-batches may come in any order, so tokens and logprobs are compared as sorted pairs."""
     pairs = []
     for logits, tokens in zip(wanted, sequences(), strict=True):
         target = torch.from_numpy(tokens[1:]).long()

@@ -8,6 +8,7 @@ replaced, so CPU runs execute the very DDP, optimizer, schedules and checkpoints
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class CudaLiteralsOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@cache  # a second mode on top of the first would translate twice
 def set_up_device() -> torch.device:
     """Choose this process's device, once, before any model exists.
 

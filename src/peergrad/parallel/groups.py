@@ -79,7 +79,9 @@ def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
     device = set_up_device()
     timeout = timedelta(minutes=config.timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if dist.is_initialized():
+        pass  # a job may change its layout: see leave_layout
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -106,8 +108,13 @@ def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
     )
 
 
+def leave_layout() -> None:
+    """Forget the TP x PP x DP grid but stay in the job; ``init_groups`` may lay it out anew."""
+    parallel_state.destroy_model_parallel()
+
+
 def close_groups() -> None:
     """Leave the job; safe to call twice."""
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         dist.destroy_process_group()

@@ -152,6 +152,7 @@ def _sharded(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
     if optimizer is not None:
+        _fill_adam(_sharded_adam(optimizer))
         state["optimizer"] = optimizer.sharded_state_dict(
             state, is_loading=loading, metadata=_metadata()
         )
@@ -167,8 +168,6 @@ def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer |
 
 def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
     inner = _sharded_adam(optimizer)
-    if inner is not None:
-        inner._init_optimizer_states_with_dummy_values()  # a fresh torch AdamW cannot be described
     state = dist_checkpointing.load(_sharded(model, optimizer, loading=True), str(path))
     model.load_state_dict(state["model"])
     if inner is not None:
@@ -184,6 +183,20 @@ def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
     if len(chained) == 1 and type(chained[0]).__name__ == "DistributedOptimizer":
         return chained[0] if isinstance(chained[0].optimizer, torch.optim.AdamW) else None
     return None
+
+
+def _fill_adam(optimizer: Any) -> None:
+    """Give a torch AdamW that has not stepped yet its initial state: Megatron cannot describe an
+    empty one, neither to load into it nor to save it."""
+    inner = None if optimizer is None else optimizer.optimizer
+    for group in inner.param_groups if inner is not None else []:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Packing: every scored token once, predicted from the position before it, whatever the division."""
+"""Packing: every scored token once, predicted from the position before it, whatever the
+division."""
 
 import itertools
 from enum import Enum

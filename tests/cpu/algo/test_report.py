@@ -48,6 +48,18 @@ def test_rollouts() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("rewards", "flat"), [([[1, 1], [0, 0], [0, 1]], 2 / 3), ([[0, 1]], 0.0), ([[0.1] * 3], 1.0)]
+)
+def test_flat_groups(rewards: list[list[float]], flat: float) -> None:
+    prompt = Prompt("a", np.ones(1, np.int32), "", "")
+    groups = [
+        Group("a", prompt, tuple(new_rollout(1, r, "stop", ((0, 0, 1),)) for r in group))
+        for group in rewards
+    ]
+    assert rollout_statistics(groups, version=0)["reward/flat_groups"] == flat
+
+
 def test_gap() -> None:
     gap = np.array([0.5, -1.5, 0.0, 0.0], np.float32)
     found = gap_statistics(gap)

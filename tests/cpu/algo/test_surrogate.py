@@ -82,4 +82,4 @@ def test_gradient_is_that_of_the_formula() -> None:
         torch.testing.assert_close(result.loss, loss(logp), rtol=1e-12, atol=0)
         difference = (loss(logp + 1e-6) - loss(logp - 1e-6)) / 2e-6
     torch.testing.assert_close(logp.grad, difference, rtol=1e-6, atol=1e-8)
-    assert 20 < result.low.sum() and 20 < result.high.sum()  # both clips were at work
+    assert min(result.low.sum(), result.high.sum()) > 20  # both clips were at work

@@ -1,0 +1,57 @@
+"""Model FLOPs of a training step, and their share of what the device could do.
+
+Only what the mathematics of the model asks for is counted: logits that the head computes a second
+time in its backward pass, padding and recomputed activations are not, and lower the result as they
+should. ``N`` weights in a layer's matrices, ``T`` tokens in sequences of lengths ``L``, ``S``
+scored tokens, ``H`` hidden size, ``V`` vocabulary, ``A`` = heads * head_dim:
+
+    N         = H * A (query) + 2 * H * kv_heads * head_dim + A * H (output) + 3 * H * ffn
+    attention = 4 * A * sum of L (L + 1) / 2      (Q K^T and P V, lower triangle only)
+    forward   = layers * (2 * N * T + attention) + 2 * H * V * S
+    update    = 3 * forward                       (the backward pass is two more)
+    reference = forward
+    MFU       = FLOPs / seconds / peak FLOP/s
+
+The embedding is a look-up and counts nothing; the head is applied to scored rows alone.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peergrad.parallel.hf.config import Shape
+
+PEAK_TFLOPS = {
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+}
+"""Dense bfloat16 TFLOP/s from the makers' data sheets, by a part of the device's name; the first
+that fits counts."""
+
+
+def peak_tflops(device: str) -> float | None:
+    """None for a device that is not in the table."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
+
+
+def layer_weights(shape: "Shape") -> int:
+    """Weights in the matrices of one layer, ``N`` above."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
+
+
+def forward_flops(shape: "Shape", lengths: Sequence[int], scored: int) -> int:
+    """FLOPs of one forward pass over sequences of ``lengths`` tokens, ``scored`` of which are
+    projected to the vocabulary."""
+    attention = 4 * shape.heads * shape.head_dim * sum(n * (n + 1) // 2 for n in lengths)
+    layers = shape.layers * (2 * layer_weights(shape) * sum(lengths) + attention)
+    return layers + 2 * shape.hidden * shape.vocab * scored
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Share of ``peak`` TFLOP/s in [0, 1]."""
+    return flops / seconds / (peak * 1e12)

@@ -1,0 +1,210 @@
+"""Seconds per phase and tokens per second of the quickstart's training step on this machine.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --steps 20 --layouts tp2,dp2,tp1 --out result.json optim.lr=1e-4
+
+Runs the real program (trainer under torchrun, SGLang server, reward process) once per layout in a
+temporary folder, without evaluation and without checkpoints before the end. The first steps are
+left out: they compile, fill caches and start the server's batches. Everything after the options is
+a Hydra override of ``experiment=quickstart_cpu``. Needs ``models/tiny`` (see
+``tools/make_tiny_model.py``). A layout is a product of ``tp`` (tensor), ``pp`` (pipeline) and
+``dp`` (data): ``tp2``, ``dp2``, ``tp1``, ``tp2pp2``.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT, describe, load_average, result_path, title
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from summary import Spread, as_json, phase_seconds, summarise, write_result
+
+from peergrad.compose import compose_config
+from peergrad.metrics import read_metrics
+
+INTERRUPTED = 130
+SIZES = {"tp": "tensor", "pp": "pipeline", "dp": "data"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the trainer's processes share the work.
+
+    Example:
+        ``Layout.parse("tp2pp2")`` is ``Layout("tp2pp2", tensor=2, pipeline=2, data=1)``
+    """
+
+    name: str
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @staticmethod
+    def parse(name: str) -> "Layout":
+        if not re.fullmatch(r"((tp|pp|dp)[1-9]\d*)+", name):
+            raise ValueError(f"--layouts: {name!r} is no layout; write tp2, dp2, tp1 or tp2pp2")
+        return Layout(name, **{SIZES[k]: int(n) for k, n in re.findall(r"([a-z]+)(\d+)", name)})
+
+    @property
+    def processes(self) -> int:
+        return prod((self.tensor, self.pipeline, self.data))
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"parallel.{size}={getattr(self, size)}" for size in SIZES.values()]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout's run."""
+
+    layout: Layout
+    load: float  # load average before it
+    rows: list[dict[str, float]]  # per measured step: seconds per phase, tokens, tokens per second
+    spreads: dict[str, Spread]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per layout")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them, left out")
+    parser.add_argument("--layouts", default="tp2", help="comma-separated: tp2,dp2,tp1")
+    parser.add_argument("--out", type=Path, default=result_path(), help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides of the quickstart")
+    options = parser.parse_intermixed_args()
+    try:
+        check_sizes(options.steps, options.warmup)
+        layouts = [Layout.parse(name) for name in options.layouts.split(",")]
+        check_model(options.overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    described = describe()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        runs = [measure(x, options.steps, options.warmup, options.overrides) for x in layouts]
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    show(runs, title(described), options.warmup)
+    settings = {"warmup": options.warmup, "overrides": options.overrides}
+    write_result(
+        options.out,
+        {"benchmark": "step", **described, **settings, "layouts": [to_json(r) for r in runs]},
+    )
+    return 0
+
+
+def check_sizes(steps: int, warmup: int) -> None:
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: must be at least 1")
+    if warmup < 0:
+        raise ValueError(f"--warmup {warmup}: must not be negative")
+
+
+def check_model(overrides: Sequence[str]) -> None:
+    """Raise ValueError for a configuration that cannot be composed or a model that is not there."""
+    config, _ = compose_config(["experiment=quickstart_cpu", *overrides])
+    path = config.model.path
+    if not (ROOT / path / "config.json").is_file():
+        raise ValueError(
+            f"model.path = {path!r}: there is no model; make it, which takes a minute, with "
+            f"`python tools/make_tiny_model.py --out {path}`"
+        )
+
+
+def measure(layout: Layout, steps: int, warmup: int, overrides: Sequence[str]) -> Measured:
+    """Run the program in a temporary folder, which stays if the run fails."""
+    root = Path(tempfile.mkdtemp(prefix="peergrad-step-"))
+    load = load_average()
+    print(f"{layout.name}: {warmup} + {steps} steps, load average before {load}", flush=True)
+    try:
+        status = run(command(layout, warmup + steps, root, overrides))
+    except KeyboardInterrupt:
+        shutil.rmtree(root)
+        raise
+    if status != 0:
+        raise RuntimeError(f"{layout.name}: the run ended with status {status}; see {root}")
+    rows = [r for r in read_metrics(root / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    measured = [quantities(row) for row in rows[warmup:]]
+    shutil.rmtree(root)
+    return Measured(layout, load, measured, summarise(measured))
+
+
+def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) -> list[str]:
+    own = [
+        f"run.root={root}",
+        "run.name=run",
+        f"run.steps={steps}",
+        "evaluation.every=0",
+        "checkpoint.every=0",
+    ]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes)]
+    program = ["-m", "peergrad.main", "experiment=quickstart_cpu"]
+    return [sys.executable, "-m", *torchrun, *program, *overrides, *layout.overrides, *own]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status. An interrupted benchmark asks the run to end and waits for its clean-up.
+
+    The session of its own keeps a Ctrl-C from reaching torchrun a second time, which would end it
+    before its workers.
+    """
+    with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def quantities(row: dict[str, Any]) -> dict[str, float]:
+    return {
+        **phase_seconds(row),
+        "tokens": row["tokens/total"],
+        "tokens_per_second": row["tokens/per_second"],
+    }
+
+
+def to_json(run: Measured) -> dict[str, Any]:
+    return {
+        "layout": run.layout.name,
+        "processes": run.layout.processes,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),  # null: torchrun decides
+        "load_average_before": run.load,
+        "summary": as_json(run.spreads),
+        "steps": run.rows,
+    }
+
+
+def show(runs: Sequence[Measured], machine: str, warmup: int) -> None:
+    """One table: seconds as median (10th-90th percentile)."""
+    print(f"\nquickstart step on {machine}")
+    print(f"seconds: median (p10-p90) of {len(runs[0].rows)} steps, the first {warmup} left out")
+    table = Table("phase", box=SIMPLE)
+    for run in runs:
+        table.add_column(run.layout.name, justify="right")
+    for key in runs[0].spreads:
+        form = ".0f" if key.startswith("tokens") else ".3f"
+        cells = [run.spreads[key].text(form) for run in runs]
+        table.add_row(key.replace("_per_", " per "), *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A model of random weights and groups of random tokens, of given sizes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen3Config
+
+from peergrad.data import Group, Prompt, Rollout
+
+QWEN3_0P6B = {
+    "num_hidden_layers": 28,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step trains on, and in what portions."""
+
+    groups: int = 64
+    group_size: int = 8
+    prompt: int = 256  # tokens of every prompt
+    answer: int = 1024  # tokens of the longest answer; lengths are uniform from an eighth of it
+    micro_batch_tokens: int = 8192
+    logprob_chunk: int = 2048
+
+
+TINY_WORK = Work(4, 4, prompt=16, answer=32, micro_batch_tokens=256, logprob_chunk=64)
+
+
+def write_model(folder: Path, sizes: dict[str, int]) -> None:
+    """An HF checkpoint of Qwen3's architecture: tied embeddings, bfloat16 matrices from N(0, 0.02),
+    norms of 1."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = Qwen3Config(**sizes, rope_parameters=rope, tie_word_embeddings=True)
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: _tensor(size, generator) for name, size in _sizes(sizes).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _tensor(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    empty = torch.empty(size, dtype=torch.bfloat16)
+    return empty.fill_(1) if len(size) == 1 else empty.normal_(0, 0.02, generator=generator)
+
+
+def _sizes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor under its HF name."""
+    hidden, head, ffn = sizes["hidden_size"], sizes["head_dim"], sizes["intermediate_size"]
+    query, key = (sizes[f"num_{x}_heads"] * head for x in ("attention", "key_value"))
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "self_attn.o_proj": (hidden, query),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    layers = range(sizes["num_hidden_layers"])
+    return {
+        "model.embed_tokens.weight": (sizes["vocab_size"], hidden),
+        **{f"model.layers.{i}.{name}.weight": size for i in layers for name, size in layer.items()},
+        "model.norm.weight": (hidden,),
+    }
+
+
+def make_groups(work: Work, vocab: int) -> list[Group]:
+    """Random token ids, answer lengths and rewards of 0 or 1; the same for the same sizes."""
+    rng = np.random.default_rng(0)
+
+    def rollout() -> Rollout:
+        length = int(rng.integers(max(1, work.answer // 8), work.answer + 1))
+        return Rollout(
+            tokens=rng.integers(0, vocab, length).astype(np.int32),
+            logprobs=np.full(length, -np.log(vocab), np.float32),
+            versions=((0, 0, length),),
+            finish="stop",
+            text="",
+            reward=float(rng.integers(0, 2)),
+        )
+
+    def group(index: int) -> Group:
+        tokens = rng.integers(0, vocab, work.prompt).astype(np.int32)
+        rollouts = tuple(rollout() for _ in range(work.group_size))
+        return Group(str(index), Prompt(str(index), tokens, text="", answer=""), rollouts)
+
+    return [group(index) for index in range(work.groups)]

@@ -1,0 +1,73 @@
+"""The arithmetic behind the benchmarks' figures, by hand."""
+
+import pytest
+
+from benchmarks.flops import forward_flops, layer_weights, mfu, peak_tflops
+from benchmarks.summary import Spread, phase_seconds, spread, summarise
+from peergrad.parallel.hf.config import Shape
+
+SHAPE = Shape(
+    family="qwen3",
+    layers=2,
+    hidden=4,
+    heads=3,
+    kv_heads=1,
+    head_dim=2,
+    ffn=8,
+    vocab=10,
+    max_length=64,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_factor=None,
+    qk_norm=True,
+    tied=True,
+)
+
+
+def test_spread_is_median_and_linear_percentiles() -> None:
+    # Five sorted values lie at 0, .25, .5, .75, 1: the 10th percentile is .4 of the way from the
+    # first to the second, the 90th .6 of the way from the fourth to the fifth.
+    found = spread([10.0, 2.0, 1.0, 4.0, 3.0])
+    assert found == Spread(median=3.0, p10=pytest.approx(1.4), p90=pytest.approx(7.6), count=5)
+    assert found.text(".1f") == "3.0 (1.4-7.6)"
+
+
+def test_one_outlier_leaves_the_median_alone() -> None:
+    assert spread([1.0, 1.0, 1.0, 1.0, 500.0]).median == 1.0
+
+
+def test_nothing_measured_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no measured step is left"):
+        spread([])
+
+
+def test_phases_and_rest_add_up_to_the_step() -> None:
+    row = {"time/rollout": 2.0, "reward/mean": 0.4, "time/update": 0.5, "time/step": 2.75}
+    found = phase_seconds(row)
+    assert found == {"rollout": 2.0, "update": 0.5, "rest": 0.25, "step": 2.75}
+    assert list(found)[-2:] == ["rest", "step"]
+
+
+def test_summarise_goes_by_quantity() -> None:
+    found = summarise([{"update": 1.0, "step": 4.0}, {"update": 3.0, "step": 8.0}])
+    assert {key: value.median for key, value in found.items()} == {"update": 2.0, "step": 6.0}
+
+
+def test_forward_flops_by_hand() -> None:
+    # Query and output 4 x 6 each, key and value 4 x 2 each, MLP three of 4 x 8.
+    assert layer_weights(SHAPE) == 24 + 24 + 8 + 8 + 96 == 160
+    # Sequences of 3 and 2 tokens: 6 + 3 pairs of query and key, 4 FLOPs in each of 6 channels.
+    matrices, attention, head = 2 * 160 * 5, 4 * 6 * 9, 2 * 4 * 10 * 4
+    assert (matrices, attention, head) == (1600, 216, 320)
+    assert forward_flops(SHAPE, [3, 2], scored=4) == 2 * (1600 + 216) + 320 == 3952
+
+
+def test_mfu_is_achieved_over_peak() -> None:
+    # Reference and update are four forward passes: 15808 FLOPs in 2 s, of 1e-8 TFLOP/s = 1e4.
+    assert mfu(4 * 3952, seconds=2.0, peak=1e-8) == pytest.approx(0.7904)
+
+
+def test_peak_goes_by_the_most_special_name() -> None:
+    assert peak_tflops("NVIDIA H200") == peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("NVIDIA H100 PCIe") == 756.0
+    assert peak_tflops("Some Other Device") is None

@@ -1,0 +1,178 @@
+"""Checks across sections, against a model's shape and the number of processes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peergrad.checks import check
+from peergrad.config import Config
+
+SHAPE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """64 rollouts in groups of 8 on a model of ``SHAPE``: fits one process."""
+    model = write_model(tmp_path / "model")
+    config = Config()
+    config.model.path = str(model)
+    config.data.source, config.data.max_prompt_tokens = "arithmetic", 112
+    config.rollout.batch_size, config.rollout.max_new_tokens = 64, 400
+    return config
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    shape = {key: value for key, value in {**SHAPE, **changes}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+def refusal(config: Config, world: int = 1) -> str:
+    with pytest.raises(ValueError) as caught:
+        check(config, world=world)
+    message = str(caught.value)
+    assert re.fullmatch(r"[\w.]+ = .+: .+; .+", message), message  # one line
+    return message
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "world"),
+    [(1, 1, None, 1), (1, 1, None, 8), (2, 1, None, 4), (4, 3, None, 12), (2, 2, 2, 8)],
+)
+def test_layouts_that_work(
+    config: Config, tensor: int, pipeline: int, data: int | None, world: int
+) -> None:
+    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
+    config.parallel.data = data
+    check(config, world=world)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "changes", "what"),
+    [
+        (3, {}, "8 attention heads"),
+        (8, {}, "4 key-value heads"),
+        (4, {"intermediate_size": 98}, "98 MLP columns"),
+        (32, {"num_attention_heads": 32, "num_key_value_heads": 32}, "16 padded vocabulary rows"),
+    ],
+)
+def test_the_tensor_size_divides_the_model(
+    config: Config, tensor: int, changes: dict[str, int], what: str
+) -> None:
+    write_model(Path(config.model.path), **changes)
+    config.parallel.tensor = tensor
+    message = refusal(config, world=tensor)
+    assert message.startswith(f"parallel.tensor = {tensor}: must divide the model's {what}; ")
+
+
+def test_without_key_value_heads_all_heads_have_their_own(config: Config) -> None:
+    write_model(Path(config.model.path), num_key_value_heads=None)
+    config.parallel.tensor = 8
+    check(config, world=8)
+
+
+def test_the_pipeline_size_divides_the_layers(config: Config) -> None:
+    config.parallel.pipeline = 4
+    message = refusal(config, world=4)
+    assert message.startswith("parallel.pipeline = 4: must divide the model's 6 layers; ")
+
+
+@pytest.mark.parametrize(
+    ("data", "world", "remedy"),
+    [
+        (None, 6, "start a multiple of 4 processes"),
+        (None, 2, "start a multiple of 4 processes"),
+        (2, 4, "start 8 processes"),
+        (2, 16, "start 8 processes"),
+    ],
+)
+def test_the_layout_fits_the_processes(
+    config: Config, data: int | None, world: int, remedy: str
+) -> None:
+    config.parallel.tensor = config.parallel.pipeline = 2
+    config.parallel.data = data
+    message = refusal(config, world)
+    assert message.startswith("parallel = 'tensor 2 x pipeline 2 x data ")
+    assert f"must fit the {world} processes of this job; {remedy} " in message
+
+
+def test_minibatches_divide_the_groups(config: Config) -> None:
+    config.algo.minibatches = 3
+    message = refusal(config)
+    assert message.startswith("algo.minibatches = 3: must divide the 8 groups of a step ")
+    config.algo.minibatches = 8
+    check(config, world=8)
+
+
+def test_minibatches_divide_over_the_ranks(config: Config) -> None:
+    config.algo.minibatches = 4  # of 16 rollouts, not for 3 ranks
+    message = refusal(config, world=3)
+    assert message.startswith("rollout.batch_size = 64: each of the 4 mini-batches must divide ")
+    config.rollout.batch_size = int(message.rpartition(" ")[2])  # use a multiple of ...
+    check(config, world=3)
+
+
+def test_prompt_and_answer_fit_the_context(config: Config) -> None:
+    config.rollout.max_new_tokens = 401  # with 112 of the prompt one more than 512
+    message = refusal(config)
+    assert message.startswith(
+        "rollout.max_new_tokens = 401: with data.max_prompt_tokens (112) exceeds the model's "
+        "context of 512 tokens; "
+    )
+
+
+@pytest.mark.parametrize("key", ["path", "reference"])
+def test_model_folders_must_exist(config: Config, key: str, tmp_path: Path) -> None:
+    setattr(config.model, key, str(tmp_path / "nowhere"))
+    message = refusal(config)
+    assert message.startswith(f"model.{key} = '{tmp_path}/nowhere': must be a folder with an HF ")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [("{", "config.json is not JSON"), ("{}", "config.json has no num_attention")]
+)
+def test_model_configurations_that_make_no_sense(config: Config, text: str, rule: str) -> None:
+    (Path(config.model.path) / "config.json").write_text(text)
+    assert refusal(config).startswith(f"model.path = {config.model.path!r}: {rule}")
+
+
+@pytest.mark.parametrize("key", ["source", "held_out"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "prompts.csv", "folder.jsonl"])
+def test_data_files_must_exist(config: Config, tmp_path: Path, key: str, name: str) -> None:
+    (tmp_path / "prompts.csv").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    setattr(config.data, key, str(tmp_path / name))
+    assert refusal(config).startswith(f"data.{key} = '{tmp_path}/{name}': must be 'arithmetic' or ")
+
+
+def test_data_files_that_exist(config: Config, tmp_path: Path) -> None:
+    for key, name in (("source", "train.jsonl"), ("held_out", "test.parquet")):
+        (tmp_path / name).touch()
+        setattr(config.data, key, str(tmp_path / name))
+    check(config, world=1)
+    config.data.held_out = None
+    check(config, world=1)
+
+
+def test_replay_needs_recorded_rollouts(config: Config, tmp_path: Path) -> None:
+    config.rollout.replay = str(tmp_path)
+    assert refusal(config).startswith(f"rollout.replay = '{tmp_path}': must be a run folder ")
+    (tmp_path / "rollouts").mkdir()
+    check(config, world=1)
+
+
+def test_weights_must_be_a_checkpoint(config: Config, tmp_path: Path) -> None:
+    config.model.weights = str(tmp_path)
+    assert refusal(config).startswith(f"model.weights = '{tmp_path}': must be a checkpoint folder ")
+    (tmp_path / "meta.json").touch()
+    check(config, world=1)

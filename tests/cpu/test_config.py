@@ -1,0 +1,204 @@
+"""Ranges, messages and documentation of the configuration."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peergrad import config
+from peergrad.config import (
+    AlgoConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    OptimConfig,
+    ParallelConfig,
+    RewardConfig,
+    RewardKind,
+    RolloutConfig,
+    RunConfig,
+    ServerMode,
+    ServersConfig,
+)
+
+NAN, INF = float("nan"), float("inf")
+FUNCTION = RewardKind.function
+
+REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (RunConfig, {"steps": 0}, "run.steps"),
+    (RunConfig, {"name": ""}, "run.name"),
+    (RunConfig, {"name": ".."}, "run.name"),
+    (RunConfig, {"name": "a/b"}, "run.name"),
+    (AlgoConfig, {"clip_low": 0.0}, "algo.clip_low"),
+    (AlgoConfig, {"clip_low": 1.0}, "algo.clip_low"),
+    (AlgoConfig, {"clip_low": NAN}, "algo.clip_low"),
+    (AlgoConfig, {"clip_high": 0.0}, "algo.clip_high"),
+    (AlgoConfig, {"kl_coef": -0.1}, "algo.kl_coef"),
+    (AlgoConfig, {"kl_coef": NAN}, "algo.kl_coef"),
+    (AlgoConfig, {"std_eps": -1e-6}, "algo.std_eps"),
+    (AlgoConfig, {"minibatches": 0}, "algo.minibatches"),
+    (ParallelConfig, {"tensor": 0}, "parallel.tensor"),
+    (ParallelConfig, {"pipeline": 0}, "parallel.pipeline"),
+    (ParallelConfig, {"data": 0}, "parallel.data"),
+    (ParallelConfig, {"micro_batch_tokens": 0}, "parallel.micro_batch_tokens"),
+    (ParallelConfig, {"logprob_chunk": 0}, "parallel.logprob_chunk"),
+    (ParallelConfig, {"sequence": True}, "parallel.sequence"),
+    (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
+    (ServersConfig, {"count": 0}, "rollout.servers.count"),
+    (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
+    (ServersConfig, {"start_timeout": -1.0}, "rollout.servers.start_timeout"),
+    (ServersConfig, {"mode": ServerMode.external}, "rollout.servers.urls"),
+    (ServersConfig, {"urls": ["http://host:30000"]}, "rollout.servers.urls"),
+    (RolloutConfig, {"group_size": 1}, "rollout.group_size"),
+    (RolloutConfig, {"batch_size": 0}, "rollout.batch_size"),
+    (RolloutConfig, {"batch_size": 12, "group_size": 8}, "rollout.batch_size"),
+    (RolloutConfig, {"temperature": 0.0}, "rollout.temperature"),
+    (RolloutConfig, {"temperature": INF}, "rollout.temperature"),
+    (RolloutConfig, {"top_p": 0.95}, "rollout.top_p"),
+    (RolloutConfig, {"top_k": 50}, "rollout.top_k"),
+    (RolloutConfig, {"max_staleness": -1}, "rollout.max_staleness"),
+    (RolloutConfig, {"max_new_tokens": 0}, "rollout.max_new_tokens"),
+    (RolloutConfig, {"max_concurrency": 0}, "rollout.max_concurrency"),
+    (RolloutConfig, {"bucket_mb": 0}, "rollout.bucket_mb"),
+    (RolloutConfig, {"retries": -1}, "rollout.retries"),
+    (RolloutConfig, {"request_timeout": 0.0}, "rollout.request_timeout"),
+    (RolloutConfig, {"max_canary_gap": 0.0}, "rollout.max_canary_gap"),
+    (DataConfig, {"max_prompt_tokens": 0}, "data.max_prompt_tokens"),
+    (DataConfig, {"system": "Be brief."}, "data.system"),
+    (RewardConfig, {"workers": 0}, "reward.workers"),
+    (RewardConfig, {"timeout": 0.0}, "reward.timeout"),
+    (RewardConfig, {"kind": FUNCTION}, "reward.function"),
+    (RewardConfig, {"function": "my.module:f"}, "reward.function"),
+    (OptimConfig, {"lr": 0.0}, "optim.lr"),
+    (OptimConfig, {"lr": INF}, "optim.lr"),
+    (OptimConfig, {"beta1": 1.0}, "optim.beta1"),
+    (OptimConfig, {"beta2": -0.1}, "optim.beta2"),
+    (OptimConfig, {"eps": -1.0}, "optim.eps"),
+    (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay"),
+    (OptimConfig, {"clip_grad": -1.0}, "optim.clip_grad"),
+    (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps"),
+    (OptimConfig, {"min_lr": -1.0}, "optim.min_lr"),
+    (OptimConfig, {"lr": 1e-6, "min_lr": 1e-5}, "optim.min_lr"),
+    (EvaluationConfig, {"every": -1}, "evaluation.every"),
+    (EvaluationConfig, {"prompts": 0}, "evaluation.prompts"),
+    (EvaluationConfig, {"temperature": -0.1}, "evaluation.temperature"),
+    (EvaluationConfig, {"samples": 0}, "evaluation.samples"),
+    (EvaluationConfig, {"samples": 4}, "evaluation.samples"),  # greedy
+    (CheckpointConfig, {"every": -1}, "checkpoint.every"),
+    (CheckpointConfig, {"keep": -1}, "checkpoint.keep"),
+    (LoggerConfig, {"wandb": "on"}, "logger.wandb"),
+]
+
+ALLOWED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (AlgoConfig, {"clip_low": 0.999, "clip_high": 9.0, "kl_coef": 0.0, "std_eps": 0.0}),
+    (ParallelConfig, {"tensor": 2, "sequence": True, "data": 1}),
+    (ServersConfig, {"mode": ServerMode.external, "urls": ["http://host:30000"]}),
+    (RolloutConfig, {"batch_size": 6, "group_size": 2, "retries": 0, "max_staleness": 1}),
+    (DataConfig, {"chat": True, "system": "Be brief."}),
+    (RewardConfig, {"kind": FUNCTION, "function": "my.module:f"}),
+    (OptimConfig, {"lr": 1e-6, "min_lr": 1e-6, "beta1": 0.0, "clip_grad": 0.0}),
+    (EvaluationConfig, {"every": 0, "samples": 4, "temperature": 0.7}),
+    (CheckpointConfig, {"every": 0, "keep": 0}),
+    (LoggerConfig, {"wandb": "offline"}),
+    (Config, {}),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "key"), REFUSED)
+def test_refused_with_key_value_rule_and_remedy(
+    section: Callable[..., Any], values: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        section(**values)
+    message = str(caught.value)
+    name = key.rpartition(".")[2]
+    value = values.get(name, getattr(section, name, None) if name != "urls" else [])
+    form = rf"{re.escape(key)} = {re.escape(repr(value))}: \S.*; \S.*"
+    assert re.fullmatch(form, message), message  # "." matches no line break
+    found: object = Config()
+    for part in key.split("."):
+        found = getattr(found, part)  # the key named is one that exists
+
+
+@pytest.mark.parametrize(("section", "values"), ALLOWED)
+def test_values_at_the_edge_are_allowed(
+    section: Callable[..., Any], values: dict[str, Any]
+) -> None:
+    section(**values)
+
+
+@pytest.mark.parametrize(("size", "remedy"), [(12, 16), (11, 8), (3, 8), (0, 8), (-5, 8)])
+def test_the_batch_size_proposed_is_the_nearest_that_works(size: int, remedy: int) -> None:
+    with pytest.raises(ValueError, match=rf"\(8\); use {remedy}$"):
+        RolloutConfig(batch_size=size, group_size=8)
+    assert RolloutConfig(batch_size=remedy, group_size=8).prompts_per_step == remedy // 8
+
+
+def sections() -> list[type]:
+    return [c for c in vars(config).values() if isinstance(c, type) and is_dataclass(c)]
+
+
+def test_every_field_is_documented() -> None:
+    """By a string under it, unless its name says it all."""
+    plain = {"beta1", "beta2", "eps", "weight_decay", "min_lr", "wandb_project", "servers"}
+    tree = ast.parse(Path(config.__file__).read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for section in sections():
+        if section is Config:
+            continue
+        body = classes[section.__name__].body
+        documented = {
+            field.target.id
+            for field, text in pairwise(body)
+            if isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        }
+        assert {field.name for field in fields(section)} <= documented | plain, section
+
+
+def test_every_field_is_used() -> None:
+    """A knob that nothing reads is ignored in silence. top_p and top_k have one value only."""
+    package = Path(config.__file__).parent
+    code = "\n".join(
+        path.read_text() for path in package.rglob("*.py") if path != Path(config.__file__)
+    )
+    names = {field.name for section in sections() for field in fields(section)}
+    unused = {name for name in names if not re.search(rf"\.{name}\b", code)}
+    assert unused == {"top_p", "top_k"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules after ``statement`` in a fresh interpreter."""
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("config, peergrad.checks, peergrad.compose", {"torch"}),
+        ("data, peergrad.metrics, peergrad.console, peergrad.rundir", {"torch"}),
+        (
+            "algo, peergrad.algo.objective, peergrad.algo.report, peergrad.stages, peergrad.loop",
+            set(),
+        ),
+    ],
+)
+def test_modules_are_as_light_as_they_say(modules: str, absent: set[str]) -> None:
+    heavy = {"megatron", "sglang", "transformers", "transformer_engine"} | absent
+    assert not loaded_by(f"import peergrad.{modules}") & heavy

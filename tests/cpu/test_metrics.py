@@ -1,0 +1,245 @@
+"""Rows, their sinks, resumption, and what a person sees."""
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from peergrad.config import LoggerConfig
+from peergrad.console import COLUMNS, ConsoleSink
+from peergrad.curve import draw_curve
+from peergrad.metrics import JsonLines, Metrics, Row, Sink, TensorBoard, WandB, read_metrics
+
+
+class Memory:
+    """Keeps the rows; says when it is closed."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.rows: list[tuple[str, int, dict[str, float]]] = []
+        self.closed = False
+        self.fail = fail
+
+    def write(self, kind: str, step: int, row: Row) -> None:
+        self.rows.append((kind, step, dict(row)))
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fail:
+            raise OSError("disk full")
+
+
+def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # step begins at 0, rollout 1..4, sync 4..5, rollout 6..10, step ends at 16
+    ticks = iter([0.0, 1.0, 4.0, 4.0, 5.0, 6.0, 10.0, 16.0])
+    monkeypatch.setattr("peergrad.metrics.time", SimpleNamespace(perf_counter=ticks.__next__))
+    memory = Memory()
+    metrics = Metrics([memory])
+    with metrics.step(3):
+        for phase in ("rollout", "sync", "rollout"):
+            with metrics.time(phase):
+                pass
+        metrics.log({"tokens/total": 64.0, "reward/mean": 0.25})
+        metrics.log({"reward/mean": 0.5})
+    assert memory.rows == [
+        (
+            "train",
+            3,
+            {
+                "time/rollout": 7.0,
+                "time/sync": 1.0,
+                "time/step": 16.0,
+                "tokens/total": 64.0,
+                "tokens/per_second": 4.0,
+                "reward/mean": 0.5,
+            },
+        )
+    ]
+
+
+def test_a_step_starts_anew_and_a_failed_one_is_not_written() -> None:
+    memory = Memory()
+    metrics = Metrics([memory])
+    with pytest.raises(RuntimeError), metrics.step(1):
+        metrics.log({"a": 1.0})
+        raise RuntimeError
+    with metrics.step(2):
+        metrics.log({"b": 2.0})
+    metrics.log_evaluation(2, {"pass@1": 0.5})
+    assert [(kind, step, set(row)) for kind, step, row in memory.rows] == [
+        ("train", 2, {"b", "time/step"}),
+        ("eval", 2, {"pass@1"}),
+    ]
+
+
+def test_close_reaches_every_sink() -> None:
+    sinks = [Memory(), Memory(fail=True), Memory()]
+    with pytest.raises(OSError, match="disk full"):
+        Metrics(list[Sink](sinks)).close()
+    assert all(sink.closed for sink in sinks)
+
+
+# --- metrics.jsonl -------------------------------------------------------------------------------
+
+
+def write_run(path: Path, *, start: int, steps: range) -> None:
+    """Rows of both kinds as the loop writes them: one evaluation before the first step."""
+    sink = JsonLines(path, start)
+    if start == 0:
+        sink.write("eval", 0, {"pass@1": 0.0})
+    for step in steps:
+        sink.write("train", step, {"loss": float(start)})
+        sink.write("eval", step, {"pass@1": step / 10})
+    sink.close()
+
+
+def test_rows_are_strict_json_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    sink.write("train", 1, {"a": 1e-7, "b": math.nan, "c": math.inf, "d": -math.inf})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    row = json.loads(path.read_text(), parse_constant=refuse)
+    assert row == {"kind": "train", "step": 1, "a": 1e-7, "b": None, "c": None, "d": None}
+    sink.close()
+
+
+def test_resuming_cuts_off_what_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_run(path, start=0, steps=range(1, 5))
+    write_run(path, start=2, steps=range(3, 6))
+    rows = [(row["kind"], row["step"], row.get("loss")) for row in read_metrics(path)]
+    trained = [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert [(step, loss) for kind, step, loss in rows if kind == "train"] == trained
+    assert [step for kind, step, _ in rows if kind == "eval"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_resuming_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """The evaluation at step 0 is done again, too."""
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        write_run(path, start=0, steps=range(1, 3))
+        rows = [(row["kind"], row["step"]) for row in read_metrics(path)]
+        assert rows == [("eval", 0), ("train", 1), ("eval", 1), ("train", 2), ("eval", 2)]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_line_cut_short_is_left_out(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_run(path, start=0, steps=range(1, 3))
+    whole = read_metrics(path)
+    os.truncate(path, path.stat().st_size - cut - 1)  # 1 for the line break
+    assert read_metrics(path) == whole[:-1]
+    write_run(path, start=2, steps=range(3, 4))
+    assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == [1, 2, 3]
+
+
+def test_no_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+# --- TensorBoard and Weights & Biases ------------------------------------------------------------
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    for start, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
+        sink = TensorBoard(tmp_path, start)
+        if start == 0:
+            sink.write("eval", 0, {"pass@1": 0.25})
+        for step in steps:
+            sink.write("train", step, {"reward/mean": step + 10.0 * start})
+        sink.close()
+    assert scalars(tmp_path, "train/reward/mean") == [(1, 1.0), (2, 2.0), (3, 23.0)]
+    assert scalars(tmp_path, "eval/pass@1") == [(0, 0.25)]
+
+
+def test_tensorboard_begins_anew_without_a_checkpoint(tmp_path: Path) -> None:
+    for value in (0.25, 0.5):
+        sink = TensorBoard(tmp_path, 0)
+        sink.write("eval", 0, {"reward": value})
+        sink.close()
+    assert scalars(tmp_path, "eval/reward") == [(0, 0.5)]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "my_run"
+    folder.mkdir()
+    sink = WandB(LoggerConfig(wandb="offline"), folder, {"config": "x"})
+    sink.write("train", 1, {"reward/mean": 0.5})
+    sink.write("eval", 1, {"pass@1": 0.5})
+    sink.close()
+    (run,) = folder.glob("wandb/offline-run-*/run-my_run.wandb")
+    record = run.read_bytes()
+    assert b"train/reward/mean" in record and b"eval/pass@1" in record
+    assert not any("wandb" in child.name() for child in psutil.Process().children())
+
+
+# --- for a person --------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ConsoleSink(steps=40)
+    row = {metric: 123456.789 for metric, _ in COLUMNS.values()}
+    sink.write("train", 7, row)
+    sink.write("train", 8, {"reward/mean": 0.12345})
+    evaluation = {"pass@1": 1 / 3, "reward": 0.25, "length": 12345.678, "truncated": 0.0}
+    sink.write("eval", 8, evaluation | {f"long_name_{i}": 1.0 for i in range(9)})
+    sink.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # not wrapped at 80 columns
+    assert lines[0].startswith("step 7/40  reward 123456.789  length 123456.8  KL 123456.7890")
+    assert lines[1].startswith("step 8/40  reward 0.123  length -  KL -")
+    assert lines[2].startswith("evaluation after step 8: pass@1 0.333  reward 0.250  length 12345.")
+
+
+def test_a_terminal_gets_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    sink = ConsoleSink(steps=40)
+    for step in range(1, 21):
+        sink.write("train", step, {"reward/mean": step / 100})
+    sink.write("eval", 20, {"pass@1": 0.5})
+    sink.close()
+    last = capsys.readouterr().out.rpartition("tok/s")[2]
+    assert "20/40" in last and "0.200" in last
+    assert "9/40" in last and " 8/40" not in last  # the last twelve
+
+
+def picture_of(rows: list[dict[str, object]], folder: Path) -> bytes:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of empty legends and the like
+        draw_curve(path, folder / "curve.png")
+    return (folder / "curve.png").read_bytes()
+
+
+def test_curve(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"kind": "eval", "step": 0, "pass@1": 0.1},
+        {"kind": "train", "step": 1, "reward/mean": 0.2, "logprob_gap/max": 1e-6},
+        {"kind": "train", "step": 2, "reward/mean": None, "logprob_gap/max": None},
+        {"kind": "train", "step": 3, "reward/mean": -4.0, "logprob_gap/max": 0.0},
+    ]
+    pictures = [picture_of(rows[:n], tmp_path) for n in (0, 3, 4)]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(set(pictures)) == 3

@@ -1,0 +1,193 @@
+"""Stages of the loop with small stand-ins for engine and trainer."""
+
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peergrad.config import AlgoConfig, Config, Dtype, OnNonfinite
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.metrics import Metrics
+from peergrad.stages import (
+    evaluate,
+    grade,
+    mean_metrics,
+    split,
+    stop_if_nonfinite,
+    sync_weights,
+)
+
+
+def new_group(name: str, rewards: list[float]) -> Group:
+    tokens, logprobs = np.array([7, 1], np.int32), np.array([-0.5, -0.25], np.float32)
+    rollouts = tuple(Rollout(tokens, logprobs, ((0, 0, 2),), "stop", "", r) for r in rewards)
+    return Group(name, Prompt(name, np.array([3], np.int32), "", ""), rollouts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [(1, ["abcdef"]), (2, ["abc", "def"]), (3, ["ab", "cd", "ef"]), (6, list("abcdef"))],
+)
+def test_split_keeps_the_order(parts: int, expected: list[str]) -> None:
+    groups = [new_group(name, [0, 1]) for name in "abcdef"]
+    found = split(groups, parts)
+    assert ["".join(group.id for group in part) for part in found] == expected
+    assert all(isinstance(group, Group) for part in found for group in part)
+
+
+def test_grade_follows_the_configuration() -> None:
+    groups = [new_group("a", [1, 0, 0, 0])]
+    scaled = grade(groups, AlgoConfig(std_eps=0.25), max_tokens=9)
+    assert [s.advantage for s in scaled] == [1.0, -1 / 3, -1 / 3, -1 / 3]  # .75 / (.5 + .25)
+    assert [s.weight for s in scaled] == [1 / 8] * 4  # 4 rollouts of 2 tokens
+    plain = grade(groups, AlgoConfig(scale_by_std=False), max_tokens=9)
+    assert [s.advantage for s in plain] == [0.75, -0.25, -0.25, -0.25]
+
+
+def update(applied: bool = True, **metrics: float) -> Any:
+    return SimpleNamespace(metrics=metrics, applied=applied)
+
+
+def test_mean_metrics() -> None:
+    assert mean_metrics([update(a=1.0, b=2.0), update(a=2.0, b=6.0)]) == {"a": 1.5, "b": 4.0}
+    assert math.isnan(mean_metrics([update(a=1.0), update(a=math.nan)])["a"])  # not hidden
+
+
+class Recorder:
+    """``Rollouts.dump`` that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.dumped: list[tuple[list[str], int]] = []
+
+    def dump(self, groups: list[Group], step: int) -> Path:
+        self.dumped.append(([group.id for group in groups], step))
+        return Path("rollouts/step_000005.jsonl.zst")
+
+
+BAD = {"loss/total": math.nan, "optim/grad_norm": math.inf}
+FINE = {"loss/total": 0.1, "optim/grad_norm": 1.0}
+
+
+def stop(action: OnNonfinite, *updates: Any) -> Recorder:
+    config, recorder = Config(), Recorder()
+    config.optim.on_nonfinite = action
+    stop_if_nonfinite(config, recorder, [new_group("a", [0, 1])], updates, 5)  # type: ignore[arg-type]
+    return recorder
+
+
+def test_finite_updates_go_on() -> None:
+    assert stop(OnNonfinite.stop, update(**FINE), update(**FINE)).dumped == []
+
+
+def test_nonfinite_updates_stop_the_run() -> None:
+    message = (
+        r"^step 5: loss nan with gradient norm inf is not finite; .* the rollouts are in "
+        r"rollouts/step_000005\.jsonl\.zst; set optim\.on_nonfinite=skip"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        stop(OnNonfinite.stop, update(**FINE), update(False, **BAD))
+
+
+def test_nonfinite_updates_can_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = stop(OnNonfinite.skip, update(False, **BAD), update(**FINE))
+    assert recorder.dumped == [(["a"], 4)]  # recorded after 4 steps: the file of step 5
+    assert "step 5: loss nan" in caplog.text
+
+
+class Engine:
+    """``Rollouts.load_weights`` with a given answer."""
+
+    def __init__(self, proof: Any) -> None:
+        self.proof = proof
+        self.loaded: tuple[list[tuple[str, int]], int] | None = None
+
+    def load_weights(self, named: Any, version: int) -> Any:
+        self.loaded = list(named), version
+        return self.proof
+
+
+class Trainer:
+    """``Policy`` that measures a given canary gap."""
+
+    def __init__(self, gap: float) -> None:
+        self.gap = gap
+
+    def weights(self) -> Any:
+        yield "w", 1
+
+    def canary_gap(self, group: str) -> float:
+        assert group == "canary"
+        return self.gap
+
+
+def sync(config: Config, gap: float, canary: str | None = "canary") -> dict[str, float]:
+    engine = Engine(SimpleNamespace(verified=12, unverified=3, canary=canary))
+    numbers = sync_weights(config, engine, Trainer(gap), version=4)  # type: ignore[arg-type]
+    assert engine.loaded == ([("w", 1)], 4)
+    return numbers
+
+
+def config_with(dtype: Dtype, limit: float | None) -> Config:
+    config = Config()
+    config.model.dtype, config.rollout.max_canary_gap = dtype, limit
+    return config
+
+
+def test_sync_without_an_engine_says_nothing() -> None:
+    numbers = sync_weights(Config(), Engine(None), Trainer(0), version=4)  # type: ignore[arg-type]
+    assert numbers == {}
+
+
+def test_sync_reports_its_proof() -> None:
+    proved = {"version/engine": 4.0, "sync/verified": 12.0, "sync/unverified": 3.0}
+    assert sync(Config(), math.nan, canary=None) == proved
+    assert sync(Config(), 1e-5) == {**proved, "sync/canary_gap": 1e-5}
+
+
+@pytest.mark.parametrize("gap", [2e-4, math.nan])
+def test_sync_stops_beyond_the_limit(gap: float) -> None:
+    with pytest.raises(RuntimeError, match=r"rollout\.max_canary_gap = 0\.0001: .* \(step 4\); "):
+        sync(config_with(Dtype.float32, 1e-4), gap)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "warned"),
+    [
+        (Dtype.float32, 5e-4, False),
+        (Dtype.float32, 2e-3, True),
+        (Dtype.bfloat16, 0.3, False),
+        (Dtype.bfloat16, 0.6, True),
+        (Dtype.bfloat16, math.nan, True),
+    ],
+)
+def test_sync_warns_of_unusual_gaps(
+    caplog: pytest.LogCaptureFixture, dtype: Dtype, gap: float, warned: bool
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        sync(config_with(dtype, None), gap)
+    assert ("on the canary text (step 4)" in caplog.text) == warned
+
+
+class Log(Metrics):
+    """Keeps evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+
+    def log_evaluation(self, step: int, row: Any) -> None:
+        self.evaluations.append((step, dict(row)))
+
+
+def test_evaluations_are_logged_if_there_are_any() -> None:
+    result = SimpleNamespace(pass_rate=0.5, mean_reward=0.6, mean_length=7.0, truncated=0.1)
+    log = Log()
+    for step, answer in ((10, result), (20, None)):
+        rollouts: Any = SimpleNamespace(evaluate=lambda version, answer=answer: answer)
+        evaluate(rollouts, log, step=step)
+    row = {"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1}
+    assert log.evaluations == [(10, row)]

@@ -1,0 +1,115 @@
+"""A whole run with the real server: what it writes, what it exports, how it survives a kill."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peergrad.main import main
+from tests.e2e.conftest import WHOLE
+from tests.e2e.run import Run, assert_same_weights, run_in_turn
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+TRAIN_KEYS = {
+    *("reward/mean", "reward/std", "reward/flat_groups"),
+    *("response/length", "response/length_max", "response/truncated"),
+    *("tokens/response", "tokens/total", "tokens/per_second"),
+    *("version/trainer", "version/engine", "version/staleness"),
+    *("loss/policy", "loss/total", "policy/clip_low", "policy/clip_high", "policy/ratio"),
+    *("policy/entropy", "policy/kl", "optim/grad_norm", "optim/lr"),
+    *("logprob_gap/mean", "logprob_gap/p99", "logprob_gap/max"),
+    *("sync/verified", "sync/unverified", "sync/canary_gap"),
+    *("time/rollout", "time/pack", "time/reference", "time/update", "time/sync", "time/step"),
+}
+
+
+def test_every_step_is_measured(whole: Run) -> None:
+    rows = whole.rows("train")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row.keys() >= TRAIN_KEYS
+        assert row["version/trainer"] == row["step"] - 1
+        assert row["version/engine"] == row["step"]
+        assert row["version/staleness"] == 0
+        assert row["logprob_gap/max"] <= 1e-4
+        assert row["sync/canary_gap"] <= 1e-4
+        assert row["sync/verified"] > 0 and row["sync/unverified"] == 0
+        assert row["policy/ratio"] == 1 and row["policy/clip_low"] == row["policy/clip_high"] == 0
+        assert row["optim/grad_norm"] > 0 and row["policy/entropy"] > 0
+        assert row["optim/lr"] == 1e-3
+        phases = [row[f"time/{phase}"] for phase in ("rollout", "pack", "update", "sync")]
+        assert all(seconds > 0 for seconds in phases) and sum(phases) <= row["time/step"]
+    assert rows[0]["policy/kl"] < 1e-6 < rows[-1]["policy/kl"]  # starts as its own reference
+    evaluations = whole.rows("eval")
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert all(0 <= row["pass@1"] <= 1 for row in evaluations)
+
+
+def test_recorded_rollouts_are_what_was_trained_on(whole: Run) -> None:
+    for row in whole.rows("train"):
+        groups = whole.groups(row["step"])
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        assert (len(groups), len(rollouts)) == (8, 32)
+        assert sum(r.tokens.size for r in rollouts) == row["tokens/response"]
+        assert sum(r.reward for r in rollouts) / 32 == pytest.approx(row["reward/mean"])
+        assert all(r.versions == ((row["step"] - 1, 0, r.tokens.size),) for r in rollouts)
+
+
+def test_leaves_its_results(whole: Run) -> None:
+    assert whole.done.exists() and whole.curve.stat().st_size > 10_000
+    assert list(whole.tensorboard.iterdir()) and (whole.path / "logs" / "latest").is_dir()
+    first, *_, last = whole.rows("eval")
+    start = f"pass@1 {first['pass@1']:.3f} -> {last['pass@1']:.3f} in 4 steps, "
+    assert whole.printed.splitlines()[-1].startswith(start)
+    model = AutoModelForCausalLM.from_pretrained(whole.hf)
+    assert next(model.parameters()).shape == (100, 64)
+    assert AutoTokenizer.from_pretrained(whole.hf)("17+25=")["input_ids"]
+    whole.assert_gone(timeout=5)
+
+
+def test_conversions_are_bit_exact(whole: Run, tmp_path: Path) -> None:
+    """The last checkpoint converts to what the run exported; HF -> Megatron with TP 2 -> HF with
+    PP 2 changes no bit."""
+    last, megatron, back = (tmp_path / name for name in ("last", "megatron", "back"))
+    to_hf = ["tools/megatron_to_hf.py", "--dtype", "float32"]
+    to_megatron = ["tools/hf_to_megatron.py", "--dtype", "float32"]
+    run_in_turn(
+        2,
+        [*to_hf, "--checkpoint", whole.checkpoints / "step_000004", "--out", last],
+        [*to_megatron, "--tensor", 2, "--hf", whole.hf, "--out", megatron],
+        [*to_hf, "--pipeline", 2, "--checkpoint", megatron, "--out", back],
+    )
+    assert_same_weights(last, whole.hf)
+    assert_same_weights(back, whole.hf)
+
+
+def test_is_not_overwritten_by_a_second_start(
+    whole: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*")}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(whole.arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run.name = 'whole': ") and "run.resume=true" in line
+    assert before == {path: path.stat().st_mtime_ns for path in whole.path.rglob("*")}
+
+
+def test_goes_on_after_a_kill(new_run: Callable[..., Run], whole: Run) -> None:
+    """SIGKILL to what a shell started, right after the checkpoint of step 2: nothing lives on, and
+    the resumed run does steps 3 and 4 on the very prompts of the run that was never killed."""
+    run = new_run("killed", *WHOLE)
+    run.start(ranks=2)
+    run.wait_until((run.checkpoints / "latest").exists, "the checkpoint of step 2")
+    assert (run.checkpoints / "latest").read_text() == "step_000002"
+    run.signal_group(signal.SIGKILL)
+    run.assert_gone(timeout=15)
+    run.start("run.resume=true", ranks=2)
+    run.finish()
+    assert [row["step"] for row in run.rows("train")] == [1, 2, 3, 4]
+    assert [row["step"] for row in run.rows("eval")] == [0, 2, 4]
+    for step in range(1, 5):
+        assert [g.id for g in run.groups(step)] == [g.id for g in whole.groups(step)]
+    assert run.done.exists()
