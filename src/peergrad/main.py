@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,7 @@ def build_sinks(config: Config, directory: RunDir, start: int) -> list[Sink]:
     if config.logger.tensorboard:
         sinks.append(TensorBoard(directory.tensorboard, start))
     if config.logger.wandb != "off":
-        sinks.append(WandB(config.logger, directory.path, {"config": str(directory.config)}))
+        sinks.append(WandB(config.logger, directory.path, asdict(config)))
     if config.logger.console:
         sinks.append(ConsoleSink(config.run.steps))
     return sinks

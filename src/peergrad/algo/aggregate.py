@@ -5,15 +5,15 @@ weights are computed once per optimizer step from the lengths of *all* its rollo
 ranks and micro-batches, every token then counts the same, and a sum is all that is left to do.
 """
 
-from enum import Enum
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from peergrad.config import Aggregation
+
 
 def token_weights(
-    lengths: Int[Tensor, " B"], *, mode: Enum, max_tokens: int
+    lengths: Int[Tensor, " B"], *, mode: Aggregation, max_tokens: int
 ) -> Float[Tensor, " B"]:
     """Weight of every scored token of each rollout; float64.
 
@@ -30,14 +30,12 @@ def token_weights(
     """
     rollouts = lengths.numel()
     n = lengths.to(torch.float64)
-    if mode.name == "seq_mean_token_mean":
+    if mode is Aggregation.seq_mean_token_mean:
         weights = 1.0 / (rollouts * n)
-    elif mode.name == "token_mean":
+    elif mode is Aggregation.token_mean:
         weights = 1.0 / n.sum().expand_as(n)
-    elif mode.name == "seq_mean_token_sum":
+    elif mode is Aggregation.seq_mean_token_sum:
         weights = torch.full_like(n, 1.0 / rollouts)
-    elif mode.name == "token_sum_const":
-        weights = torch.full_like(n, 1.0 / (rollouts * max_tokens))
     else:
-        raise ValueError(f"algo.aggregation = {mode.name}: unknown mode; see token_weights")
+        weights = torch.full_like(n, 1.0 / (rollouts * max_tokens))
     return torch.where(lengths > 0, weights, 0.0)

@@ -6,7 +6,6 @@ division of the work, and no collective is needed to agree on denominators.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from peergrad.algo.advantage import group_advantage
 from peergrad.algo.aggregate import token_weights
+from peergrad.config import Aggregation
 from peergrad.data import Group
 
 
@@ -63,7 +63,7 @@ def make_samples(
     *,
     scale_by_std: bool,
     std_eps: float,
-    aggregation: Enum,
+    aggregation: Aggregation,
     max_tokens: int,
 ) -> list[Sample]:
     """Grade all rollouts of one optimizer step against their peers and weigh their tokens.

@@ -1,5 +1,6 @@
 """Policy-gradient surrogates, per token and not reduced."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,10 +34,11 @@ def clipped_token_ratio(
         rho = 1.5, A = 1, clips .2: loss -1.2, clipped high. rho = 1.5, A = -1: loss 1.5, not
         clipped.
     """
-    ratio = (logp - logp_old).exp()
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    unclipped, clipped = ratio * advantage, bounded * advantage
-    bites = clipped < unclipped
-    # torch.minimum would halve the gradient where both are equal, so exactly at the bound.
-    loss = -torch.where(bites, clipped.detach(), unclipped)
-    return Clipped(loss, low=bites & (advantage < 0), high=bites & (advantage > 0))
+    log_ratio = logp - logp_old
+    least, most = math.log1p(-clip_low), math.log1p(clip_high)
+    low = (advantage < 0) & (log_ratio < least)
+    high = (advantage > 0) & (log_ratio > most)
+    # Held before exp: a ratio that overflows would otherwise turn 0 * inf into a NaN gradient.
+    held = torch.where(low, least, torch.where(high, most, log_ratio))
+    ratio = torch.where(advantage == 0, 0.0, held).exp()
+    return Clipped(-ratio * advantage, low, high)

@@ -188,8 +188,10 @@ def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
 def _fill_adam(optimizer: Any) -> None:
     """Give a torch AdamW that has not stepped yet its initial state: Megatron cannot describe an
     empty one, neither to load into it nor to save it."""
-    inner = None if optimizer is None else optimizer.optimizer
-    for group in inner.param_groups if inner is not None else []:
+    if optimizer is None:
+        return
+    inner = optimizer.optimizer
+    for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:
                 inner.state[parameter] = {

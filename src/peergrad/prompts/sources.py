@@ -186,6 +186,13 @@ def _prompt(config: DataConfig, id: str, row: _Row, text: str, tokens: list[int]
         f"{row.where} must hold text or a number there, not {answer!r:.60}",
         "correct it; columns of any other kind reach the reward in prompt.extra",
     )
+    require(
+        len(tokens) > 0,
+        "data.prompt_key",
+        config.prompt_key,
+        f"{row.where} has a prompt of no tokens",
+        "correct it: the first answer token is predicted from the prompt's last one",
+    )
     used = (config.prompt_key, config.answer_key)
     extra = {key: value for key, value in row.columns.items() if key not in used}
     return Prompt(id, np.array(tokens, np.int32), text, str(answer), extra)

@@ -52,8 +52,3 @@ def test_weights_are_float64() -> None:
     # 1 / N of millions of tokens must still sum to 1.
     found = token_weights(torch.tensor([7]), mode=TOKEN_MEAN, max_tokens=1)
     assert found.dtype == torch.float64
-
-
-def test_only_known_modes() -> None:
-    with pytest.raises(ValueError, match=r"algo\.aggregation = other: unknown mode"):
-        weights(Enum("Mode", ["other"])["other"])

@@ -83,3 +83,18 @@ def test_gradient_is_that_of_the_formula() -> None:
         difference = (loss(logp + 1e-6) - loss(logp - 1e-6)) / 2e-6
     torch.testing.assert_close(logp.grad, difference, rtol=1e-6, atol=1e-8)
     assert min(result.low.sum(), result.high.sum()) > 20  # both clips were at work
+
+
+def test_overflowing_ratios_leave_no_nan_behind() -> None:
+    """exp(200) is inf in float32. A clipped token's loss is -1.2 A and its gradient 0; a token with
+    advantage 0 adds nothing; only A < 0, where nothing bounds the ratio, is infinite by its
+    formula.
+    """
+    logp = torch.tensor([200.0, 200.0, -200.0], requires_grad=True)
+    result = clipped_token_ratio(
+        logp, torch.zeros(3), torch.tensor([1.0, 0.0, -1.0]), clip_low=0.2, clip_high=0.2
+    )
+    torch.testing.assert_close(result.loss, torch.tensor([-1.2, 0.0, 0.8]))
+    result.loss.sum().backward()
+    assert logp.grad is not None
+    assert logp.grad.tolist() == [0.0, 0.0, 0.0]
