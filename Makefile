@@ -19,6 +19,8 @@ RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export TORCH_CPP_LOG_LEVEL := ERROR
+# A laptop's host name need not resolve.
+export GLOO_SOCKET_IFNAME := lo
 
 .PHONY: train test check bench clean
 
