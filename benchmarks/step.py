@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -71,7 +72,8 @@ class Measured:
     """One layout's run."""
 
     layout: Layout
-    load: float  # load average before it
+    load_before: float  # load average of the machine; well above 0 if others use it
+    load_highest: float  # the same while the run goes on, its own part included
     rows: list[dict[str, float]]  # per measured step: seconds per phase, tokens, tokens per second
     spreads: dict[str, Spread]
 
@@ -91,22 +93,27 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    described = describe()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        runs = [measure(x, options.steps, options.warmup, options.overrides) for x in layouts]
+        measure_all(layouts, options)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    show(runs, title(described), options.warmup)
-    settings = {"warmup": options.warmup, "overrides": options.overrides}
-    write_result(
-        options.out,
-        {"benchmark": "step", **described, **settings, "layouts": [to_json(r) for r in runs]},
-    )
     return 0
+
+
+def measure_all(layouts: Sequence[Layout], options: argparse.Namespace) -> None:
+    """One layout after another; the file is written after each, should a later one fail."""
+    described = describe()
+    settings = {"warmup": options.warmup, "overrides": options.overrides}
+    runs: list[Measured] = []
+    for layout in layouts:
+        runs.append(measure(layout, options.steps, options.warmup, options.overrides))
+        done = {"layouts": [to_json(run) for run in runs]}
+        write_result(options.out, {"benchmark": "step", **described, **settings, **done})
+    show(runs, title(described), options.warmup)
 
 
 def check_sizes(steps: int, warmup: int) -> None:
@@ -133,7 +140,7 @@ def measure(layout: Layout, steps: int, warmup: int, overrides: Sequence[str]) -
     load = load_average()
     print(f"{layout.name}: {warmup} + {steps} steps, load average before {load}", flush=True)
     try:
-        status = run(command(layout, warmup + steps, root, overrides))
+        status, highest = run(command(layout, warmup + steps, root, overrides))
     except KeyboardInterrupt:
         shutil.rmtree(root)
         raise
@@ -142,7 +149,7 @@ def measure(layout: Layout, steps: int, warmup: int, overrides: Sequence[str]) -
     rows = [r for r in read_metrics(root / "run" / "metrics.jsonl") if r["kind"] == "train"]
     measured = [quantities(row) for row in rows[warmup:]]
     shutil.rmtree(root)
-    return Measured(layout, load, measured, summarise(measured))
+    return Measured(layout, load, highest, measured, summarise(measured))
 
 
 def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) -> list[str]:
@@ -158,15 +165,20 @@ def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) ->
     return [sys.executable, "-m", *torchrun, *program, *overrides, *layout.overrides, *own]
 
 
-def run(arguments: Sequence[str]) -> int:
-    """The exit status. An interrupted benchmark asks the run to end and waits for its clean-up.
+def run(arguments: Sequence[str]) -> tuple[int, float]:
+    """The exit status, and the highest load average on the way.
 
+    An interrupted benchmark asks the run to end and waits for its clean-up.
     The session of its own keeps a Ctrl-C from reaching torchrun a second time, which would end it
     before its workers.
     """
     with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True) as process:
+        highest = 0.0
         try:
-            return process.wait()
+            while process.poll() is None:
+                highest = max(highest, load_average())
+                time.sleep(1)
+            return process.returncode, highest
         except BaseException:
             process.terminate()
             process.wait()
@@ -186,7 +198,8 @@ def to_json(run: Measured) -> dict[str, Any]:
         "layout": run.layout.name,
         "processes": run.layout.processes,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),  # null: torchrun decides
-        "load_average_before": run.load,
+        "load_average_before": run.load_before,
+        "load_average_highest": run.load_highest,
         "summary": as_json(run.spreads),
         "steps": run.rows,
     }
