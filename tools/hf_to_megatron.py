@@ -10,6 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from peergrad.checks import read_model_config
 from peergrad.config import Config, Dtype, ModelConfig, ParallelConfig
 
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hf", required=True, help="HF folder: config.json and safetensors")
     parser.add_argument("--out", required=True, type=Path, help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=[d.name for d in Dtype], default=Dtype.bfloat16.name)
+    parser.add_argument("--dtype", choices=[d.name for d in Dtype], help="default: as it is")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size of the work")
     parser.add_argument(
         "--pipeline", type=int, default=1, help="pipeline-parallel size of the work"
@@ -38,8 +39,11 @@ def convert(options: Namespace) -> None:
 
     if options.out.exists():
         raise ValueError(f"--out = {options.out}: exists already; name a new folder or remove it")
+    stored = read_model_config(options.hf, "--hf").get("dtype")
+    if stored not in Dtype.__members__:
+        stored = Dtype.bfloat16.name
     config = Config(
-        model=ModelConfig(path=options.hf, dtype=Dtype[options.dtype]),
+        model=ModelConfig(path=options.hf, dtype=Dtype[options.dtype or stored]),
         parallel=ParallelConfig(tensor=options.tensor, pipeline=options.pipeline),
     )
     groups = init_groups(config.parallel, seed=0)

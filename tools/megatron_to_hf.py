@@ -15,7 +15,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder")
     parser.add_argument("--out", required=True, type=Path, help="new HF folder")
-    parser.add_argument("--dtype", choices=[d.name for d in Dtype], default=Dtype.bfloat16.name)
+    parser.add_argument("--dtype", choices=[d.name for d in Dtype], help="default: as it is")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size of the work")
     parser.add_argument(
         "--pipeline", type=int, default=1, help="pipeline-parallel size of the work"
@@ -32,6 +32,7 @@ def convert(options: Namespace) -> None:
     # Imported here: --help should not have to wait for Megatron.
     from peergrad.parallel.groups import close_groups, init_groups
     from peergrad.parallel.policy import Scorer
+    from peergrad.parallel.snapshot import read_meta
 
     if options.out.exists():
         raise ValueError(f"--out = {options.out}: exists already; name a new folder or remove it")
@@ -41,8 +42,9 @@ def convert(options: Namespace) -> None:
             f"--checkpoint = {options.checkpoint}: is no checkpoint (hf/config.json is missing); "
             "name a step folder"
         )
+    stored = read_meta(options.checkpoint)["dtype"]
     config = Config(
-        model=ModelConfig(path=str(hf), dtype=Dtype[options.dtype]),
+        model=ModelConfig(path=str(hf), dtype=Dtype[options.dtype or stored]),
         parallel=ParallelConfig(tensor=options.tensor, pipeline=options.pipeline),
     )
     groups = init_groups(config.parallel, seed=0)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from peergrad.config import Config, require
 
 NEEDED = (
@@ -19,9 +21,10 @@ def check(config: Config, *, world: int) -> None:
     """Raise ValueError with one line if this run cannot work as configured on ``world``
     processes."""
     model = read_model_config(config.model.path, "model.path")
-    if config.model.reference is not None:
-        read_model_config(config.model.reference, "model.reference")
     _check_layout(config, model, world)
+    if config.model.reference is not None:
+        _check_reference(config, config.model.reference, model, world)
+    _check_replay(config)
     _check_batch(config, world)
     _check_lengths(config, model)
     _check_sources(config)
@@ -45,6 +48,42 @@ def read_model_config(path: str, key: str) -> dict[str, Any]:
     for name in NEEDED:
         require(name in found, key, path, f"config.json has no {name}", "choose another model")
     return found
+
+
+def _check_reference(config: Config, path: str, model: dict[str, Any], world: int) -> None:
+    reference = read_model_config(path, "model.reference")
+    _check_layout(config, reference, world)
+    require(
+        reference["vocab_size"] == model["vocab_size"],
+        "model.reference",
+        path,
+        f"has a vocabulary of {reference['vocab_size']}, the policy one of {model['vocab_size']}",
+        "use a reference with the same tokenizer",
+    )
+    require(
+        config.algo.kl_coef > 0,
+        "model.reference",
+        path,
+        "has no effect with algo.kl_coef = 0",
+        "unset it, or set algo.kl_coef",
+    )
+
+
+def _check_replay(config: Config) -> None:
+    """Recorded logprobs are those of the recorded temperature; groups come as they were
+    recorded."""
+    recorded = Path(config.rollout.replay or "") / "config.yaml"
+    if config.rollout.replay is None or not recorded.is_file():
+        return
+    theirs = OmegaConf.load(recorded).rollout
+    for key in ("temperature", "batch_size", "group_size"):
+        require(
+            getattr(config.rollout, key) == theirs[key],
+            f"rollout.{key}",
+            getattr(config.rollout, key),
+            f"the run to replay was recorded with {theirs[key]}",
+            f"set rollout.{key}={theirs[key]}",
+        )
 
 
 def _check_layout(config: Config, model: dict[str, Any], world: int) -> None:

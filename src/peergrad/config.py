@@ -338,6 +338,13 @@ class OptimConfig:
         for name in ("eps", "weight_decay", "clip_grad", "warmup_steps", "min_lr"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
         require(
+            self.min_lr == 0 or self.schedule is not Schedule.constant,
+            "optim.min_lr",
+            self.min_lr,
+            "has no effect on a constant schedule",
+            "set optim.schedule=linear or cosine",
+        )
+        require(
             self.min_lr <= self.lr,
             "optim.min_lr",
             self.min_lr,

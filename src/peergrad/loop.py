@@ -55,7 +55,12 @@ def train(
                         with_logprobs(batches, "logp_ref", reference.logprobs(batches))
                         for batches in minibatches
                     ]
-            if len(minibatches) > 1:  # a single step is its own old policy: see Grpo
+            if config.rollout.max_staleness:  # the clip must act on the policy that sampled
+                minibatches = [
+                    with_logprobs(batches, "logp_old", [batch.logp_engine for batch in batches])
+                    for batches in minibatches
+                ]
+            elif len(minibatches) > 1:  # a single step is its own old policy: see Grpo
                 with metrics.time("old_logprobs"):
                     minibatches = [
                         with_logprobs(batches, "logp_old", policy.logprobs(batches))

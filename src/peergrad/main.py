@@ -8,6 +8,7 @@ The only file that knows all parts.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -16,7 +17,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +28,15 @@ from peergrad.compose import compose_config
 from peergrad.config import Config, ServerMode
 from peergrad.console import ConsoleSink
 from peergrad.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
+from peergrad.rollout.launch import die_with_parent
 from peergrad.rundir import RunDir, check_run_dir, log_to
 
 if TYPE_CHECKING:
     from peergrad.parallel.groups import Groups
     from peergrad.rollout.collector import Parts
     from peergrad.rollout.rollouts import Rollouts
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
@@ -56,27 +62,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.check:
         return 0
-    interrupt_once()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave its ranks training
+        die_with_parent(os.getppid())
+    interrupted = interrupt_once()
     try:
         run(config, text, directory)
-    except KeyboardInterrupt:
+    except BaseException:
+        if not interrupted.is_set():
+            raise
+        log.info("interrupted here", exc_info=True)  # or a rank that left first broke a collective
         if rank == 0:
             print("interrupted; run.resume=true continues from the newest checkpoint", flush=True)
         return INTERRUPTED
     return 0
 
 
-def interrupt_once() -> None:
+def interrupt_once() -> Event:
     """Turn the first SIGINT or SIGTERM into KeyboardInterrupt and ignore the rest: torchrun repeats
-    them, and one that arrived during the clean-up would leave servers behind."""
+    them, and one that arrived during the clean-up would leave servers behind. The event tells
+    whether there was one."""
+    interrupted = Event()
 
     def handler(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, handler)
+    return interrupted
 
 
 def run(config: Config, text: str, directory: RunDir) -> None:
@@ -94,7 +109,7 @@ def run(config: Config, text: str, directory: RunDir) -> None:
         stack.callback(close_groups)
         groups = init_groups(config.parallel, seed=config.run.seed)
         attempt = groups.share(directory.new_attempt)
-        log_to(attempt, groups.rank)
+        log_to(attempt, f"rank_{groups.rank:05d}", screen=groups.rank == 0)
         groups.share(
             lambda: [p.write_text(text) for p in (attempt / "config.yaml", directory.config)]
         )
@@ -115,7 +130,8 @@ def run(config: Config, text: str, directory: RunDir) -> None:
             stack,
             vocab=policy.shape.vocab,
         )
-        metrics = Metrics(build_sinks(config, directory, start) if groups.rank == 0 else [])
+        sinks = on_rank_zero(groups, lambda: build_sinks(config, directory, start))
+        metrics = Metrics(sinks or [])
         stack.callback(metrics.close)
         train(
             config,
@@ -173,7 +189,7 @@ def build_rollouts(
                 seed=config.run.seed,
             )
             urls = stack.enter_context(managed).urls
-        collector = Collector(config, urls, collector_parts, state=state)
+        collector = Collector(config, urls, partial(collector_parts, attempt=attempt), state=state)
         stack.callback(collector.close)
         sync = WeightSync(
             urls,
@@ -201,7 +217,7 @@ def on_rank_zero(groups: "Groups", function: Callable[[], Any]) -> Any:
     return kept[0] if kept else None
 
 
-def collector_parts(config: Config) -> "Parts":
+def collector_parts(config: Config, *, attempt: Path) -> "Parts":
     """What the collector process works with; runs in that process."""
     from transformers import AutoTokenizer
 
@@ -209,6 +225,7 @@ def collector_parts(config: Config) -> "Parts":
     from peergrad.rewards import RewardPool
     from peergrad.rollout.collector import Parts
 
+    log_to(attempt, "collector", screen=True)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data, seed = config.data, config.run.seed
     records = load_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)

@@ -7,6 +7,7 @@ the record the other sinks repeat.
 import json
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -74,7 +75,7 @@ class WandB:
         self._run = wandb.init(
             project=config.wandb_project,
             name=folder.name,
-            id=folder.name,
+            id=f"{folder.name}-{zlib.crc32(str(folder.resolve()).encode()):08x}",
             resume="allow",
             mode=config.wandb,  # type: ignore[arg-type]
             dir=str(folder),
@@ -120,14 +121,20 @@ class Metrics:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Everything logged inside is one row; it is written if the block ends well."""
+        """Everything logged inside is one row. It is written when the block ends, and when it fails
+        once the step has been trained: the row of the step that stops a run is the one to read."""
         self._row = {}
         start = time.perf_counter()
-        yield
-        self._row["time/step"] = seconds = time.perf_counter() - start
-        if "tokens/total" in self._row:
-            self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
-        self._write("train", step, self._row)
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            self._row["time/step"] = seconds = time.perf_counter() - start
+            if "tokens/total" in self._row:
+                self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
+            if done or "loss/total" in self._row:
+                self._write("train", step, self._row)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:

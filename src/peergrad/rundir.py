@@ -56,14 +56,13 @@ def check_run_dir(config: RunConfig) -> RunDir:
     return run
 
 
-def log_to(folder: Path, rank: int) -> None:
-    """Send the program's log to ``folder/rank_<rank>.log``; warnings of rank 0 to stderr as
-    well."""
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log")]
-    if rank == 0:
-        screen = logging.StreamHandler(sys.stderr)
-        screen.setLevel(logging.WARNING)
-        handlers.append(screen)
+def log_to(folder: Path, name: str, *, screen: bool) -> None:
+    """Send this process's log to ``folder/<name>.log``, and its warnings to stderr if
+    ``screen``."""
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"{name}.log")]
+    if screen:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setLevel(logging.WARNING)
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

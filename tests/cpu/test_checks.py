@@ -176,3 +176,23 @@ def test_weights_must_be_a_checkpoint(config: Config, tmp_path: Path) -> None:
     assert refusal(config).startswith(f"model.weights = '{tmp_path}': must be a checkpoint folder ")
     (tmp_path / "meta.json").touch()
     check(config, world=1)
+
+
+def test_a_replay_keeps_what_its_logprobs_were_drawn_with(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    recorded = "rollout: {temperature: 0.7, batch_size: 64, group_size: 8}"
+    (tmp_path / "config.yaml").write_text(recorded)
+    config.rollout.replay = str(tmp_path)
+    assert refusal(config).startswith("rollout.temperature = 1.0: the run to replay was recorded")
+    config.rollout.temperature = 0.7
+    check(config, world=1)
+
+
+def test_a_reference_must_speak_the_policys_language(config: Config, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", vocab_size=9)
+    config.model.reference = str(write_model(tmp_path / "reference", vocab_size=7))
+    assert "a vocabulary of 7" in refusal(config)
+    config.model.reference = config.model.path
+    check(config, world=1)
+    config.algo.kl_coef = 0.0
+    assert refusal(config).startswith("model.reference = ") and "no effect" in refusal(config)

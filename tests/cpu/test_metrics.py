@@ -185,7 +185,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink.write("train", 1, {"reward/mean": 0.5})
     sink.write("eval", 1, {"pass@1": 0.5})
     sink.close()
-    (run,) = folder.glob("wandb/offline-run-*/run-my_run.wandb")
+    (run,) = folder.glob("wandb/offline-run-*/run-my_run-*.wandb")
     record = run.read_bytes()
     assert b"train/reward/mean" in record and b"eval/pass@1" in record
     assert not any("wandb" in child.name() for child in psutil.Process().children())

@@ -11,7 +11,7 @@ from tests.models import make_hf_model
 from tests.spawn import run_ranks
 
 KL_COEF, TEMPERATURE = 0.1, 0.8
-Layout = tuple[int, int, int, str]  # tensor, pipeline, budget of a micro-batch, dtype
+Layout = tuple[int, int, int, str, bool]  # tensor, pipeline, token budget, dtype, sequence
 
 
 def samples(bad: bool = False) -> list[Any]:
@@ -49,7 +49,7 @@ def oracle(path: str, reference: str) -> tuple[float, float]:
         surrogate = -(logp - logp.detach()).exp() * sample.advantage
         total = total + (sample.weight * (surrogate + KL_COEF * (log_q.exp() - 1 - log_q))).sum()
     total.backward()
-    squares = sum((p.grad**2).sum() for p in policy.parameters())
+    squares = sum((p.grad**2).sum() for p in policy.parameters())  # a tied one once
     return float(total), float(squares**0.5)
 
 
@@ -65,12 +65,13 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
     from peergrad.parallel.groups import init_groups
     from peergrad.parallel.policy import Policy
 
-    tensor, pipeline, budget, dtype = layout
+    tensor, pipeline, budget, dtype, sequence = layout
     config = Config(
         model=ModelConfig(path=path, dtype=Dtype[dtype]),
         parallel=ParallelConfig(
             tensor=tensor,
             pipeline=pipeline,
+            sequence=sequence,
             micro_batch_tokens=budget,
             logprob_chunk=7,
             distributed_optimizer=sections.get("distributed", True),
@@ -98,11 +99,12 @@ def step(path: str, reference: str, layouts: list[Layout]) -> list[tuple[float, 
             packed = policy.pack(samples(bad))
             return with_logprobs(packed, "logp_ref", frozen.logprobs(packed))
 
-        before = {name: tensor.clone() for name, tensor in policy.weights()}
+        parameters = list(policy.model.parameters())
+        before = [parameter.clone() for parameter in parameters]
         refused = policy.update(batches(bad=True), objective)
-        untouched = all(torch.equal(before[name], tensor) for name, tensor in policy.weights())
+        untouched = all(map(torch.equal, before, parameters))
         update = policy.update(batches(bad=False), objective)
-        moved = any(not torch.equal(before[name], tensor) for name, tensor in policy.weights())
+        moved = not all(map(torch.equal, before, parameters))
         assert update.applied
         assert moved
         found.append(
@@ -122,15 +124,16 @@ def test_gradient_equals_transformers_autograd(tmp_path: Path, ranks: int) -> No
     """The gradient norm pins every gradient's size: a wrong denominator, a lost all-reduce or a
     micro-batch counted twice moves it. A NaN advantage must leave all weights as they are."""
     layouts: dict[int, list[Layout]] = {
-        1: [(1, 1, 10_000, "float32"), (1, 1, 16, "float32")],
-        2: [(2, 1, 32, "float32"), (1, 2, 32, "float32"), (1, 1, 32, "float32")],
-        4: [(2, 2, 40, "float32"), (2, 1, 40, "float32"), (2, 2, 40, "bfloat16")],
+        1: [(1, 1, 10_000, "float32", False), (1, 1, 16, "float32", False)],
+        2: [(t, p, 32, "float32", s) for t, p, s in [(2, 1, 0), (2, 1, 1), (1, 2, 0), (1, 1, 0)]],
+        4: [(2, p, 40, d, p == 2) for p, d in [(2, "float32"), (1, "float32"), (2, "bfloat16")]],
     }
-    path = str(make_hf_model(tmp_path / "policy", seed=0))
-    reference = str(make_hf_model(tmp_path / "reference", seed=1))
+    # Tied: two pipeline stages hold a copy of the embedding each and must add up its gradient.
+    path = str(make_hf_model(tmp_path / "policy", seed=0, tied=True))
+    reference = str(make_hf_model(tmp_path / "reference", seed=1, tied=True))
     loss, norm = oracle(path, reference)
     for rank in run_ranks(ranks, step, path, reference, layouts[ranks]):
-        for (_, _, _, dtype), (our_loss, our_norm, refused_wrongly) in zip(
+        for (_, _, _, dtype, _), (our_loss, our_norm, refused_wrongly) in zip(
             layouts[ranks], rank, strict=True
         ):
             tolerance = 1e-5 if dtype == "float32" else 0.05
@@ -174,7 +177,7 @@ def checkpoint_rounds(
 def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed: bool) -> None:
     path = str(make_hf_model(tmp_path / "model"))
     grids = [(2, 1), (1, 2), (1, 1)]  # saved at TP 2; resumed there, at PP 2 and at DP 2
-    layouts = [((t, p, 40, "float32"), distributed) for t, p in grids]
+    layouts = [((t, p, 40, "float32", False), distributed) for t, p in grids]
     for rank in run_ranks(2, checkpoint_rounds, path, str(tmp_path / "ckpt"), layouts):
         uninterrupted, same_layout, *others = rank
         assert same_layout == uninterrupted  # bit for bit

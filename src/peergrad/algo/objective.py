@@ -33,8 +33,8 @@ class Grpo:
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """Loss (differentiable in ``logp``) and metrics of one micro-batch.
 
-        Without ``batch.logp_old`` this is the only step on these rollouts: the old policy is the
-        present one, its logprobs are this forward's own and the ratio is exactly 1.
+        Without ``batch.logp_old`` this is the only step on rollouts of the present weights: the old
+        policy is the present one, its logprobs are this forward's own and the ratio is exactly 1.
         """
         logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
         surrogate = clipped_token_ratio(

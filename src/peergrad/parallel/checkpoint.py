@@ -53,7 +53,14 @@ class Checkpoints:
             if collector is not None:
                 (partial / "collector.pt").write_bytes(collector)
             copy_companions(Path(policy.config.model.path), partial / "hf")
-            write_meta(partial, policy.shape, step=step, updates=policy.updates, groups=self.groups)
+            write_meta(
+                partial,
+                policy.model,
+                policy.shape,
+                step=step,
+                updates=policy.updates,
+                groups=self.groups,
+            )
             publish(partial, target)
             self._prune()
 
@@ -87,17 +94,20 @@ class Checkpoints:
         """The checkpoint to resume from: the one ``latest`` names, or with ``fallback`` the newest
         one that is whole."""
         pointer = self.folder / "latest"
-        if not pointer.exists():
+        whole = [p for p in sorted(self.folder.glob("step_*"), reverse=True) if not damage(p)]
+        if pointer.exists():
+            named = self.folder / pointer.read_text().strip()
+        elif whole:  # a job that died between the two renames
+            named = whole[0]
+        else:
+            log.warning("%s holds no checkpoint: starting from the beginning", self.folder)
             return None
-        named = self.folder / pointer.read_text().strip()
         problem = damage(named)
         if problem is None:
             return named
-        if self.config.fallback:
-            for path in sorted(self.folder.glob("step_*"), reverse=True):
-                if damage(path) is None:
-                    log.warning("%s is damaged (%s): falling back to %s", named, problem, path)
-                    return path
+        if self.config.fallback and whole:
+            log.warning("%s is damaged (%s): falling back to %s", named, problem, whole[0])
+            return whole[0]
         raise ValueError(
             f"run.resume = True: checkpoint {named} is damaged ({problem}); set "
             "checkpoint.fallback=true to use an older one, or choose a new run.name"

@@ -55,9 +55,11 @@ class Groups:
                 box[0] = function()
             except BaseException as caught:
                 error, box[1] = caught, f"{type(caught).__name__}: {caught}"
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        if error is not None:
-            raise error
+        try:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        finally:
+            if error is not None:
+                raise error  # even if the others are gone, perhaps for the same reason
         if box[1] is not None:
             raise RuntimeError(f"rank 0 failed: {box[1]}")
         result: Result = box[0]

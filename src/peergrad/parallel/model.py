@@ -29,6 +29,11 @@ from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.vocab import linear_logprob
 
 log = logging.getLogger(__name__)
+UNSUPPORTED = (
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
 
 
 class PolicyModel(GPTModel):
@@ -113,8 +118,8 @@ def choose_spec(spec: Spec) -> Spec:
 def transformer_config(
     shape: Shape, parallel: ParallelConfig, dtype: Dtype, spec: Spec
 ) -> TransformerConfig:
-    """Megatron's configuration of this model and layout. ``parallel.megatron`` comes last and wins;
-    an unknown field there is a ValueError."""
+    """Megatron's configuration of this model and layout, with the fields of ``parallel.megatron``
+    added; an unknown field there, or one that is not the user's to set, is a ValueError."""
     known = {field.name for field in fields(TransformerConfig)}
     for key in parallel.megatron:
         if key not in known:
@@ -156,9 +161,15 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
     }
-    return TransformerConfig(**{**options, **parallel.megatron})
+    for key in parallel.megatron:
+        if key in options or key in UNSUPPORTED:
+            raise ValueError(
+                f"parallel.megatron.{key} = {parallel.megatron[key]!r}: is set by peergrad or not "
+                "supported; remove it"
+            )
+    return TransformerConfig(**options, **parallel.megatron)
 
 
 def _torch_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

@@ -97,20 +97,32 @@ class Scorer:
             for logp, batch in zip(self.logprobs(batches, temperature=1.0), batches, strict=True)
             if logp is not None and logp.numel()
         ]
-        return max(gap for part in self.groups.gather(gaps) for gap in part)
+        return float(
+            np.max([gap for part in self.groups.gather(gaps) for gap in part])
+        )  # keeps NaN
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """``(HF name, full tensor)`` on every rank; collective, must be drained by every rank."""
+        """``(HF name, full tensor)`` on the ranks of the first data-parallel replica, nothing on
+        the others; collective, must be drained by every rank."""
         return export_hf(self.model, self.shape, self.groups)
 
     def export(self, folder: Path, *, companions: Path) -> None:
         """Write the weights as an HF checkpoint, with configuration and tokenizer copied from
         ``companions``. Collective; rank 0 writes."""
+        stream = self.weights()
+        failure: list[Exception] = []
         if self.groups.rank == 0:
-            write_hf(self.weights(), folder, companions=companions)
-        else:
-            deque(self.weights(), maxlen=0)
-        self.groups.barrier()
+            try:
+                write_hf(stream, folder, companions=companions)
+            except Exception as error:
+                failure.append(error)
+        deque(stream, maxlen=0)  # every rank drains it, rank 0 also after a failure
+
+        def finish() -> None:
+            for error in failure:
+                raise error
+
+        self.groups.share(finish)
 
     def _head(
         self, hidden: Tensor, batch: MicroBatch, temperature: float | None = None

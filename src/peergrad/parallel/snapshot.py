@@ -35,7 +35,7 @@ def save_weights(
 
     def finish() -> None:
         copy_companions(companions, partial / "hf")
-        write_meta(partial, shape, step=0, updates=0, groups=groups)
+        write_meta(partial, model, shape, step=0, updates=0, groups=groups)
         publish(partial, path)
 
     groups.barrier()
@@ -100,13 +100,16 @@ def fresh(folder: Path) -> None:
     (folder / "model").mkdir(parents=True)
 
 
-def write_meta(folder: Path, shape: Shape, *, step: int, updates: int, groups: Groups) -> None:
+def write_meta(
+    folder: Path, model: PolicyModel, shape: Shape, *, step: int, updates: int, groups: Groups
+) -> None:
     files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     meta = {
         "format": FORMAT,
         "step": step,
         "updates": updates,
         "world": groups.world,
+        "dtype": str(model.config.params_dtype).removeprefix("torch."),
         "shape": asdict(shape),
         "files": files,
     }

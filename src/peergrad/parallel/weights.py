@@ -60,12 +60,15 @@ def load_hf(model: PolicyModel, path: str, shape: Shape, groups: Groups) -> None
 
 @torch.no_grad()
 def export_hf(model: PolicyModel, shape: Shape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """Stream ``(HF name, full tensor)`` in a fixed order, on every rank.
+    """Stream ``(HF name, full tensor)`` in a fixed order, on every rank of the first data-parallel
+    replica; the others, which hold the same weights, get nothing.
 
     Collective: every rank must drain it. One parameter at a time is gathered over the tensor ranks
     of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.
     Tensors stay valid until the generator advances.
     """
+    if groups.data.rank() != 0:
+        return
     mine = dict(local_parameters(model))
     described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
     stages: list[list[tuple[str, torch.Size, torch.dtype, int | None]]]

@@ -19,6 +19,8 @@ import torch
 
 from peergrad.config import Dtype, ServersConfig
 
+# Deterministic inference seeds all requests alike: every group would be one answer, copied.
+REFUSED = ("enable-deterministic-inference",)
 OURS = ("model-path", "host", "port", "tp-size", "tp", "tensor-parallel-size", "weight-version")
 # Without them the KV cache takes most of the memory, and an idle server a whole core.
 CPU_OPTIONS = {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
@@ -46,9 +48,12 @@ class ManagedServers:
         seed: int = 0,
         weight_version: int = 0,
     ) -> None:
-        ours = sorted(set(OURS) & {_flag(key) for key in config.args})
-        if ours:
-            raise ValueError(f"rollout.servers.args sets {ours}, which peergrad sets; remove them")
+        refused = sorted({*OURS, *REFUSED} & {_flag(key) for key in config.args})
+        if refused:
+            raise ValueError(
+                f"rollout.servers.args = {config.args}: {refused} are peergrad's to set, or would "
+                "break training; remove them"
+            )
         self._config = config
         self._log_dir = log_dir
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -94,8 +99,9 @@ class ManagedServers:
         if not torch.cuda.is_available():
             options |= CPU_OPTIONS
         options |= {_flag(key): value for key, value in self._config.args.items()}
-        if self._config.count > 1 and torch.cuda.is_available():
-            first = int(options.get("base-gpu-id", 0))
+        if torch.cuda.is_available():
+            # Behind the GPUs of this node's trainer ranks, unless told otherwise.
+            first = int(options.get("base-gpu-id", os.environ.get("LOCAL_WORLD_SIZE", "1")))
             options["base-gpu-id"] = first + index * self._config.tensor
         options |= self._fixed | {"port": self.urls[index].rpartition(":")[2]}
         return [sys.executable, "-m", "sglang.launch_server", *_flags(options)]
@@ -177,7 +183,7 @@ def _check_installed() -> None:
     if importlib.util.find_spec("sglang") is None:
         raise RuntimeError(
             "rollout.servers.mode=managed needs SGLang in this Python environment; install it "
-            "(docs/config.md), or start servers elsewhere and set rollout.servers.mode=external"
+            "(see README.md), or start servers elsewhere and set rollout.servers.mode=external"
         )
     plugins = {point.name for point in entry_points(group="sglang.srt.platforms")}
     if not torch.cuda.is_available() and not plugins:

@@ -154,9 +154,10 @@ def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
     assert "sleep-on-idle" not in servers.command(0)
 
 
-def test_options_that_are_ours_are_refused(managed):
-    with pytest.raises(ValueError, match=r"rollout\.servers\.args sets \['port'\]"):
-        managed(args={"port": 1})
+@pytest.mark.parametrize("option", ["port", "enable_deterministic_inference"])
+def test_options_that_are_ours_or_harmful_are_refused(managed, option):
+    with pytest.raises(ValueError, match=rf"rollout\.servers\.args = .*{option}.*; remove"):
+        managed(args={option: 1})
 
 
 def test_servers_do_not_take_themselves_for_ranks(monkeypatch):
