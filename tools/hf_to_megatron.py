@@ -39,7 +39,7 @@ def convert(options: Namespace) -> None:
 
     if options.out.exists():
         raise ValueError(f"--out = {options.out}: exists already; name a new folder or remove it")
-    stored = read_model_config(options.hf, "--hf").get("dtype")
+    stored = str(read_model_config(options.hf, "--hf").get("dtype"))
     if stored not in Dtype.__members__:
         stored = Dtype.bfloat16.name
     config = Config(

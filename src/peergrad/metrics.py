@@ -125,16 +125,19 @@ class Metrics:
         once the step has been trained: the row of the step that stops a run is the one to read."""
         self._row = {}
         start = time.perf_counter()
-        done = False
         try:
             yield
-            done = True
-        finally:
-            self._row["time/step"] = seconds = time.perf_counter() - start
-            if "tokens/total" in self._row:
-                self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
-            if done or "loss/total" in self._row:
-                self._write("train", step, self._row)
+        except Exception:
+            if "loss/total" in self._row:
+                self._finish_step(step, start)
+            raise
+        self._finish_step(step, start)
+
+    def _finish_step(self, step: int, start: float) -> None:
+        self._row["time/step"] = seconds = time.perf_counter() - start
+        if "tokens/total" in self._row:
+            self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
+        self._write("train", step, self._row)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:

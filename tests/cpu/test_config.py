@@ -21,12 +21,12 @@ from peergrad.config import (
     EvaluationConfig,
     LoggerConfig,
     OptimConfig,
-    Schedule,
     ParallelConfig,
     RewardConfig,
     RewardKind,
     RolloutConfig,
     RunConfig,
+    Schedule,
     ServerMode,
     ServersConfig,
 )

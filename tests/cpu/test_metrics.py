@@ -191,6 +191,22 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("wandb" in child.name() for child in psutil.Process().children())
 
 
+def test_the_step_that_stops_a_run_is_written(tmp_path: Path) -> None:
+    """Its numbers say why. A step that was not trained, or that a person interrupted, is not."""
+    metrics = Metrics([JsonLines(tmp_path / "m.jsonl", 0)])
+
+    def fail(step: int, error: type[BaseException], row: dict[str, float]) -> None:
+        with pytest.raises(error), metrics.step(step):
+            metrics.log(row)
+            raise error
+
+    fail(1, RuntimeError, {"reward/mean": 1.0})
+    fail(2, KeyboardInterrupt, {"loss/total": 1.0})
+    fail(3, RuntimeError, {"loss/total": math.nan})
+    (row,) = read_metrics(tmp_path / "m.jsonl")
+    assert row["step"] == 3 and row["loss/total"] is None
+
+
 # --- for a person --------------------------------------------------------------------------------
 
 
