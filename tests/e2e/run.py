@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Run(RunDir):
         self.log = root / f"{name}.log"
         self.holds = root / f"{name}.hold"
         self.holds.mkdir()
+        self._seen: set[psutil.Process] = set()
 
     def start(self, *overrides: str, ranks: int = 1) -> None:
         """Start it as the leader of a process group of its own, as a shell would."""
@@ -51,12 +53,12 @@ class Run(RunDir):
                 process_group=0,
             )
 
-    def finish(self, timeout: float = 240) -> None:
+    def finish(self, timeout: float = 400) -> None:
         """Wait for a run that must succeed."""
         status = self.process.wait(timeout)
         assert status == 0, f"exit status {status}:\n{self.printed}"
 
-    def wait_until(self, event: Callable[[], object], what: str, timeout: float = 120) -> None:
+    def wait_until(self, event: Callable[[], object], what: str, timeout: float = 300) -> None:
         """Poll ``event`` closely while the run is alive."""
         deadline = time.monotonic() + timeout
         while not event():
@@ -64,20 +66,25 @@ class Run(RunDir):
             assert time.monotonic() < deadline, f"waited in vain for {what}:\n{self.printed}"
             time.sleep(0.005)
 
-    def signal_group(self, number: signal.Signals) -> None:
-        """What Ctrl-C does with SIGINT: every process of the foreground group gets it."""
-        os.killpg(self.process.pid, number)
+    def interrupt(self) -> None:
+        """What Ctrl-C does: SIGINT to every process of the foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.alive()
+
+    def terminate(self) -> None:
+        """What ``kill`` does to the process that the shell started, be it torchrun."""
+        self.process.terminate()
+        self.alive()
 
     def alive(self) -> list[psutil.Process]:
-        """Every living process that this run has started, directly or not."""
-        found = []
+        """Every living process that this run has started, directly or not, and remember them."""
         for process in psutil.process_iter():
-            try:
+            with suppress(psutil.Error):  # gone, or not ours to look at
                 if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except psutil.Error:  # gone, a zombie, or not ours to look at
-                continue
-        return found
+                    # SGLang's workers overwrite their environment with a title
+                    self._seen |= {process, *process.children(recursive=True)}
+        self._seen = {process for process in self._seen if _is_alive(process)}
+        return sorted(self._seen, key=lambda process: process.pid)
 
     def assert_gone(self, timeout: float) -> None:
         """No process is left within ``timeout`` seconds."""
@@ -89,9 +96,10 @@ class Run(RunDir):
         self.process.wait(timeout)
 
     def kill(self) -> None:
-        """Clean up after a test, passed or failed."""
+        """SIGKILL to all of it: the cleaning up after a test, passed or failed."""
         for process in self.alive():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     @property
     def printed(self) -> str:
@@ -105,6 +113,12 @@ class Run(RunDir):
     def groups(self, step: int) -> list[Group]:
         """The recorded rollouts of one step."""
         return read_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl.zst")
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def run_in_turn(ranks: int, *commands: list[object]) -> None:

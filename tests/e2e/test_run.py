@@ -1,5 +1,6 @@
 """A whole run with the real server: what it writes, what it exports, how it survives a kill."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_goes_on_after_a_kill(new_run: Callable[..., Run], whole: Run) -> None:
     run.start(ranks=2)
     run.wait_until((run.checkpoints / "latest").exists, "the checkpoint of step 2")
     assert (run.checkpoints / "latest").read_text() == "step_000002"
-    run.signal_group(signal.SIGKILL)
+    run.alive()
+    os.killpg(run.process.pid, signal.SIGKILL)
     run.assert_gone(timeout=15)
     run.start("run.resume=true", ranks=2)
     run.finish()

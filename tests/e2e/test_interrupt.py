@@ -1,0 +1,148 @@
+"""A run that is interrupted, in any phase, ends at once, leaves no process and can be resumed."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from peergrad.config import Dtype, ServersConfig
+from peergrad.rollout.servers import ManagedServers
+from tests.e2e.run import Run
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+GRACE_SECONDS = 40
+RESUME = "run.resume=true"
+
+
+class Server:
+    """An SGLang server of our own, which the runs use as an external one."""
+
+    def __init__(self, url: str, log: Path) -> None:
+        self.overrides = ("rollout=external", f"rollout.servers.urls=[{url}]")
+        self._log = log
+        children = psutil.Process().children()
+        (root,) = (child for child in children if url.rpartition(":")[2] in child.cmdline())
+        self._processes = [root, *root.children(recursive=True)]
+
+    def syncs(self) -> int:
+        """Weight syncs that have begun."""
+        return self._log.read_text().count("POST /pause_generation")
+
+    def freeze(self) -> None:
+        for process in self._processes:
+            process.suspend()
+
+    def thaw(self) -> None:
+        for process in self._processes:
+            process.resume()
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    logs = tmp_path_factory.mktemp("server")
+    with ManagedServers(
+        ServersConfig(), model_path=str(model), dtype=Dtype.float32, log_dir=logs
+    ) as servers:
+        yield Server(servers.urls[0], logs / "server_0.log")
+
+
+@pytest.fixture
+def run(new_run: Callable[..., Run]) -> Run:
+    """Three steps whose update takes a second or more: a hundred small micro-batches."""
+    return new_run(
+        "interrupted",
+        "rollout.batch_size=128",
+        "algo.kl_coef=0",
+        "run.steps=3",
+        "evaluation.every=0",
+        "checkpoint.every=1",
+        "parallel.micro_batch_tokens=8",
+    )
+
+
+def test_in_every_phase(run: Run, server: Server) -> None:
+    """One run, interrupted and resumed again and again: by Ctrl-C and by SIGTERM to the launcher;
+    while its server starts and while rewards are awaited (server of its own); in an evaluation, an
+    update, a weight sync and a checkpoint (server of others). Then it finishes."""
+    recorded = run.path / "rollouts" / "step_000001.jsonl.zst"
+    log = run.path / "logs" / "latest" / "server_0.log"
+
+    run.start()
+    run.wait_until(lambda: log.exists() and log.stat().st_size, "the server's start")
+    run.interrupt()
+    check_end(run, inside="_wait_healthy")
+    assert run.process.returncode == 130
+
+    run.start(RESUME, ranks=2)
+    hold(run, "train")
+    run.interrupt()
+    check_end(run, inside="take")
+    assert not recorded.exists()
+
+    run.start(RESUME, "evaluation.every=1", *server.overrides, ranks=2)
+    hold(run, "test")
+    run.terminate()
+    check_end(run, inside="evaluate")
+    assert not run.rows("eval")
+
+    run.start(RESUME, *server.overrides, ranks=2)
+    run.wait_until(recorded.exists, "the rollouts of step 1")
+    time.sleep(0.3)
+    run.interrupt()
+    check_end(run, inside="update")
+
+    begun = server.syncs()
+    run.start(RESUME, *server.overrides, ranks=2)
+    run.wait_until(lambda: server.syncs() == begun + 2, "the weight sync of step 1")
+    server.freeze()  # or it would be over before the signal arrives
+    run.interrupt()
+    time.sleep(1)
+    server.thaw()
+    run.interrupt()  # the impatient second time
+    check_end(run, inside="load_weights")
+    assert not run.checkpoints.exists()
+
+    run.start(RESUME, *server.overrides, ranks=2)
+    run.wait_until((run.checkpoints / ".step_000002.partial").exists, "the checkpoint of step 2")
+    run.terminate()
+    check_end(run, inside="save")
+    assert [row["step"] for row in run.rows("train")] == [1, 2]
+    assert (run.checkpoints / "latest").exists()
+
+    run.start(RESUME, *server.overrides, ranks=2)
+    run.finish()
+    assert [row["step"] for row in run.rows("train")] == [1, 2, 3]
+    assert run.done.exists()
+
+
+def hold(run: Run, split: str) -> None:
+    """Wait until a reward of ``split`` is being computed; it does not end by itself."""
+    flag = run.holds / f"hold-{split}"
+    flag.touch()
+    run.wait_until((run.holds / f"held-{split}").exists, f"a reward of {split}")
+    time.sleep(0.5)
+    flag.unlink()
+
+
+def check_end(run: Run, *, inside: str) -> None:
+    """Everything ends soon, with a status other than 0 and a word on how to go on; the interrupt
+    was met in the function ``inside``; only whole checkpoints are left."""
+    run.assert_gone(GRACE_SECONDS)
+    assert run.process.returncode != 0
+    assert "interrupted; run.resume=true continues" in run.printed, run.printed
+    log = (run.path / "logs" / "latest" / "rank_00000.log").read_text()
+    assert f", in {inside}\n" in log.partition("interrupted here")[2], log
+    check_checkpoints(run.checkpoints)
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Whatever is visible is whole, and what ``latest`` names is visible."""
+    from peergrad.parallel.snapshot import damage
+
+    for path in folder.glob("step_*"):
+        assert damage(path) is None
+    latest = folder / "latest"
+    assert not latest.exists() or (folder / latest.read_text()).is_dir()
