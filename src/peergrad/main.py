@@ -27,8 +27,8 @@ from peergrad.checks import check
 from peergrad.compose import compose_config
 from peergrad.config import Config, ServerMode
 from peergrad.console import ConsoleSink
+from peergrad.lifetime import die_with_parent
 from peergrad.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
-from peergrad.rollout.launch import die_with_parent
 from peergrad.rundir import RunDir, check_run_dir, log_to
 
 if TYPE_CHECKING:

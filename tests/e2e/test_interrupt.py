@@ -63,6 +63,7 @@ def run(new_run: Callable[..., Run]) -> Run:
     )
 
 
+@pytest.mark.timeout(1200)
 def test_in_every_phase(run: Run, server: Server) -> None:
     """One run, interrupted and resumed again and again: by Ctrl-C and by SIGTERM to the launcher;
     while its server starts and while rewards are awaited (server of its own); in an evaluation, an

@@ -10,13 +10,17 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
+from peergrad.lifetime import die_with_parent
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import copy_companions
@@ -163,10 +167,20 @@ def _sharded(
 
 
 def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
+    _start_result_queue()
     described = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
     dist_checkpointing.save(
         _sharded(model, optimizer, loading=False), str(path), content_metadata=described
     )
+
+
+def _start_result_queue() -> None:
+    """Megatron's first save starts a process that holds the queue of the writers' results, and that
+    would live on for ever if this rank were killed. Started here, it ends with this rank."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(die_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:

@@ -19,9 +19,9 @@ from typing import Any, Protocol, cast
 
 from peergrad.config import Config
 from peergrad.data import Group, Prompt, Rollout
+from peergrad.lifetime import die_with_parent
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
-from peergrad.rollout.launch import die_with_parent
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState
 
