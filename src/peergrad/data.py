@@ -61,6 +61,14 @@ class Rollout:
         if self.finish not in FINISH_REASONS:
             raise ValueError(f"finish must be one of {FINISH_REASONS}, got {self.finish!r}")
 
+    @property
+    def token_versions(self) -> np.ndarray:
+        """Weight version that each token was drawn with, [R] int32."""
+        return np.repeat(
+            np.array([version for version, _, _ in self.versions], np.int32),
+            [end - start for _, start, end in self.versions],
+        )
+
 
 @dataclass(frozen=True)
 class Group:

@@ -1,6 +1,6 @@
 """Aggregation: how per-token losses become one scalar.
 
-All four modes are linear, so each is a weight per token: ``loss = sum(weight * token_loss)``. The
+All modes are linear, so each is a weight per token: ``loss = sum(weight * token_loss)``. The
 weights are computed once per optimizer step from the lengths of *all* its rollouts. Whatever the
 ranks and micro-batches, every token then counts the same, and a sum is all that is left to do.
 """
@@ -9,33 +9,47 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peergrad.config import Aggregation
+from peergrad.config import Aggregation, Denominator
 
 
 def token_weights(
-    lengths: Int[Tensor, " B"], *, mode: Aggregation, max_tokens: int
+    sampled: Int[Tensor, " B"],
+    kept: Int[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    *,
+    mode: Aggregation,
+    denominator: Denominator,
+    max_tokens: int,
 ) -> Float[Tensor, " B"]:
-    """Weight of every scored token of each rollout; float64.
+    """Weight of every kept token of each rollout; float64.
 
-    ``lengths[i]`` is the number of scored tokens n_i of rollout i, ``B`` the number of rollouts of
-    the step (those without scored tokens included), N the sum of all n_i:
+    ``sampled[i]`` tokens were drawn, ``kept[i]`` of them take part in the loss; ``group[i]`` is the
+    rollout's group. With ``denominator=all``, n_i is ``sampled[i]`` and B and P count every rollout
+    and group of the step; with ``kept``, n_i is ``kept[i]`` and only rollouts and groups of which
+    something is kept count. N is the sum of all n_i, N_g that of group g.
 
     - ``seq_mean_token_mean``: ``1 / (B n_i)`` (DeepSeekMath, arXiv:2402.03300, eq. 3)
     - ``token_mean``: ``1 / N`` over the whole step (DAPO, arXiv:2503.14476, as released)
+    - ``group_token_mean``: ``1 / (P N_g)`` (DAPO, eq. 8 as printed)
     - ``seq_mean_token_sum``: ``1 / B``
     - ``token_sum_const``: ``1 / (B max_tokens)``, ``max_tokens`` the generation budget
       (Dr.GRPO, arXiv:2503.20783)
 
-    A rollout without scored tokens has weight 0 and never divides by zero.
+    A rollout of which nothing is kept has weight 0 and never divides by zero.
     """
-    rollouts = lengths.numel()
-    n = lengths.to(torch.float64)
+    n = (sampled if denominator is Denominator.all else kept).double()
+    counts = torch.ones_like(n) if denominator is Denominator.all else (n > 0).double()
+    rollouts = counts.sum()
     if mode is Aggregation.seq_mean_token_mean:
-        weights = 1.0 / (rollouts * n)
+        weights = 1 / (rollouts * n)
     elif mode is Aggregation.token_mean:
-        weights = 1.0 / n.sum().expand_as(n)
+        weights = 1 / n.sum().expand_as(n)
+    elif mode is Aggregation.group_token_mean:
+        tokens = torch.bincount(group, n)
+        groups = (torch.bincount(group, counts) > 0).sum()
+        weights = 1 / (groups * tokens[group])
     elif mode is Aggregation.seq_mean_token_sum:
-        weights = torch.full_like(n, 1.0 / rollouts)
+        weights = (1 / rollouts).expand_as(n)
     else:
-        weights = torch.full_like(n, 1.0 / (rollouts * max_tokens))
-    return torch.where(lengths > 0, weights, 0.0)
+        weights = (1 / (rollouts * max_tokens)).expand_as(n)
+    return torch.where(kept > 0, weights, 0.0)

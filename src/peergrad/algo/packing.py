@@ -1,37 +1,14 @@
-"""From groups to packed micro-batches.
-
-Every rank holds all groups of a step, so every rank computes the same global weights and the same
-division of the work, and no collective is needed to agree on denominators.
-"""
+"""From samples to packed micro-batches: every rank computes the same division of the work."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peergrad.algo.advantage import group_advantage
-from peergrad.algo.aggregate import token_weights
-from peergrad.config import Aggregation
-from peergrad.data import Group
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout ready to be packed: prompt and answer in one row, with its scalars.
-
-    Example:
-        ``Sample(tokens=[5, 3, 9, 7, 1], prompt_length=3, logprobs=[-.1, -.2], advantage=.8,
-        weight=.05)``
-    """
-
-    tokens: np.ndarray  # [P + R] int32
-    prompt_length: int
-    logprobs: np.ndarray  # [R] float32, the engine's
-    advantage: float
-    weight: float  # of each of its tokens in the loss
+from peergrad.algo.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -51,89 +28,58 @@ class MicroBatch:
     max_seqlen: int
     rows: Int[Tensor, " S"]  # int64
     targets: Int[Tensor, " S"]  # int64
+    sequence: Int[Tensor, " S"]  # int64, which of the row's sequences
+    sequences: int
     advantage: Float[Tensor, " S"]
     weight: Float[Tensor, " S"]
     logp_engine: Float[Tensor, " S"]
     logp_old: Float[Tensor, " S"] | None = None
     logp_ref: Float[Tensor, " S"] | None = None
+    proximal: Float[Tensor, " S"] | None = None
 
 
-def make_samples(
-    groups: Sequence[Group],
-    *,
-    scale_by_std: bool,
-    std_eps: float,
-    aggregation: Aggregation,
-    max_tokens: int,
-) -> list[Sample]:
-    """Grade all rollouts of one optimizer step against their peers and weigh their tokens.
-
-    ``groups`` must be everything the step trains on, over all ranks: the weights' denominators are
-    taken from it. Rollouts without a token stay in the count of rollouts.
-    """
-    rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    advantages = torch.cat(
-        [
-            group_advantage(torch.from_numpy(g.rewards), scale_by_std=scale_by_std, eps=std_eps)
-            for g in groups
-        ]
-    )
-    lengths = torch.tensor([rollout.tokens.size for _, rollout in rollouts])
-    weights = token_weights(lengths, mode=aggregation, max_tokens=max_tokens)
-    return [
-        Sample(
-            tokens=np.concatenate([prompt.tokens, rollout.tokens]),
-            prompt_length=prompt.tokens.size,
-            logprobs=rollout.logprobs,
-            advantage=float(advantage),
-            weight=float(weight),
-        )
-        for (prompt, rollout), advantage, weight in zip(rollouts, advantages, weights, strict=True)
-    ]
-
-
-def balance(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:
     """Divide samples over ``parts`` ranks with near-equal token counts: longest first, each to the
-    part with the fewest tokens. Deterministic; parts may be empty."""
-    shares: list[list[Sample]] = [[] for _ in range(parts)]
+    part with the fewest tokens. Indices into ``sizes``; deterministic; parts may be empty."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
     loads = [0] * parts
-    for sample in sorted(samples, key=lambda s: -s.tokens.size):
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         target = loads.index(min(loads))
-        shares[target].append(sample)
-        loads[target] += sample.tokens.size
+        shares[target].append(i)
+        loads[target] += sizes[i]
     return shares
 
 
-def fill(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
-    """Divide samples into bins of at most ``budget`` tokens: longest first, each into the first bin
-    with room. A sample beyond the budget gets a bin of its own."""
-    bins: list[list[Sample]] = []
+def fill(sizes: Sequence[int], share: Sequence[int], budget: int) -> list[list[int]]:
+    """Divide the samples of ``share`` into bins of at most ``budget`` tokens: longest first, each
+    into the first bin with room. A sample beyond the budget gets a bin of its own."""
+    bins: list[list[int]] = []
     loads: list[int] = []
-    for sample in sorted(samples, key=lambda s: -s.tokens.size):
-        size = sample.tokens.size
-        target = next((i for i, load in enumerate(loads) if load + size <= budget), None)
+    for i in sorted(share, key=lambda i: -sizes[i]):
+        size = sizes[i]
+        target = next((b for b, load in enumerate(loads) if load + size <= budget), None)
         if target is None:
-            bins.append([sample])
+            bins.append([i])
             loads.append(size)
         else:
-            bins[target].append(sample)
+            bins[target].append(i)
             loads[target] += size
     return bins
 
 
-def micro_batches(
-    samples: Sequence[Sample], *, rank: int, ranks: int, budget: int, multiple: int = 1
-) -> list[MicroBatch]:
-    """The micro-batches of data-parallel rank ``rank`` of ``ranks``, on the CPU.
+def divide(samples: Sequence[Sample], *, ranks: int, budget: int) -> list[list[list[int]]]:
+    """Which samples each data-parallel rank puts into each of its micro-batches, as indices.
 
-    All ranks get the same number: those with less work end with empty ones, because schedules and
-    expert-parallel layers need every rank to take part in every collective. ``multiple``: see
-    ``pack``.
+    All ranks get the same number of micro-batches: those with less work end with empty ones,
+    because schedules and expert-parallel layers need every rank to take part in every collective.
+    Samples that bring nothing to the loss are left out.
     """
-    shares = [fill(share, budget) for share in balance(samples, ranks)]
-    count = max(1, *(len(share) for share in shares))
-    mine = shares[rank] + [[]] * (count - len(shares[rank]))
-    return [pack(part, multiple=multiple) for part in mine]
+    active = [i for i, sample in enumerate(samples) if sample.scored.size]
+    sizes = [sample.tokens.size for sample in samples]
+    shares = balance([sizes[i] for i in active], ranks)
+    bins = [fill(sizes, [active[i] for i in share], budget) for share in shares]
+    count = max(1, *(len(part) for part in bins))
+    return [part + [[]] * (count - len(part)) for part in bins]
 
 
 def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
@@ -151,8 +97,12 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
     starts = np.cumsum([0, *lengths])
 
     def scored(values: Callable[[int, Sample], np.ndarray], dtype: torch.dtype) -> Tensor:
-        parts = [values(start, s) for start, s in zip(starts, samples, strict=False)]
+        parts = [values(i, s)[s.scored] for i, s in enumerate(samples)]
         return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(dtype)
+
+    def optional(field: str) -> Tensor | None:
+        missing = any(getattr(s, field) is None for s in samples)
+        return None if missing else scored(lambda _, s: getattr(s, field), torch.float32)
 
     return MicroBatch(
         tokens=torch.from_numpy(np.concatenate(sequences)).long(),
@@ -160,20 +110,15 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
         cu_seqlens=torch.from_numpy(starts).int(),
         max_seqlen=max(lengths),
         rows=scored(
-            lambda start, s: start + np.arange(s.prompt_length, s.tokens.size) - 1, torch.int64
+            lambda i, s: starts[i] + np.arange(s.prompt_length, s.tokens.size) - 1, torch.int64
         ),
         targets=scored(lambda _, s: s.tokens[s.prompt_length :], torch.int64),
-        advantage=scored(lambda _, s: np.full(s.logprobs.size, s.advantage), torch.float32),
-        weight=scored(lambda _, s: np.full(s.logprobs.size, s.weight), torch.float32),
-        logp_engine=scored(lambda _, s: s.logprobs, torch.float32),
+        sequence=scored(lambda i, s: np.full(s.weight.size, i), torch.int64),
+        sequences=len(samples),
+        advantage=scored(lambda _, s: s.advantage, torch.float32),
+        weight=scored(lambda _, s: s.weight, torch.float32),
+        logp_engine=scored(lambda _, s: s.logp_engine, torch.float32),
+        logp_old=optional("logp_old"),
+        logp_ref=optional("logp_ref"),
+        proximal=optional("proximal"),
     )
-
-
-def with_logprobs(
-    batches: Sequence[MicroBatch], field: str, logprobs: Sequence[Tensor | None]
-) -> list[MicroBatch]:
-    """The micro-batches with ``field`` (``logp_old`` or ``logp_ref``) filled in."""
-    return [
-        replace(batch, **{field: values})  # type: ignore[arg-type]
-        for batch, values in zip(batches, logprobs, strict=True)
-    ]

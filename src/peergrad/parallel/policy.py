@@ -1,4 +1,4 @@
-"""The models of a run behind four verbs: pack, logprobs, update, weights."""
+"""The models of a run behind three verbs: score, update, weights."""
 
 import math
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from peergrad.algo.objective import Metrics
-from peergrad.algo.packing import MicroBatch, Sample, micro_batches
+from peergrad.algo.packing import MicroBatch, divide, pack
+from peergrad.algo.samples import Sample, make_samples
 from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.groups import Groups
@@ -25,7 +26,29 @@ from peergrad.parallel.optimizer import build_optimizer, learning_rate, wrap_mod
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
 
-Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
+
+class Objective(Protocol):
+    """Loss and metrics of a micro-batch from its logprobs and entropies."""
+
+    def __call__(
+        self, logp: Tensor, entropy: Tensor, batch: MicroBatch, /
+    ) -> tuple[Tensor, Metrics]: ...
+
+    def refusal(self, metrics: dict[str, float], /) -> str | None:
+        """Why the optimizer must not take this step, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the answer tokens of samples; equal on every rank. NaN: not scored.
+
+    Example:
+        ``Scores(logp=[array([-.1, -.2])], entropy=[array([.3, .1])])``: one sample
+    """
+
+    logp: list[np.ndarray]  # [R] float32 of each sample
+    entropy: list[np.ndarray]  # [R] float32 of each sample
 
 
 @dataclass(frozen=True)
@@ -33,13 +56,14 @@ class Update:
     """What one optimizer step did; equal on every rank.
 
     Example:
-        ``Update(metrics={"loss/total": -.01, "optim/grad_norm": .7}, gap=array([1e-6, ...]),
-        applied=True)``
+        ``Update(metrics={"loss/total": -.01, "optim/grad_norm": .7}, scores=..., finite=True,
+        refusal=None)``
     """
 
     metrics: dict[str, float]
-    gap: np.ndarray  # trainer logprob - engine logprob of every scored token of the step, float32
-    applied: bool  # False if the loss or the gradient was not finite: the weights are unchanged
+    scores: Scores  # of its own forward pass, before the step
+    finite: bool  # False: loss or gradient was not; the weights are unchanged
+    refusal: str | None  # the objective's or the batch's reason against the step, if any
 
 
 class Scorer:
@@ -56,50 +80,27 @@ class Scorer:
         else:
             load_weights(Path(weights), self.model, self.shape)
 
-    def pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        """This rank's micro-batches of a step's samples, on its device."""
-        parallel = self.config.parallel
-        batches = micro_batches(
-            samples,
-            rank=self.groups.data.rank(),
-            ranks=self.groups.data.size(),
-            budget=parallel.micro_batch_tokens,
-            multiple=parallel.tensor if parallel.sequence else 1,
-        )
-        return [_to_device(batch, self.groups.device) for batch in batches]
+    def score(self, samples: Sequence[Sample], *, temperature: float | None = None) -> Scores:
+        """Score the samples' answer tokens that have a weight.
 
-    @torch.no_grad()
-    def logprobs(
-        self, batches: Sequence[MicroBatch], *, temperature: float | None = None
-    ) -> list[Tensor | None]:
-        """float32 logp ``[S]`` of each micro-batch on the last pipeline stage, None on the others.
-
-        ``temperature`` defaults to the rollouts'. Collective over the model-parallel ranks.
+        ``temperature`` defaults to the rollouts'. Collective over all ranks.
         """
+        bins = self._divide(samples)
 
-        def forward(batch: MicroBatch, hidden: Tensor, **_: Any) -> Tensor:
-            return self._head(hidden, batch, temperature)[0]
+        def forward(batch: MicroBatch, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+            return self._head(hidden, batch, temperature)
 
-        found = self._schedule(self.model, batches, forward, forward_only=True)
-        return found if self.groups.is_last_stage else [None] * len(batches)
+        with torch.no_grad():
+            found = self._schedule(self.model, self._pack(samples, bins), forward, True)
+        return self._collect(samples, bins, found)[0]
 
     def canary_gap(self, group: Group) -> float:
         """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
         temperature 1 (one rollout per server). Collective; equal on every rank."""
-        size = group.prompt.tokens.size
-        samples = [
-            Sample(np.concatenate([group.prompt.tokens, r.tokens]), size, r.logprobs, 0.0, 0.0)
-            for r in group.rollouts
-        ]
-        batches = self.pack(samples)
-        gaps = [
-            float((logp - batch.logp_engine).abs().max())
-            for logp, batch in zip(self.logprobs(batches, temperature=1.0), batches, strict=True)
-            if logp is not None and logp.numel()
-        ]
-        return float(
-            np.max([gap for part in self.groups.gather(gaps) for gap in part])
-        )  # keeps NaN
+        samples = make_samples([group])
+        own = self.score(samples, temperature=1.0).logp
+        gaps = [np.abs(x - s.logp_engine) for x, s in zip(own, samples, strict=True)]
+        return float(np.max(np.concatenate(gaps)))  # keeps NaN
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on the ranks of the first data-parallel replica, nothing on
@@ -135,12 +136,47 @@ class Scorer:
             chunk=self.config.parallel.logprob_chunk,
         )
 
+    def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
+        budget = self.config.parallel.micro_batch_tokens
+        return divide(samples, ranks=self.groups.data.size(), budget=budget)
+
+    def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
+        """This rank's micro-batches, on its device."""
+        parallel = self.config.parallel
+        multiple = parallel.tensor if parallel.sequence else 1
+        mine = bins[self.groups.data.rank()]
+        packed = [pack([samples[i] for i in part], multiple=multiple) for part in mine]
+        return [_to_device(batch, self.groups.device) for batch in packed]
+
+    def _collect(
+        self,
+        samples: Sequence[Sample],
+        bins: Sequence[list[list[int]]],
+        found: Sequence[tuple[Tensor, ...]],
+        extra: Any = None,
+    ) -> tuple[Scores, list[Any]]:
+        """Bring (logp, entropy) of every micro-batch to every rank and back into the order of the
+        samples; with it ``extra`` of each rank that reports."""
+        mine = None
+        if self.groups.reports:
+            columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
+            mine = (self.groups.data.rank(), columns, extra)
+        logp, entropy = ([np.full_like(s.logp_engine, np.nan) for s in samples] for _ in range(2))
+        gathered = [part for part in self.groups.gather(mine) if part is not None]
+        for rank, columns, _ in gathered:
+            at = 0
+            for i in (i for part in bins[rank] for i in part):
+                scored = samples[i].scored
+                for values, column in zip((logp, entropy), columns, strict=True):
+                    values[i][scored] = column[at : at + scored.size]
+                at += scored.size
+        return Scores(logp, entropy), [part[2] for part in gathered]
+
     def _schedule(
         self,
         model: torch.nn.Module,
         batches: Sequence[MicroBatch],
         finish: Callable[..., Any],
-        *,
         forward_only: bool,
     ) -> list[Any]:
         """Run Megatron's schedule; ``finish(batch, hidden)`` is called on the last stage. Its
@@ -174,56 +210,67 @@ class Policy(Scorer):
         )
         self.updates = 0
 
-    def update(self, batches: Sequence[MicroBatch], objective: Objective) -> Update:
-        """One optimizer step on ``batches``. Collective over all ranks.
+    def update(self, samples: Sequence[Sample], objective: Objective) -> Update:
+        """One optimizer step on ``samples``. Collective over all ranks.
 
-        A loss or gradient norm that is not finite leaves the weights as they were.
+        A loss or gradient norm that is not finite, an objection of the objective or a batch without
+        a token to learn from leaves the weights as they were.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        bins = self._divide(samples)
 
         def finish(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             logp, entropy = self._head(hidden, batch)
             loss, metrics = objective(logp, entropy, batch)
-            gap = logp.detach() - batch.logp_engine
-            return loss, torch.zeros((), dtype=torch.int), (metrics, gap)
+            report = (metrics, logp.detach(), entropy.detach())
+            return loss, torch.zeros((), dtype=torch.int), report
 
-        reports = self._schedule(self.ddp, batches, finish, forward_only=False)
-        metrics, gap = self._merge(reports)
+        reports = self._schedule(self.ddp, self._pack(samples, bins), finish, False)
+        found = [report[1:] for report in reports]
+        mine = _add_up([report[0] for report in reports])
+        scores, parts = self._collect(samples, bins, found, mine)
+        metrics = {
+            key: total / count if count else total for key, (total, count) in _merge(parts).items()
+        }
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        rate = self._set_learning_rate()
-        metrics |= {"optim/grad_norm": norm, "optim/lr": rate}
-        applied = math.isfinite(norm) and math.isfinite(metrics["loss/total"])
-        if applied:
+        metrics |= {"optim/grad_norm": norm, "optim/lr": self._set_learning_rate()}
+        finite = math.isfinite(norm) and math.isfinite(metrics["loss/total"])
+        refusal = objective.refusal(metrics)
+        if not any(part for rank in bins for part in rank):
+            refusal = "no token to learn from"
+        if finite and refusal is None:
             self.optimizer.step()
         self.updates += 1
-        return Update(metrics, gap, applied)
+        return Update(metrics, scores, finite, refusal)
 
     def _set_learning_rate(self) -> float:
-        total = self.config.run.steps * self.config.algo.minibatches
+        algo = self.config.algo
+        total = self.config.run.steps * algo.epochs * algo.minibatches
         rate = learning_rate(self.config.optim, update=self.updates, total=total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
         return rate
 
-    def _merge(self, reports: list[tuple[Metrics, Tensor]]) -> tuple[dict[str, float], np.ndarray]:
-        """Add the micro-batches' reports up over all ranks that hold different tokens."""
-        mine: dict[str, tuple[float, int]] = {}
-        gaps: list[np.ndarray] = []
-        if self.groups.reports:
-            for metrics, gap in reports:
-                gaps.append(gap.cpu().numpy())
-                for key, (total, count) in metrics.items():
-                    old = mine.get(key, (0.0, 0))
-                    mine[key] = (old[0] + float(total), old[1] + count)
-        gathered = self.groups.gather((mine, gaps))
-        keys = {key: None for part, _ in gathered for key in part}
-        merged = {}
-        for key in keys:
-            total, count = np.sum([part[key] for part, _ in gathered if key in part], axis=0)
-            merged[key] = float(total / count) if count else float(total)
-        return merged, np.concatenate([gap for _, part in gathered for gap in part])
+
+def _add_up(reports: Sequence[Metrics]) -> dict[str, tuple[float, float]]:
+    """Sums and counts over micro-batches, brought to the host at once."""
+    total: dict[str, tuple[float, float]] = {}
+    for report in reports:
+        for key, (value, count) in report.items():
+            old = total.get(key, (0.0, 0.0))
+            total[key] = (old[0] + float(value), old[1] + float(count))
+    return total
+
+
+def _merge(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Sums and counts over ranks."""
+    keys = {key: None for part in parts for key in part}
+    return {
+        key: tuple(np.sum([part[key] for part in parts if key in part], axis=0).tolist())
+        for key in keys
+    }
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -1,0 +1,114 @@
+"""Rollouts as the trainer sees them: one row of tokens each, with what every answer token brings.
+
+Every rank holds all groups of a step, and all logprobs that were computed before the update, so
+every rank computes the same numbers and no collective is needed to agree on a mean or a
+denominator.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from peergrad.algo.aggregate import token_weights
+from peergrad.config import AlgoConfig
+from peergrad.data import Group
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout ready to be packed: prompt and answer in one row, and what each answer token
+    brings to the loss. ``group`` says whose peer it is.
+
+    Example:
+        ``Sample(tokens=[5, 3, 9, 7, 1], prompt_length=3, logp_engine=[-.1, -.2],
+        advantage=[.8, .8], weight=[.05, .05], version=[4, 4])``
+    """
+
+    tokens: np.ndarray  # [P + R] int32
+    prompt_length: int
+    logp_engine: np.ndarray  # [R] float32
+    advantage: np.ndarray  # [R] float32
+    weight: np.ndarray  # [R] float32, in the loss; a token of weight 0 takes no part at all
+    version: np.ndarray  # [R] int32, of the weights that the token was drawn with
+    group: int = 0
+    logp_old: np.ndarray | None = None  # [R] float32
+    logp_ref: np.ndarray | None = None  # [R] float32
+    proximal: np.ndarray | None = None  # [R] float32, from engine (0) to present (1): loglinear
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Indices of the answer tokens that take part."""
+        return np.flatnonzero(self.weight)
+
+
+def make_samples(groups: Sequence[Group]) -> list[Sample]:
+    """All rollouts of ``groups`` in order, ungraded: advantage 0, every token of weight 1."""
+    return [
+        Sample(
+            tokens=np.concatenate([group.prompt.tokens, rollout.tokens]),
+            prompt_length=group.prompt.tokens.size,
+            logp_engine=rollout.logprobs,
+            advantage=np.zeros_like(rollout.logprobs),
+            weight=np.ones_like(rollout.logprobs),
+            version=rollout.token_versions,
+            group=index,
+        )
+        for index, group in enumerate(groups)
+        for rollout in group.rollouts
+    ]
+
+
+def with_logp(samples: Sequence[Sample], field: str, values: Sequence[np.ndarray]) -> list[Sample]:
+    """The samples with ``logp_old`` or ``logp_ref`` filled in."""
+    pairs = zip(samples, values, strict=True)
+    return [replace(s, **{field: value}) for s, value in pairs]  # type: ignore[arg-type]
+
+
+def with_proximal(samples: Sequence[Sample], *, version: int) -> list[Sample]:
+    """For the log-linear proximal policy: where the policy of the start of the step, ``version``,
+    lies on the way from each token's own version to the one being made.
+
+    ``a = (v_prox - v_token) / (v_new - v_token)``, ``v_new = version + 1`` (AReaL's "loglinear").
+
+    Example:
+        tokens of the present version 0; one version older 1/2; two 2/3.
+    """
+    lags = [version - s.version for s in samples]
+    return [
+        replace(s, proximal=(lag / (lag + 1)).astype(np.float32))
+        for s, lag in zip(samples, lags, strict=True)
+    ]
+
+
+def weigh(samples: Sequence[Sample], algo: AlgoConfig, *, max_tokens: int) -> list[Sample]:
+    """Give every kept token its weight in the loss of one optimizer step.
+
+    ``samples`` must be everything that the optimizer step sees, over all ranks: denominators are
+    taken from it.
+    """
+    sampled = torch.tensor([s.weight.size for s in samples])
+    kept = torch.tensor([np.count_nonzero(s.weight) for s in samples])
+    _, group = torch.unique(torch.tensor([s.group for s in samples]), return_inverse=True)
+    weights = token_weights(
+        sampled,
+        kept,
+        group,
+        mode=algo.aggregation,
+        denominator=algo.denominator,
+        max_tokens=max_tokens,
+    )
+    return [
+        replace(s, weight=((s.weight != 0) * w).astype(np.float32))
+        for s, w in zip(samples, weights.tolist(), strict=True)
+    ]
+
+
+def mini_batches(samples: Sequence[Sample], parts: int, order: Sequence[int]) -> list[list[Sample]]:
+    """Divide the groups, taken in ``order``, into ``parts`` runs of equal size (but for a rest)."""
+    of: dict[int, list[Sample]] = {group: [] for group in order}
+    for sample in samples:
+        of[sample.group].append(sample)
+    runs = np.array_split(np.array(order), parts)
+    return [[sample for group in run for sample in of[int(group)]] for run in runs]

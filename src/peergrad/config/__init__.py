@@ -1,0 +1,118 @@
+"""Every knob of a run: nested dataclasses, each field with its default, its meaning and its check.
+
+Hydra composes the YAML files of ``conf/`` against these classes, so an unknown key or a wrong type
+is refused; ``__post_init__`` refuses values out of range and combinations that make no sense. Past
+``OmegaConf.to_object`` there are only these dataclasses. Checks that need the model's shape or the
+number of processes are in ``peergrad.checks``. This package imports nothing heavy. Member names of
+enumerations are what the YAML files and the command line say.
+"""
+
+from dataclasses import dataclass, field
+
+from peergrad.config.algo import (
+    SEQUENCE_RATIO,
+    AdvantageConfig,
+    Aggregation,
+    AlgoConfig,
+    CorrectionConfig,
+    CorrectionKind,
+    CorrectionLevel,
+    Denominator,
+    FlatGroups,
+    KlConfig,
+    KlEstimator,
+    KlPlace,
+    Level,
+    OldPolicy,
+    SamplingConfig,
+    ShapingConfig,
+    SurrogateConfig,
+    SurrogateKind,
+    TokenLevel,
+)
+from peergrad.config.rollout import (
+    OnGap,
+    Proof,
+    RolloutConfig,
+    ServerMode,
+    ServersConfig,
+)
+from peergrad.config.rules import (
+    require,
+)
+from peergrad.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    Dtype,
+    EvaluationConfig,
+    LoggerConfig,
+    ModelConfig,
+    OnError,
+    OnNonfinite,
+    OptimConfig,
+    ParallelConfig,
+    RewardConfig,
+    RewardKind,
+    RunConfig,
+    Schedule,
+    Spec,
+)
+
+__all__ = [
+    "SEQUENCE_RATIO",
+    "AdvantageConfig",
+    "Aggregation",
+    "AlgoConfig",
+    "CheckpointConfig",
+    "Config",
+    "CorrectionConfig",
+    "CorrectionKind",
+    "CorrectionLevel",
+    "DataConfig",
+    "Denominator",
+    "Dtype",
+    "EvaluationConfig",
+    "FlatGroups",
+    "KlConfig",
+    "KlEstimator",
+    "KlPlace",
+    "Level",
+    "LoggerConfig",
+    "ModelConfig",
+    "OldPolicy",
+    "OnError",
+    "OnGap",
+    "OnNonfinite",
+    "OptimConfig",
+    "ParallelConfig",
+    "Proof",
+    "RewardConfig",
+    "RewardKind",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Schedule",
+    "ServerMode",
+    "ServersConfig",
+    "ShapingConfig",
+    "Spec",
+    "SurrogateConfig",
+    "SurrogateKind",
+    "TokenLevel",
+    "require",
+]
+
+
+@dataclass(kw_only=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

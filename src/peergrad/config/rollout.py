@@ -1,0 +1,132 @@
+"""How answers are sampled, by which servers, and how weights reach them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peergrad.config.rules import at_least, optional_positive, positive, require
+
+ServerMode = Enum("ServerMode", ["managed", "external"])
+Proof = Enum("Proof", ["auto", "canary", "off"])
+OnGap = Enum("OnGap", ["warn", "stop"])
+
+
+@dataclass(kw_only=True)
+class ServersConfig:
+    mode: ServerMode = ServerMode.managed
+    """``managed`` starts and stops SGLang servers beside rank 0; ``external`` uses ``urls``."""
+    urls: list[str] = field(default_factory=list)
+    """Base URLs of external servers (the workers themselves, not a router)."""
+    count: int = 1
+    """Managed servers."""
+    tensor: int = 1
+    """Tensor-parallel size of each server."""
+    start_timeout: float = 300.0
+    """Seconds until a managed server must be healthy."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further ``sglang serve`` options: ``{mem-fraction-static: 0.8, enable-metrics: true}``."""
+
+    def __post_init__(self) -> None:
+        at_least("rollout.servers.count", self.count, 1)
+        at_least("rollout.servers.tensor", self.tensor, 1)
+        positive("rollout.servers.start_timeout", self.start_timeout, "use 300")
+        external = self.mode is ServerMode.external
+        require(
+            bool(self.urls) == external,
+            "rollout.servers.urls",
+            self.urls,
+            "is needed with mode=external and only there",
+            "list the servers' base URLs, or set rollout.servers.mode=managed",
+        )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    batch_size: int = 512
+    """Rollouts (not prompts) per step."""
+    group_size: int = 8
+    """Rollouts per prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer divides its logits by the same number."""
+    top_p: float = 1.0
+    """Must be 1: the trainer cannot know the mass that nucleus sampling cuts off."""
+    top_k: int = -1
+    """Must be -1, for the same reason."""
+    max_new_tokens: int = 1024
+    """Longest answer, in tokens."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Further token ids that end an answer (the tokenizer's end token always does)."""
+    max_staleness: int = 0
+    """How many weight versions a rollout may lag: 0 is synchronous on-policy, 1 one step off."""
+    max_concurrency: int = 256
+    """Groups in flight at a time."""
+    request_timeout: float = 600.0
+    """Seconds one generation request may take."""
+    retries: int = 5
+    """Further attempts after a connection error or a 5xx answer."""
+    bucket_mb: int = 512
+    """Size of one weight-sync broadcast."""
+    proof: Proof = Proof.auto
+    """After each weight sync: ``auto`` compares the servers' tensor checksums as far as they can be
+    known and scores a canary text on both sides; ``canary`` only the latter."""
+    max_canary_gap: float | None = None
+    """Largest allowed |logprob difference| on the canary text; default: warn above 1e-3 (float32)
+    or 0.5 (bfloat16), never stop."""
+    max_logprob_gap: float | None = None
+    """Largest allowed mean ``|trainer logprob - engine logprob|`` of a step's tokens that were
+    sampled with the present weights; default: warn above 1e-3 (float32) or 0.1 (bfloat16)."""
+    on_logprob_gap: OnGap = OnGap.stop
+    """What exceeding ``max_logprob_gap`` does; the worst tokens are recorded either way."""
+    dump: bool = True
+    """Record every step's groups under ``rollouts/``."""
+    replay: str | None = None
+    """Run folder whose recorded groups to train on, without an engine."""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.group_size >= 2,
+            "rollout.group_size",
+            self.group_size,
+            "must be at least 2 to compare peers",
+            "use 8",
+        )
+        require(
+            self.batch_size > 0 and self.batch_size % self.group_size == 0,
+            "rollout.batch_size",
+            self.batch_size,
+            f"must be a positive multiple of rollout.group_size ({self.group_size})",
+            f"use {max(1, round(self.batch_size / self.group_size)) * self.group_size}",
+        )
+        positive(
+            "rollout.temperature",
+            self.temperature,
+            "use 1.0; greedy sampling belongs to evaluation.temperature",
+        )
+        positive("rollout.request_timeout", self.request_timeout, "use 600")
+        if self.max_canary_gap is not None:
+            positive("rollout.max_canary_gap", self.max_canary_gap, "use null for no limit")
+        optional_positive("rollout.max_logprob_gap", self.max_logprob_gap, "use null for no limit")
+        require(
+            self.on_logprob_gap is OnGap.stop or self.max_logprob_gap is not None,
+            "rollout.on_logprob_gap",
+            self.on_logprob_gap.name,
+            "has no effect without rollout.max_logprob_gap",
+            "set that, or remove this",
+        )
+        for key, value, full in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, -1)):
+            require(
+                value == full,
+                f"rollout.{key}",
+                value,
+                "truncated sampling would bias every ratio by the mass it cuts off",
+                f"set it to {full}",
+            )
+        at_least("rollout.max_staleness", self.max_staleness, 0)
+        for name in ("max_new_tokens", "max_concurrency", "bucket_mb"):
+            at_least(f"rollout.{name}", getattr(self, name), 1)
+        at_least("rollout.retries", self.retries, 0)
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.batch_size // self.group_size

@@ -1,0 +1,250 @@
+"""Every section but the objective's and the rollouts': run, model, layout, data, optimizer, ..."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peergrad.config.rules import at_least, positive, require
+
+Dtype = Enum("Dtype", ["float32", "bfloat16"])
+Spec = Enum("Spec", ["auto", "te", "torch"])
+RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "function"])
+OnError = Enum("OnError", ["zero", "stop"])
+OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
+Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = "run"
+    """Folder of this run under ``root``."""
+    root: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seeds prompt order and every generator of the trainer."""
+    steps: int = 100
+    """Optimizer-side length of the run: rollout batches trained on, counted from the start."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint of ``root/name``. Without it a run folder that
+    already holds a run is refused."""
+
+    def __post_init__(self) -> None:
+        at_least("run.steps", self.steps, 1)
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            "run.name",
+            self.name,
+            "must be a plain folder name",
+            "put the path into run.root",
+        )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = "???"
+    """Folder of the HF checkpoint: config.json, tokenizer and safetensors. Mandatory."""
+    weights: str | None = None
+    """A Megatron checkpoint (tools/hf_to_megatron.py) to take the weights from instead."""
+    reference: str | None = None
+    """HF checkpoint of the reference model; default: ``path``. Loaded only if algo.kl.coef > 0."""
+    dtype: Dtype = Dtype.bfloat16
+    """Precision of parameters and layers; logprobs, losses and main gradients are always
+    float32."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    tensor: int = 1
+    """Tensor-parallel size: ranks that share every layer's matrices."""
+    pipeline: int = 1
+    """Pipeline-parallel size: ranks that share the layers (1F1B schedule)."""
+    data: int | None = None
+    """Data-parallel size; default: whatever is left of the processes."""
+    sequence: bool = False
+    """Sequence parallel: activations outside the matrices are split over the tensor ranks."""
+    spec: Spec = Spec.auto
+    """Layers: ``te`` (Transformer Engine, GPU), ``torch`` (plain PyTorch), ``auto`` picks and
+    logs."""
+    micro_batch_tokens: int = 4096
+    """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
+    logprob_chunk: int = 2048
+    """Rows whose logits exist at a time."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
+    timeout_minutes: float = 30.0
+    """Collectives that take longer are an error. Must cover the longest rollout phase."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any further field of Megatron's TransformerConfig."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "micro_batch_tokens", "logprob_chunk"):
+            at_least(f"parallel.{name}", getattr(self, name), 1)
+        if self.data is not None:
+            at_least("parallel.data", self.data, 1)
+        positive("parallel.timeout_minutes", self.timeout_minutes, "use 30")
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence",
+            self.sequence,
+            "needs parallel.tensor > 1",
+            "unset it",
+        )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: str = "???"
+    """``arithmetic`` (generated) or a .jsonl / .parquet file of training prompts. Mandatory."""
+    held_out: str | None = None
+    """The same for evaluation; null: no evaluation."""
+    prompt_key: str = "prompt"
+    """Column that holds the prompt: a string, or a list of chat messages."""
+    answer_key: str = "answer"
+    """Column that holds the right answer, handed to the reward."""
+    chat: bool = False
+    """Render prompts through the tokenizer's chat template."""
+    system: str | None = None
+    """System message put first when ``chat`` is on."""
+    shuffle: bool = True
+    """A new order every epoch, a function of run.seed and the epoch alone."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out, and counted in the log."""
+
+    def __post_init__(self) -> None:
+        at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        require(
+            self.system is None or self.chat,
+            "data.system",
+            self.system,
+            "has no effect without data.chat",
+            "set data.chat=true",
+        )
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    kind: RewardKind = RewardKind.arithmetic
+    """``arithmetic`` (exact match), ``gsm8k`` (final number), ``function`` (your own)."""
+    function: str | None = None
+    """``package.module:callable`` taking (prompt, rollout) and returning a float."""
+    workers: int = 1
+    """Processes that compute rewards."""
+    timeout: float = 10.0
+    """Seconds one reward may take."""
+    on_error: OnError = OnError.zero
+    """A reward that fails or takes too long: reward 0 and a warning that names the sample, or
+    stop."""
+
+    def __post_init__(self) -> None:
+        at_least("reward.workers", self.workers, 1)
+        positive("reward.timeout", self.timeout, "use 10")
+        require(
+            (self.function is not None) == (self.kind is RewardKind.function),
+            "reward.function",
+            self.function,
+            "is needed with reward.kind=function and only there",
+            "name it as package.module:callable",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float = 1e-6
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Schedule = Schedule.constant
+    """Shape after the warm-up, down to ``min_lr`` at run.steps."""
+    min_lr: float = 0.0
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """A loss or gradient norm that is NaN or infinite: skip the update, or stop; the batch is
+    dumped either way."""
+
+    def __post_init__(self) -> None:
+        positive("optim.lr", self.lr, "the usual value is 1e-6")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "use 0.9 / 0.95")
+        for name in ("eps", "weight_decay", "clip_grad", "warmup_steps", "min_lr"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
+        require(
+            self.min_lr == 0 or self.schedule is not Schedule.constant,
+            "optim.min_lr",
+            self.min_lr,
+            "has no effect on a constant schedule",
+            "set optim.schedule=linear or cosine",
+        )
+        require(
+            self.min_lr <= self.lr,
+            "optim.min_lr",
+            self.min_lr,
+            f"must not exceed optim.lr ({self.lr})",
+            "lower it",
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    every: int = 10
+    """Steps between evaluations; 0 turns them off. The first comes before the first step."""
+    prompts: int = 256
+    """Held-out prompts, the first of the held-out set's own fixed order."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    samples: int = 1
+    """Answers per prompt; pass@1 is their mean."""
+    pass_reward: float = 1.0
+    """An answer passes when its reward reaches this."""
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.every", self.every, 0)
+        at_least("evaluation.prompts", self.prompts, 1)
+        at_least("evaluation.temperature", self.temperature, 0)
+        at_least("evaluation.samples", self.samples, 1)
+        require(
+            self.samples == 1 or self.temperature > 0,
+            "evaluation.samples",
+            self.samples,
+            "greedy answers are all the same",
+            "set evaluation.temperature or evaluation.samples=1",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; the end of the run always gets one. 0: only the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    fallback: bool = False
+    """On resume, if the newest checkpoint is damaged, use the newest one that is complete."""
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    console: bool = True
+    """Live table in a terminal, one line a step elsewhere."""
+    tensorboard: bool = True
+    """Event files under ``tensorboard/`` of the run."""
+    wandb: str = "off"
+    """``off``, ``offline`` or ``online``."""
+    wandb_project: str = "peergrad"
+
+    def __post_init__(self) -> None:
+        require(
+            self.wandb in ("off", "offline", "online"),
+            "logger.wandb",
+            self.wandb,
+            "must be off, offline or online",
+            "use offline where there is no network",
+        )
