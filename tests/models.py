@@ -42,11 +42,12 @@ def make_hf_model(
     tied: bool = False,
     layers: int = 4,
     vocab: int = 128,
+    spread: float = 0.15,
 ) -> Path:
     """Write a random fp32 checkpoint of ``family`` ("qwen3" or "llama") with its tokenizer.
 
-    The wide initialisation keeps logits far from uniform: a weight that is lost or mis-mapped
-    moves logprobs by whole nats, so no test passes by chance.
+    The wide initialisation (standard deviation ``spread``) keeps logits far from uniform: a weight
+    that is lost or mis-mapped moves logprobs by whole nats, so no test passes by chance.
     """
     torch.manual_seed(seed)
     sizes = {
@@ -58,7 +59,7 @@ def make_hf_model(
         "intermediate_size": 96,
         "vocab_size": vocab,
         "max_position_embeddings": 512,
-        "initializer_range": 0.15,
+        "initializer_range": spread,
         "tie_word_embeddings": tied,
         "pad_token_id": 0,
         "eos_token_id": 1,
@@ -73,7 +74,7 @@ def make_hf_model(
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     # The padding row starts at 0, where the first norm's gradient is 1 / sqrt(eps).
-    torch.nn.init.normal_(model.model.embed_tokens.weight.data[0], std=0.15)
+    torch.nn.init.normal_(model.model.embed_tokens.weight.data[0], std=spread)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path

@@ -61,11 +61,11 @@ def _check_reference(config: Config, path: str, model: dict[str, Any], world: in
         "use a reference with the same tokenizer",
     )
     require(
-        config.algo.kl_coef > 0,
+        config.algo.kl.coef > 0,
         "model.reference",
         path,
-        "has no effect with algo.kl_coef = 0",
-        "unset it, or set algo.kl_coef",
+        "has no effect with algo.kl.coef = 0",
+        "unset it, or set algo.kl.coef",
     )
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -12,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peergrad.config import Config
+from peergrad.config import AlgoConfig, Config
 
 
 def config_dir() -> Path:
@@ -42,6 +43,36 @@ def compose_config(overrides: Sequence[str]) -> tuple[Config, str]:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config)
     return config, OmegaConf.to_yaml(composed, resolve=True)
+
+
+def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys of ``algo`` that the user has chosen: those named on the command line, and those
+    that an experiment sets otherwise than the ``algo`` group's option does.
+
+    ``overrides`` must be such that ``compose_config`` takes them.
+    """
+    ConfigStore.instance().store(name="schema", node=_schema())
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose("config", overrides=list(overrides), return_hydra_config=True)
+    option = composed.hydra.runtime.choices.algo
+    preset = OmegaConf.merge(
+        OmegaConf.structured(AlgoConfig), OmegaConf.load(config_dir() / f"algo/{option}.yaml")
+    )
+    ours, theirs = (dict(_values(node, "algo.")) for node in (composed.algo, preset))
+    named = [o.partition("=")[0].lstrip("+") for o in overrides if o.partition("=")[0] != "algo"]
+    return frozenset(
+        key
+        for key, value in ours.items()
+        if value != theirs[key] or any(key == n or key.startswith(f"{n}.") for n in named)
+    )
+
+
+def _values(node: DictConfig, prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for key, value in node.items():
+        nested = isinstance(value, DictConfig)
+        found += _values(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    return found
 
 
 def _schema() -> DictConfig:

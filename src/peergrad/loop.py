@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peergrad.algo.objective import Grpo
-from peergrad.algo.packing import with_logprobs
-from peergrad.algo.report import gap_statistics, rollout_statistics
+from peergrad.algo.grading import AlgoState, grade
+from peergrad.algo.objective import Objective
+from peergrad.algo.plan import make_plan
+from peergrad.algo.report import rollout_statistics
+from peergrad.algo.samples import make_samples, with_logp
 from peergrad.config import Config
+from peergrad.learning import learn, old_policy, renew_reference
 from peergrad.metrics import Metrics
-from peergrad.stages import evaluate, grade, mean_metrics, split, stop_if_nonfinite, sync_weights
+from peergrad.stages import check_gap, evaluate, mean_metrics, stop_if_nonfinite, sync_weights
 
 if TYPE_CHECKING:
     from peergrad.parallel.checkpoint import Checkpoints
@@ -27,53 +30,47 @@ def train(
     config: Config,
     *,
     start: int,
+    state: AlgoState,
     rollouts: Rollouts,
     policy: Policy,
     reference: Scorer | None,
     checkpoints: Checkpoints,
     metrics: Metrics,
 ) -> None:
-    """Run steps ``start + 1`` to ``run.steps``. ``reference`` is there iff ``algo.kl_coef > 0``."""
+    """Run steps ``start + 1`` to ``run.steps``. ``reference`` is there iff ``algo.kl.coef > 0``."""
     algo, last = config.algo, config.run.steps
-    objective = Grpo(clip_low=algo.clip_low, clip_high=algo.clip_high, kl_coef=algo.kl_coef)
+    plan, objective = make_plan(config), Objective(algo)
     sync_weights(config, rollouts, policy, version=start)
     if start == 0 and config.evaluation.every:
         evaluate(rollouts, metrics, step=0)
     for step in range(start + 1, last + 1):
         with metrics.step(step):
             with metrics.time("rollout"):
-                groups = rollouts.take(step - 1)
-            metrics.log(rollout_statistics(groups, version=step - 1))
-            with metrics.time("pack"):
-                minibatches = [
-                    policy.pack(grade(part, algo, max_tokens=config.rollout.max_new_tokens))
-                    for part in split(groups, algo.minibatches)
-                ]
+                taken = rollouts.take(step - 1)
+            groups = taken.groups
+            metrics.log(rollout_statistics(groups, dropped=taken.dropped, version=step - 1))
+            samples = make_samples(groups)
             if reference is not None:
                 with metrics.time("reference"):
-                    minibatches = [
-                        with_logprobs(batches, "logp_ref", reference.logprobs(batches))
-                        for batches in minibatches
-                    ]
-            if config.rollout.max_staleness:  # the clip must act on the policy that sampled
-                minibatches = [
-                    with_logprobs(batches, "logp_old", [batch.logp_engine for batch in batches])
-                    for batches in minibatches
-                ]
-            elif len(minibatches) > 1:  # a single step is its own old policy: see Grpo
-                with metrics.time("old_logprobs"):
-                    minibatches = [
-                        with_logprobs(batches, "logp_old", policy.logprobs(batches))
-                        for batches in minibatches
-                    ]
+                    samples = with_logp(samples, "logp_ref", reference.score(samples).logp)
+            with metrics.time("old_logprobs"):
+                samples, scores = old_policy(samples, plan, policy, version=step - 1)
+            with metrics.time("grade"):
+                samples, state, numbers = grade(
+                    groups, samples, algo, state, max_tokens=config.rollout.max_new_tokens
+                )
+            metrics.log(numbers)
             with metrics.time("update"):
-                updates = [policy.update(batches, objective) for batches in minibatches]
+                updates = learn(config, plan, objective, policy, samples, step=step)
             metrics.log(mean_metrics(updates))
-            metrics.log(gap_statistics(updates[0].gap))  # taken before the first step
             stop_if_nonfinite(config, rollouts, groups, updates, step)
+            # Measured before the first optimizer step, on all tokens if there was a pass.
+            check_gap(config, groups, scores or updates[0].scores, metrics, step=step)
+            state = renew_reference(config, reference, policy, state, step=step)
             with metrics.time("sync"):
                 metrics.log(sync_weights(config, rollouts, policy, version=step))
         if config.evaluation.every and (step % config.evaluation.every == 0 or step == last):
             evaluate(rollouts, metrics, step=step)
         if checkpoints.due(step, last):
-            checkpoints.save(policy, rollouts.state(), step=step)
+            renewed = reference if state.reference_step else None
+            checkpoints.save(policy, rollouts.state(), state.to_json(), renewed, step=step)

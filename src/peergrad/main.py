@@ -16,15 +16,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from peergrad.algo.explain import explain
+from peergrad.algo.knobs import refuse
 from peergrad.checks import check
-from peergrad.compose import compose_config
+from peergrad.compose import chosen_keys, compose_config
 from peergrad.config import Config, ServerMode
 from peergrad.console import ConsoleSink
 from peergrad.lifetime import die_with_parent
@@ -32,6 +34,7 @@ from peergrad.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_
 from peergrad.rundir import RunDir, check_run_dir, log_to
 
 if TYPE_CHECKING:
+    from peergrad.algo.grading import AlgoState
     from peergrad.parallel.groups import Groups
     from peergrad.rollout.collector import Parts
     from peergrad.rollout.rollouts import Rollouts
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.cfg:
             print(text, end="")
             return 0
+        refuse(config, chosen_keys(options.overrides))
         check(config, world=world)
         directory = check_run_dir(config.run)
     except ValueError as error:
@@ -113,14 +117,20 @@ def run(config: Config, text: str, directory: RunDir) -> None:
         groups.share(
             lambda: [p.write_text(text) for p in (attempt / "config.yaml", directory.config)]
         )
+        if groups.rank == 0:
+            (attempt / "objective.txt").write_text(text_of_objective := explain(config))
+            print(text_of_objective, flush=True)
         policy = Policy(config, groups)
         checkpoints = Checkpoints(directory.checkpoints, config.checkpoint, groups)
         start = checkpoints.restore(policy) if config.run.resume else 0
+        state = restore_state(config, checkpoints.algo_state(start))
         reference = None
-        if config.algo.kl_coef > 0:
+        if config.algo.kl.coef > 0:
             path = config.model.reference or config.model.path
             weights = None if config.model.reference else config.model.weights
             reference = Scorer(config, groups, path=path, weights=weights)
+            if state.reference_step:
+                checkpoints.restore_reference(reference, start)
         rollouts = build_rollouts(
             config,
             directory,
@@ -131,11 +141,12 @@ def run(config: Config, text: str, directory: RunDir) -> None:
             vocab=policy.shape.vocab,
         )
         sinks = on_rank_zero(groups, lambda: build_sinks(config, directory, start))
-        metrics = Metrics(sinks or [])
+        metrics = Metrics(sinks or [], directory.path if groups.rank == 0 else None)
         stack.callback(metrics.close)
         train(
             config,
             start=start,
+            state=state,
             rollouts=rollouts,
             policy=policy,
             reference=reference,
@@ -145,6 +156,16 @@ def run(config: Config, text: str, directory: RunDir) -> None:
         policy.export(directory.hf, companions=Path(config.model.path))
     if groups.rank == 0:
         finish(config, directory, time.monotonic() - start_time)
+
+
+def restore_state(config: Config, saved: dict[str, object] | None) -> "AlgoState":
+    """What the objective remembers: of the checkpoint, or as configured. A KL coefficient that
+    nothing adapts is the configuration's, also after a resume."""
+    from peergrad.algo.grading import AlgoState
+
+    state = AlgoState(config.algo.kl.coef) if saved is None else AlgoState.from_json(saved)
+    adapts = config.algo.kl.target is not None
+    return state if adapts else replace(state, kl_coef=config.algo.kl.coef)
 
 
 def build_sinks(config: Config, directory: RunDir, start: int) -> list[Sink]:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,8 +115,10 @@ class Metrics:
         ...     metrics.log({"reward/mean": 0.5})
     """
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    def __init__(self, sinks: list[Sink], folder: Path | None = None) -> None:
+        """``folder``: where ``record`` writes; None on the ranks that do not."""
         self._sinks = sinks
+        self._folder = folder
         self._row: dict[str, float] = {}
 
     @contextmanager
@@ -154,6 +156,17 @@ class Metrics:
     def log_evaluation(self, step: int, row: Row) -> None:
         """Write an evaluation, apart from the training rows."""
         self._write("eval", step, row)
+
+    def record(self, name: str, records: Iterable[Mapping[str, Any]]) -> str:
+        """Write records that are no metrics as JSON lines, complete or not at all; the file's
+        name."""
+        if self._folder is not None:
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+            partial.replace(path)
+        return name
 
     def _write(self, kind: str, step: int, row: Row) -> None:
         for sink in self._sinks:

@@ -1,4 +1,4 @@
-"""The stages of the loop that take more than one call."""
+"""What surrounds the learning in a step: sync, evaluation, and the checks of what it did."""
 
 from __future__ import annotations
 
@@ -8,37 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peergrad.algo.packing import Sample, make_samples
-from peergrad.config import AlgoConfig, Config, Dtype, OnNonfinite
+from peergrad.algo.mismatch import USUAL_NOISE, attribute, gap_tokens, worst_tokens
+from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.metrics import Metrics
 
 if TYPE_CHECKING:
-    from peergrad.parallel.policy import Policy, Update
+    from peergrad.parallel.policy import Policy, Scores, Update
     from peergrad.rollout.rollouts import Rollouts
 
 log = logging.getLogger(__name__)
 
 USUAL_CANARY_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.5}
 """|logprob difference| in nats on random text above which something is wrong, not just rounded."""
-
-
-def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """Divide a step's groups into ``parts`` mini-batches of equal size, in order."""
-    size, rest = divmod(len(groups), parts)
-    assert rest == 0, "checked with the configuration"
-    return [list(groups[i * size : (i + 1) * size]) for i in range(parts)]
-
-
-def grade(groups: Sequence[Group], algo: AlgoConfig, *, max_tokens: int) -> list[Sample]:
-    """Samples of one optimizer step, with the configured advantages and token weights."""
-    return make_samples(
-        groups,
-        scale_by_std=algo.scale_by_std,
-        std_eps=algo.std_eps,
-        aggregation=algo.aggregation,
-        max_tokens=max_tokens,
-    )
+USUAL_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.1}
+"""The same for the mean over a step's tokens that were sampled with the present weights."""
+WORST = 32
+"""Tokens recorded of a step whose gap is too large."""
 
 
 def sync_weights(
@@ -85,11 +71,46 @@ def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
 
 
 def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Means over a step's optimizer steps."""
-    return {
+    """Means over a step's optimizer steps, and the share of them that was not made."""
+    means = {
         key: float(np.mean([update.metrics[key] for update in updates]))
         for key in updates[0].metrics
     }
+    refused = [update.refusal for update in updates if update.refusal is not None]
+    if refused:
+        log.warning("%d of %d updates not made: %s", len(refused), len(updates), refused[0])
+    return {**means, "optim/refused": len(refused) / len(updates)}
+
+
+def check_gap(
+    config: Config, groups: Sequence[Group], scores: Scores, metrics: Metrics, *, step: int
+) -> None:
+    """Log how far trainer and engine disagree on the sampled tokens, and why.
+
+    Above ``rollout.max_logprob_gap`` (or the usual gap of the precision) the worst tokens are
+    recorded; then a warning, or a RuntimeError if so configured.
+    """
+    tokens = gap_tokens(scores.samples, scores.logp, scores.entropy, version=step - 1)
+    row = attribute(tokens, noise=USUAL_NOISE[config.model.dtype.name])
+    metrics.log(row)
+    limit = config.rollout.max_logprob_gap
+    gap = row.get("logprob_gap/fresh", 0.0)
+    if gap <= (USUAL_GAP[config.model.dtype] if limit is None else limit):
+        return
+    worst = worst_tokens(tokens, groups, scores.samples, count=WORST)
+    where = metrics.record(f"logprob_gap/step_{step:06d}.jsonl", worst)
+    shares = {k.rpartition("share_")[2]: v for k, v in row.items() if "share_" in k}
+    cause = max(shares, key=lambda k: shares[k]) if shares else "not finite"
+    message = (
+        f"step {step}: trainer and engine differ by {gap:.2e} nats a token, mostly by {cause}; "
+        f"the worst tokens are in {where}"
+    )
+    if limit is not None and config.rollout.on_logprob_gap is OnGap.stop:
+        raise RuntimeError(
+            f"rollout.max_logprob_gap = {limit}: {message}; raise the limit, or set "
+            "rollout.on_logprob_gap=warn"
+        )
+    log.warning("%s", message)
 
 
 def stop_if_nonfinite(
@@ -103,7 +124,7 @@ def stop_if_nonfinite(
 
     The weights are those before the offending update in any case.
     """
-    bad = [update.metrics for update in updates if not update.applied]
+    bad = [update.metrics for update in updates if not update.finite]
     if not bad:
         return
     where = rollouts.dump(groups, step - 1)

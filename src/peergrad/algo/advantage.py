@@ -37,7 +37,7 @@ def group_std(
     """Standard deviation of the set of each element, over n - 1 if ``unbiased``; 0 for one."""
     count = torch.bincount(of).double()[of]
     mean_square = group_mean((value.double() - group_mean(value, of)) ** 2, of)
-    return (mean_square * count / (count - unbiased).clamp(min=1)).sqrt()
+    return (mean_square * count / (count - int(unbiased)).clamp(min=1)).sqrt()
 
 
 def is_flat(value: Float[Tensor, " N"], of: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:

@@ -1,4 +1,4 @@
-"""From the rewards of a step to the advantage of every token, and what is not to be learned from."""
+"""From a step's rewards to the advantage of every token, and what is not to be learned from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

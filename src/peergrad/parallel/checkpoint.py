@@ -1,12 +1,15 @@
 """The checkpoints of a run: save, restore, prune. The folder format is in ``snapshot``.
 
-Beside Megatron's state a run keeps ``rng_<rank>.pt`` and ``collector.pt``: the prompt position and
-the groups that were waiting or in flight.
+Beside Megatron's state a run keeps ``rng_<rank>.pt``, ``collector.pt`` (the prompt position and the
+groups that were waiting or in flight), ``algo.json`` (what the objective remembers) and, once the
+reference has been replaced by a policy of the run, ``reference/``.
 """
 
+import json
 import logging
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from peergrad.config import CheckpointConfig
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.files import copy_companions
-from peergrad.parallel.policy import Policy
+from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
     damage,
     fresh,
@@ -29,6 +32,7 @@ from peergrad.parallel.snapshot import (
 )
 
 log = logging.getLogger(__name__)
+REFERENCE = "reference"
 
 
 class Checkpoints:
@@ -41,17 +45,32 @@ class Checkpoints:
         """Whether the state after ``step`` of ``last`` steps is to be kept."""
         return step == last or (self.config.every > 0 and step % self.config.every == 0)
 
-    def save(self, policy: Policy, collector: bytes | None, *, step: int) -> Path:
-        """Write the state after ``step``. Collective. Saving a step again replaces it."""
+    def save(
+        self,
+        policy: Policy,
+        collector: bytes | None,
+        algo: Mapping[str, object],
+        reference: Scorer | None,
+        *,
+        step: int,
+    ) -> Path:
+        """Write the state after ``step``. Collective. Saving a step again replaces it.
+
+        ``reference``: None if it can be had from where the run was started.
+        """
         target = self.folder / f"step_{step:06d}"
         partial = self.folder / f".{target.name}.partial"
         self.groups.share(lambda: fresh(partial))
         save_megatron(partial / "model", policy.model, policy.optimizer)
+        if reference is not None:
+            self.groups.share((partial / REFERENCE).mkdir)
+            save_megatron(partial / REFERENCE, reference.model, None)
         torch.save(_rng_state(), partial / f"rng_{self.groups.rank:05d}.pt")
 
         def finish() -> None:
             if collector is not None:
                 (partial / "collector.pt").write_bytes(collector)
+            (partial / "algo.json").write_text(json.dumps(algo))
             copy_companions(Path(policy.config.model.path), partial / "hf")
             write_meta(
                 partial,
@@ -89,6 +108,16 @@ class Checkpoints:
         """What the collector saved with the checkpoint of ``step``; None if there is none."""
         path = self.folder / f"step_{step:06d}" / "collector.pt"
         return path.read_bytes() if path.exists() else None
+
+    def algo_state(self, step: int) -> dict[str, object] | None:
+        """What the objective remembered after ``step``; None if nothing was saved."""
+        path = self.folder / f"step_{step:06d}" / "algo.json"
+        found: dict[str, object] | None = json.loads(path.read_text()) if path.exists() else None
+        return found
+
+    def restore_reference(self, reference: Scorer, step: int) -> None:
+        """Load the reference that was saved after ``step``. Collective."""
+        load_megatron(self.folder / f"step_{step:06d}" / REFERENCE, reference.model, None)
 
     def _newest(self) -> Path | None:
         """The checkpoint to resume from: the one ``latest`` names, or with ``fallback`` the newest

@@ -44,9 +44,10 @@ class Scores:
     """What a model says of the answer tokens of samples; equal on every rank. NaN: not scored.
 
     Example:
-        ``Scores(logp=[array([-.1, -.2])], entropy=[array([.3, .1])])``: one sample
+        ``Scores(samples=[...], logp=[array([-.1, -.2])], entropy=[array([.3, .1])])``
     """
 
+    samples: Sequence[Sample]
     logp: list[np.ndarray]  # [R] float32 of each sample
     entropy: list[np.ndarray]  # [R] float32 of each sample
 
@@ -101,6 +102,12 @@ class Scorer:
         own = self.score(samples, temperature=1.0).logp
         gaps = [np.abs(x - s.logp_engine) for x, s in zip(own, samples, strict=True)]
         return float(np.max(np.concatenate(gaps)))  # keeps NaN
+
+    @torch.no_grad()
+    def become(self, other: "Scorer") -> None:
+        """Take over the weights of another model of the same shape and layout."""
+        for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            mine.copy_(theirs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on the ranks of the first data-parallel replica, nothing on
@@ -170,7 +177,7 @@ class Scorer:
                 for values, column in zip((logp, entropy), columns, strict=True):
                     values[i][scored] = column[at : at + scored.size]
                 at += scored.size
-        return Scores(logp, entropy), [part[2] for part in gathered]
+        return Scores(samples, logp, entropy), [part[2] for part in gathered]
 
     def _schedule(
         self,

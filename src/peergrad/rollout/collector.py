@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, cast
 
+from peergrad.algo.sampling import selects
 from peergrad.config import Config
-from peergrad.data import Group, Prompt, Rollout
+from peergrad.data import Prompt, Rollout
 from peergrad.lifetime import die_with_parent
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.sglang import SGLangEngine
-from peergrad.rollout.stream import PromptSource, Stream, StreamState
+from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -81,9 +82,9 @@ class Collector:
         """The servers hold weights ``version``."""
         self._call("set_version", version)
 
-    def take(self, version: int) -> list[Group]:
+    def take(self, version: int) -> Taken:
         """The groups that step ``version`` trains on; waits for them."""
-        return cast(list[Group], self._call("take", version))
+        return cast(Taken, self._call("take", version))
 
     def evaluate(self, version: int) -> EvaluationResult | None:
         """Answer the held-out prompts with the present weights; None if there are none."""
@@ -126,7 +127,7 @@ class _Worker:
     def __init__(
         self, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
     ) -> None:
-        rollout = config.rollout
+        rollout, choice = config.rollout, config.algo.sampling
         self._evaluation = config.evaluation
         self._parts = parts
         self._engine = SGLangEngine(
@@ -149,13 +150,15 @@ class _Worker:
             self._sampling,
             batch=rollout.prompts_per_step,
             max_staleness=rollout.max_staleness,
+            select=(lambda group: selects(group.rewards, choice)) if choice.dynamic else None,
+            limit=choice.limit,
             state=restored,
         )
 
     async def set_version(self, version: int) -> None:
         self._stream.set_version(version)
 
-    async def take(self, version: int) -> list[Group]:
+    async def take(self, version: int) -> Taken:
         return await self._stream.take(version)
 
     async def evaluate(self, version: int) -> EvaluationResult | None:

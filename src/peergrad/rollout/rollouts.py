@@ -10,6 +10,7 @@ from peergrad.rollout.buckets import NamedTensors
 from peergrad.rollout.collector import Collector
 from peergrad.rollout.evaluation import EvaluationResult
 from peergrad.rollout.proof import Proof
+from peergrad.rollout.stream import Taken
 from peergrad.rollout.sync import WeightSync
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Rollouts(Protocol):
         """Generate with these weights from now on."""
         ...
 
-    def take(self, step: int) -> list[Group]:
+    def take(self, step: int) -> Taken:
         """The groups that the step after ``step`` steps trains on."""
         ...
 
@@ -96,12 +97,12 @@ class LiveRollouts:
 
         return self._share(finish)
 
-    def take(self, step: int) -> list[Group]:
-        def take() -> list[Group]:
-            groups = self._on_rank_zero().take(step)
+    def take(self, step: int) -> Taken:
+        def take() -> Taken:
+            taken = self._on_rank_zero().take(step)
             if self._dump:
-                write_groups(recorded(self._run_dir, step), groups)
-            return groups
+                write_groups(recorded(self._run_dir, step), taken.groups)
+            return taken
 
         return self._share(take)
 
@@ -136,9 +137,10 @@ class ReplayRollouts:
     def load_weights(self, named: NamedTensors, version: int) -> None:
         """Nobody would use them; no rank drains ``named``, so nothing is gathered either."""
 
-    def take(self, step: int) -> list[Group]:
+    def take(self, step: int) -> Taken:
+        """As recorded: what was dropped then is not known, and nothing is dropped now."""
         try:
-            return read_groups(recorded(self._run_dir, step))
+            return Taken(read_groups(recorded(self._run_dir, step)))
         except FileNotFoundError as error:
             raise ValueError(
                 f"rollout.replay = {str(self._run_dir)!r}: has no record of step {step + 1} "

@@ -1,18 +1,22 @@
 """Groups in the making: how far generation may run ahead of training, and what is in flight.
 
 One stream serves synchronous and asynchronous training: with ``max_staleness`` 0 the engine works
-on exactly the batch that the trainer waits for; with 1 also on the next one; and so on.
+on exactly the batch that the trainer waits for; with 1 also on the next one; and so on. A group
+that is not worth training on may be dropped: one of the next prompt takes its place.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from peergrad.config.rules import require
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.engine import Engine, Sampling
 
 Score = Callable[[Prompt, Rollout], Awaitable[float]]
+Select = Callable[[Group], bool]
 
 
 class PromptSource(Protocol):
@@ -26,6 +30,19 @@ class PromptSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a step trains on, and the mean raw rewards of the groups that were dropped on the way:
+    those of the prompts before its last one and after the last one of the step before.
+
+    Example:
+        ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0))``
+    """
+
+    groups: list[Group]
+    dropped: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class StreamState:
     """Everything a restored stream needs to lose and repeat nothing."""
 
@@ -34,6 +51,7 @@ class StreamState:
     batches: int  # batches ever taken
     finished: dict[int, Group]  # by sequence number
     in_flight: dict[int, Prompt]  # by sequence number; sampled afresh after a restore
+    dropped: dict[int, float]  # mean rewards not yet handed out, by sequence number
 
 
 class Stream:
@@ -41,7 +59,8 @@ class Stream:
 
     At weight version v, the groups started may not exceed ``(max_staleness + v + 1) * batch``: that
     is AReaL's bound (accepted + running), and since batches are handed out in starting order, a
-    group trained on at version v was started at version ``v - max_staleness`` or later.
+    group trained on at version v was started at version ``v - max_staleness`` or later. A dropped
+    group counts as neither; its replacement is the youngest, so that the same holds for it.
     All methods belong to one event loop.
     """
 
@@ -54,19 +73,29 @@ class Stream:
         *,
         batch: int,
         max_staleness: int,
+        select: Select | None = None,
+        limit: int = 0,
         state: StreamState | None = None,
     ) -> None:
-        """``batch``: groups per training step. Nothing starts before the first ``set_version``."""
+        """``batch``: groups per training step. Nothing starts before the first ``set_version``.
+
+        ``select``: whether a graded group is trained on, else it is dropped. It is an error if a
+        batch would take more than ``limit`` times its groups; 0 is no limit.
+        """
         self._engine = engine
         self._prompts = prompts
         self._score = score
         self._sampling = sampling
         self._batch = batch
         self._max_staleness = max_staleness
+        self._select = select
+        self._limit = limit
+        self._version = 0
         self._started = 0
         self._batches: int | None = None
         self._finished: dict[int, Group] = {}
         self._in_flight: dict[int, Prompt] = {}
+        self._dropped: dict[int, float] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
@@ -74,16 +103,16 @@ class Stream:
             prompts.load_state_dict(state.prompts)
             self._started, self._batches = state.started, state.batches
             self._finished, self._in_flight = dict(state.finished), dict(state.in_flight)
+            self._dropped = dict(state.dropped)
 
     def set_version(self, version: int) -> None:
         """The engine now holds weights ``version``: start what that allows."""
+        self._version = version
         if self._batches is None:
             self._batches = version  # a run that begins at a later version owes no earlier batches
         for sequence in sorted(self._in_flight.keys() - self._tasks.keys()):
             self._start(sequence, self._in_flight[sequence])  # restored: these come first
-        for _ in range(self.capacity(version)):
-            self._start(self._started, next(self._prompts))
-            self._started += 1
+        self._fill()
 
     def capacity(self, version: int) -> int:
         """Groups that may be started at weight version ``version``."""
@@ -91,23 +120,27 @@ class Stream:
         running = len(self._in_flight)
         return (self._max_staleness + version + 1) * self._batch - (accepted + running)
 
-    async def take(self, version: int) -> list[Group]:
+    async def take(self, version: int) -> Taken:
         """The batch that training step ``version`` trains on, in starting order.
 
-        Raises what a group raised as soon as it does; the stream is then at its end.
+        Raises what a group raised as soon as it does, and ValueError at the limit; the stream is
+        then at its end.
         """
         if self._batches != version:
             raise ValueError(f"batch {version} was asked for, but batch {self._batches} is next")
-        wanted = sorted([*self._finished, *self._in_flight])[: self._batch]
-        if len(wanted) < self._batch:
+        if len(self._wanted()) < self._batch:
             raise ValueError(f"set_version({version}) must come before take({version})")
-        while self._failure is None and not self._finished.keys() >= set(wanted):
+        while self._failure is None and not self._full():
             self._changed.clear()
             await self._changed.wait()
         if self._failure is not None:
             raise self._failure
+        wanted, dropped = self._wanted(), self._dropped_before()
         self._batches += 1
-        return [self._finished.pop(sequence) for sequence in wanted]
+        return Taken(
+            [self._finished.pop(sequence) for sequence in wanted],
+            tuple(self._dropped.pop(sequence) for sequence in dropped),
+        )
 
     def state(self) -> StreamState:
         return StreamState(
@@ -116,6 +149,7 @@ class Stream:
             batches=self._batches or 0,
             finished=dict(self._finished),
             in_flight=dict(self._in_flight),
+            dropped=dict(self._dropped),
         )
 
     async def aclose(self) -> None:
@@ -124,6 +158,23 @@ class Stream:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    def _wanted(self) -> list[int]:
+        """The next batch as far as it is known: every group that is dropped changes it."""
+        return sorted([*self._finished, *self._in_flight])[: self._batch]
+
+    def _full(self) -> bool:
+        return self._finished.keys() >= set(self._wanted())
+
+    def _dropped_before(self) -> list[int]:
+        """What was dropped on the way to the last group of the next batch."""
+        last = max(self._wanted(), default=0)
+        return sorted(sequence for sequence in self._dropped if sequence < last)
+
+    def _fill(self) -> None:
+        for _ in range(self.capacity(self._version)):
+            self._start(self._started, next(self._prompts))
+            self._started += 1
+
     def _start(self, sequence: int, prompt: Prompt) -> None:
         self._in_flight[sequence] = prompt
         self._tasks[sequence] = asyncio.create_task(self._run(sequence, prompt))
@@ -131,8 +182,15 @@ class Stream:
     async def _run(self, sequence: int, prompt: Prompt) -> None:
         """Sample and grade one group; the first failure ends all others."""
         try:
-            self._finished[sequence] = await self._sample(f"{sequence}/{prompt.id}", prompt)
+            group = await self._sample(f"{sequence}/{prompt.id}", prompt)
+            selected = self._select is None or self._select(group)
             del self._in_flight[sequence]
+            if selected:
+                self._finished[sequence] = group
+            else:
+                self._dropped[sequence] = float(group.rewards.mean())
+                self._fill()
+                self._check_limit()
         except Exception as error:
             if self._failure is None:
                 self._failure = error
@@ -147,3 +205,19 @@ class Stream:
         rewards = await asyncio.gather(*(self._score(prompt, rollout) for rollout in rollouts))
         graded = zip(rollouts, rewards, strict=True)
         return Group(group_id, prompt, tuple(replace(r, reward=reward) for r, reward in graded))
+
+    def _check_limit(self) -> None:
+        """Only an unfinished batch can fail; what was dropped beyond it is the next one's."""
+        means = [self._dropped[sequence] for sequence in self._dropped_before()]
+        allowed = self._limit * self._batch
+        if not self._limit or self._full() or len(means) + self._batch <= allowed:
+            return
+        often = ", ".join(f"{mean:.3g} in {n}" for mean, n in Counter(means).most_common(2))
+        require(
+            False,
+            "algo.sampling.limit",
+            self._limit,
+            f"more than {allowed} groups are needed for a step of {self._batch}, as {len(means)} "
+            f"were dropped (mean reward {sum(means) / len(means):.3g}; most often {often})",
+            "choose easier or harder prompts, raise the limit, or set algo.sampling.dynamic=false",
+        )

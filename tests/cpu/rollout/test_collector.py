@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_sglang import FakeServer, answer_generate, sample
 
-from peergrad.config import Config
+from peergrad.config import Config, FlatGroups, SamplingConfig
 from peergrad.data import Prompt
 from peergrad.rollout.collector import Collector, Parts
 
@@ -42,12 +42,26 @@ class LastDigit:
         pass
 
 
+class OddDiffer(LastDigit):
+    """Rewards one answer of two if the prompt ends in an odd token, else both."""
+
+    def __init__(self):
+        self.graded = count()
+
+    async def score(self, prompt, rollout):
+        return float(prompt.tokens[-1] % 2 == 0 or next(self.graded) % 2)
+
+
 def new_prompt(index):
     return Prompt(f"p{index}", np.array([5, index], np.int32), "", "")
 
 
 def build(config):
     return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,))
+
+
+def build_odd_differ(config):
+    return replace(build(config), scorer=OddDiffer())
 
 
 def build_badly(config):
@@ -91,7 +105,7 @@ def start(server):
 def test_batches_evaluation_and_state(server, start):
     collector = start(config=new_config(max_staleness=1))
     collector.set_version(0)
-    groups = collector.take(0)
+    groups = collector.take(0).groups
     assert [g.id for g in groups] == ["0/p0", "1/p1", "2/p2"]
     assert groups[1].rollouts[0].tokens.tolist() == [5, 1, 1]
     assert [g.rewards.tolist() for g in groups] == [[1, 1], [0, 0], [1, 1]]
@@ -107,7 +121,37 @@ def test_batches_evaluation_and_state(server, start):
     collector.close()
     resumed = start(config=new_config(max_staleness=1), state=state)
     resumed.set_version(1)
-    assert [g.id for g in resumed.take(1)] == ["3/p3", "4/p4", "5/p5"]
+    assert [g.id for g in resumed.take(1).groups] == ["3/p3", "4/p4", "5/p5"]
+
+
+def sampling_config(**sampling):
+    config = new_config()
+    config.algo.sampling = SamplingConfig(**sampling)
+    return config
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(start):
+    collector = start(build_odd_differ, sampling_config(dynamic=True))
+    collector.set_version(0)
+    taken = collector.take(0)
+    assert [g.id for g in taken.groups] == ["1/p1", "3/p3", "5/p5"]
+    assert [g.rewards.tolist() for g in taken.groups] == [[0, 1]] * 3
+    assert taken.dropped == (1, 1, 1)
+    assert collector.evaluate(1).prompts == 5
+
+
+def test_dynamic_sampling_gives_up_at_its_limit(start):
+    collector = start(config=sampling_config(dynamic=True, limit=4))
+    collector.set_version(0)
+    with pytest.raises(RuntimeError, match=r"^algo\.sampling\.limit = 4: more than 12 groups"):
+        collector.take(0)
+
+
+def test_without_it_such_groups_are_left_to_the_trainer(start):
+    collector = start(config=sampling_config(flat_groups=FlatGroups.drop))
+    collector.set_version(0)
+    taken = collector.take(0)
+    assert [g.id for g in taken.groups] == ["0/p0", "1/p1", "2/p2"] and taken.dropped == ()
 
 
 def test_an_error_comes_with_its_message_and_traceback(start):
@@ -141,7 +185,7 @@ def test_ctrl_c_is_left_to_the_trainer(start):
     collector = start()
     collector.set_version(0)
     os.kill(collector._process.pid, signal.SIGINT)
-    assert len(collector.take(0)) == 3
+    assert len(collector.take(0).groups) == 3
 
 
 def test_a_server_that_dies_in_the_middle_is_an_error_not_a_hang():

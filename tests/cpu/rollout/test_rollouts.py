@@ -9,6 +9,7 @@ import torch
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.proof import Proof
 from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts
+from peergrad.rollout.stream import Taken
 
 PROOF = Proof(version=3, verified=2, unverified=0, canary=None)
 
@@ -49,7 +50,7 @@ class FakeCollector:
         self.versions.append(version)
 
     def take(self, version):
-        return self.groups
+        return Taken(self.groups, dropped=(0.0, 1.0))
 
 
 def new_group():
@@ -85,16 +86,18 @@ def test_a_failing_server_leaves_no_rank_behind_in_a_collective():
 def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
     group = new_group()
     rollouts = live(collector=FakeCollector([group]), run_dir=tmp_path, dump=True)
-    assert rollouts.take(11) == [group]
+    assert rollouts.take(11) == Taken([group], dropped=(0.0, 1.0))
     assert (tmp_path / "rollouts/step_000012.jsonl.zst").exists()
-    (again,) = ReplayRollouts(tmp_path).take(11)
+    replayed = ReplayRollouts(tmp_path).take(11)
+    (again,) = replayed.groups
+    assert replayed.dropped == ()
     assert again.id == group.id
     assert again.rollouts[0].logprobs.tobytes() == group.rollouts[0].logprobs.tobytes()
 
 
 def test_groups_are_recorded_on_demand_even_if_steps_are_not(tmp_path):
     rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path)
-    groups = rollouts.take(0)
+    groups = rollouts.take(0).groups
     assert not (tmp_path / "rollouts").exists()
     assert rollouts.dump(groups, 0).exists()
 

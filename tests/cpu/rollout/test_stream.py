@@ -1,15 +1,16 @@
-"""The stream against a fake engine: staleness bound, order, errors, restore."""
+"""The stream against a fake engine: staleness bound, order, dropped groups, errors, restore."""
 
 import asyncio
 import pickle
 import random
+from itertools import count
 
 import numpy as np
 import pytest
 
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.stream import Stream
+from peergrad.rollout.stream import Stream, Taken
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)
 
@@ -34,6 +35,8 @@ class Counting:
 class FakeEngine:
     """Takes a random time and notes which version each group started under."""
 
+    slowest = 0.003
+
     def __init__(self, seed: int) -> None:
         self.version = 0
         self.started: dict[str, int] = {}
@@ -41,7 +44,7 @@ class FakeEngine:
 
     async def generate(self, prompt_tokens, sampling, *, request_id):
         self.started[request_id] = version = self.version
-        await asyncio.sleep(self._random.random() * 0.003)
+        await asyncio.sleep(self._random.random() * self.slowest)
         tokens = np.array([1], np.int32)
         rollout = Rollout(tokens, tokens * np.float32(-1), ((version, 0, 1),), "stop", request_id)
         return [rollout] * sampling.n
@@ -52,17 +55,62 @@ async def score(prompt: Prompt, rollout: Rollout) -> float:
     return 1.0
 
 
-def new_stream(engine, prompts, *, batch=4, eta=0, state=None) -> Stream:
-    return Stream(engine, prompts, score, SAMPLING, batch=batch, max_staleness=eta, state=state)
+async def luck(prompt: Prompt, rollout: Rollout) -> float:
+    """All wrong, all right or in between, as chance has it for this prompt."""
+    await asyncio.sleep(0)
+    return random.Random(prompt.id).choice([0.0, 0.5, 1.0])
 
 
-async def train(stream: Stream, engine: FakeEngine, steps: range) -> list[Group]:
-    groups = []
+def graded(rewards: list[float]):
+    """These rewards for the first prompts, 0.5 for the rest."""
+
+    async def score(prompt: Prompt, rollout: Rollout) -> float:
+        return dict(enumerate(rewards)).get(int(prompt.id[1:]), 0.5)
+
+    return score
+
+
+def in_between(group: Group) -> bool:
+    return 0 < group.rewards.mean() < 1
+
+
+def one_by_one(batches: list[int], score=luck) -> list[Taken]:
+    """What ``in_between`` leaves of prompts that are answered one after the other."""
+
+    async def step(batch: int) -> tuple[list[str], tuple[float, ...]]:
+        kept, dropped = [], []
+        while len(kept) < batch:
+            index = next(indices)
+            reward = await score(Prompt(f"p{index}", np.array([1], np.int32), "", ""), None)
+            if 0 < reward < 1:
+                kept.append(f"{index}/p{index}")
+            else:
+                dropped.append(reward)
+        return kept, tuple(dropped)
+
+    indices = count()
+    return [asyncio.run(step(batch)) for batch in batches]
+
+
+def new_stream(engine, prompts, *, score=score, batch=4, eta=0, **options) -> Stream:
+    return Stream(engine, prompts, score, SAMPLING, batch=batch, max_staleness=eta, **options)
+
+
+async def train(stream: Stream, engine: FakeEngine, steps: range) -> list[Taken]:
+    taken = []
     for step in steps:
         engine.version = step
         stream.set_version(step)
-        groups += await stream.take(step)
-    return groups
+        taken.append(await stream.take(step))
+    return taken
+
+
+def groups_of(taken: list[Taken]) -> list[Group]:
+    return [group for each in taken for group in each.groups]
+
+
+def summary(taken: list[Taken]) -> list[tuple[list[str], tuple[float, ...]]]:
+    return [([group.id for group in each.groups], each.dropped) for each in taken]
 
 
 @pytest.mark.parametrize("eta", [0, 1, 2])
@@ -70,11 +118,13 @@ def test_groups_come_in_prompt_order_and_never_staler_than_allowed(eta):
     async def main():
         engine = FakeEngine(seed=eta)
         stream = new_stream(engine, Counting(), eta=eta)
-        groups = await train(stream, engine, range(6))
+        taken = await train(stream, engine, range(6))
         await stream.aclose()
-        return engine, groups
+        return engine, taken
 
-    engine, groups = asyncio.run(main())
+    engine, taken = asyncio.run(main())
+    groups = groups_of(taken)
+    assert not any(each.dropped for each in taken)
     assert [g.id for g in groups] == [f"{i}/p{i}" for i in range(24)]
     lag = [index // 4 - engine.started[group.id] for index, group in enumerate(groups)]
     assert max(lag) == eta and min(lag) >= 0
@@ -97,50 +147,150 @@ def test_no_more_is_started_than_the_bound_allows(eta):
     asyncio.run(main())
 
 
+class Watched(FakeEngine):
+    """Sees at the start of every group that the bound is kept, and reached."""
+
+    stream: Stream
+
+    async def generate(self, prompt_tokens, sampling, *, request_id):
+        assert self.stream.capacity(self.version) == 0
+        return await super().generate(prompt_tokens, sampling, request_id=request_id)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("eta", [0, 1, 2])
+def test_a_dropped_group_is_replaced_within_the_bound(eta, seed):
+    async def main():
+        engine = Watched(seed)
+        options = {"score": luck, "eta": eta, "select": in_between, "limit": 10}
+        engine.stream = new_stream(engine, Counting(), **options)
+        taken = await train(engine.stream, engine, range(8))
+        await engine.stream.aclose()
+        return engine, taken
+
+    engine, taken = asyncio.run(main())
+    assert summary(taken) == one_by_one([4] * 8)  # nothing is lost, repeated or out of order
+    lag = [step - engine.started[g.id] for step in range(8) for g in taken[step].groups]
+    assert max(lag) == eta and min(lag) >= 0
+    assert all(in_between(group) for group in groups_of(taken))
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("eta", [0, 2])
-def test_a_restored_stream_loses_and_repeats_nothing(eta, seed):
-    """A run cut at a random point and resumed trains on the very prompts of an uncut one."""
+@pytest.mark.parametrize("options", [{}, {"score": luck, "select": in_between, "limit": 10}])
+def test_a_restored_stream_loses_and_repeats_nothing(options, eta, seed):
+    """A run cut at a random point and resumed trains on, and drops, the very prompts of an uncut
+    one."""
     cut = random.Random(seed).randrange(1, 6)
 
     async def first():
         engine = FakeEngine(seed)
-        stream = new_stream(engine, Counting(), eta=eta)
-        groups = await train(stream, engine, range(cut))
+        stream = new_stream(engine, Counting(), eta=eta, **options)
+        taken = await train(stream, engine, range(cut))
         stream.set_version(cut)
-        await asyncio.sleep(random.Random(seed).random() * 0.003)
+        await asyncio.sleep(random.Random(seed).random() * 0.006)
         state = pickle.dumps(stream.state())
         await stream.aclose()
-        return groups, state
+        return taken, state
 
     async def second(state):
         engine = FakeEngine(seed + 1)
-        stream = new_stream(engine, Counting(), eta=eta, state=pickle.loads(state))
+        stream = new_stream(engine, Counting(), eta=eta, state=pickle.loads(state), **options)
         await asyncio.sleep(0.01)
         assert not engine.started  # nothing before the engine has the weights
-        groups = await train(stream, engine, range(cut, 8))
+        taken = await train(stream, engine, range(cut, 8))
         await stream.aclose()
-        return groups
+        return taken
 
-    groups, state = asyncio.run(first())
-    groups += asyncio.run(second(state))
-    assert [g.id for g in groups] == [f"{i}/p{i}" for i in range(32)]
+    taken, state = asyncio.run(first())
+    taken += asyncio.run(second(state))
+    assert summary(taken) == one_by_one([4] * 8, luck if options else graded([]))
 
 
-def test_resuming_with_another_batch_size_or_staleness_neither_stalls_nor_skips():
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("options", [{}, {"score": luck, "select": in_between, "limit": 10}])
+def test_resuming_with_another_batch_size_or_staleness_neither_stalls_nor_skips(options, seed):
     async def first():
-        engine = FakeEngine(0)
-        stream = new_stream(engine, Counting(), batch=4, eta=2)
-        await train(stream, engine, range(3))
-        return stream.state()
+        engine = FakeEngine(seed)
+        stream = new_stream(engine, Counting(), batch=4, eta=2, **options)
+        return await train(stream, engine, range(3)), stream.state()
 
     async def second(state):
-        engine = FakeEngine(0)
-        stream = new_stream(engine, Counting(), batch=3, eta=0, state=state)
+        engine = FakeEngine(seed)
+        stream = new_stream(engine, Counting(), batch=3, eta=0, state=state, **options)
         return await train(stream, engine, range(3, 10))
 
-    groups = asyncio.run(second(asyncio.run(first())))
-    assert [g.id for g in groups] == [f"{i}/p{i}" for i in range(12, 12 + 7 * 3)]
+    taken, state = asyncio.run(first())
+    taken += asyncio.run(second(state))
+    assert summary(taken) == one_by_one([4] * 3 + [3] * 7, luck if options else graded([]))
+
+
+def test_a_batch_that_takes_too_many_groups_is_an_error_that_names_the_limit():
+    async def main():
+        engine = FakeEngine(0)
+        engine.slowest = 0  # so that groups finish in order
+        options = {"score": graded([0.5, 0, 1, 0, 0, 1, 1, 1]), "select": in_between, "limit": 2}
+        stream = new_stream(engine, Counting(), **options)
+        stream.set_version(0)
+        with pytest.raises(ValueError) as error:
+            await stream.take(0)
+        assert str(error.value) == (
+            "algo.sampling.limit = 2: more than 8 groups are needed for a step of 4, as 5 were "
+            "dropped (mean reward 0.4; most often 0 in 3, 1 in 2); choose easier or harder "
+            "prompts, raise the limit, or set algo.sampling.dynamic=false"
+        )
+
+    asyncio.run(main())
+
+
+def test_the_limit_itself_is_allowed_to_every_batch():
+    rewards = [0.5, 0, 1, 0, 1, 0.5, 0.5, 0.5]  # 8 groups for a batch of 4
+
+    async def main():
+        engine = FakeEngine(0)
+        options = {"score": graded(rewards * 3), "select": in_between, "limit": 2}
+        stream = new_stream(engine, Counting(), **options)
+        return [each.dropped for each in await train(stream, engine, range(3))]
+
+    assert asyncio.run(main()) == [(0, 1, 0, 1)] * 3
+
+
+def test_what_is_dropped_beyond_a_batch_is_not_its_own():
+    class FirstIsSlow(FakeEngine):
+        async def generate(self, prompt_tokens, sampling, *, request_id):
+            await asyncio.sleep(0.1 * request_id.startswith("0/"))
+            return await super().generate(prompt_tokens, sampling, request_id=request_id)
+
+    async def main():
+        engine = FirstIsSlow(0)
+        options = {"score": graded([0.5] * 4 + [0] * 9), "select": in_between, "limit": 3}
+        stream = new_stream(engine, Counting(), eta=1, **options)
+        (taken,) = await train(stream, engine, range(1))
+        assert len(stream.state().dropped) == 9 and taken.dropped == ()
+        assert [group.id for group in taken.groups] == ["0/p0", "1/p1", "2/p2", "3/p3"]
+
+    asyncio.run(main())
+
+
+def test_a_restored_stream_goes_on_counting_to_the_limit():
+    options = {"score": graded([0] * 99), "select": in_between, "limit": 3}
+
+    async def first():
+        stream = new_stream(FakeEngine(0), Counting(), **options)
+        stream.set_version(0)
+        while len(stream.state().dropped) < 5:
+            await asyncio.sleep(0)
+        state = stream.state()
+        await stream.aclose()
+        return state
+
+    async def second(state):
+        stream = new_stream(FakeEngine(1), Counting(), state=state, **options)
+        stream.set_version(0)
+        with pytest.raises(ValueError, match="for a step of 4, as 9 were dropped"):
+            await stream.take(0)
+
+    asyncio.run(second(asyncio.run(first())))
 
 
 def test_a_failing_group_is_raised_at_once_and_ends_the_others():

@@ -1,0 +1,181 @@
+"""Which knobs of the objective are in force, which are forced to a value, which have no effect."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from peergrad.algo.plan import Old, Plan, make_plan
+from peergrad.config import (
+    SEQUENCE_RATIO,
+    Config,
+    CorrectionKind,
+    FlatGroups,
+    KlPlace,
+    Level,
+    OldPolicy,
+    SurrogateKind,
+    TokenLevel,
+)
+
+Status = Enum("Status", ["effective", "off", "forced", "inapplicable"])
+ROLLOUT = ("batch_size", "group_size", "temperature", "top_p", "top_k", "max_new_tokens")
+ONE = "one optimizer step per batch (algo.minibatches, algo.epochs): every ratio is exactly 1"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One key of the configuration and what it does in this run.
+
+    Example:
+        ``Knob("algo.surrogate.tau_positive", "1.0", Status.inapplicable, "only kind=sapo has it")``
+    """
+
+    key: str
+    value: str
+    status: Status
+    note: str = ""
+
+
+def knobs(config: Config) -> list[Knob]:
+    """Every knob of ``algo`` and what of ``rollout`` the objective depends on, in order."""
+    plan = make_plan(config)
+    idle, forced = inapplicable(config, plan), forced_values(config, plan)
+    found = []
+    for key, value in _leaves("algo", config.algo):
+        status, note = Status.effective, _default(key, config)
+        if not note and (value in (None, False, 0) or show(value) == "none"):
+            status = Status.off
+        elif key in idle:
+            status, note = Status.inapplicable, idle[key]
+        elif key in forced and forced[key][0] != show(value):
+            status, note = Status.forced, "to {}: {}".format(*forced[key])
+        found.append(Knob(key, show(value), status, note))
+    for name in (*ROLLOUT, "max_staleness"):
+        value = getattr(config.rollout, name)
+        status = Status.forced if name in ("top_p", "top_k") else Status.effective
+        note = "to the full vocabulary: ratios would be biased" if status is Status.forced else ""
+        found.append(Knob(f"rollout.{name}", show(value), status, note))
+    return found
+
+
+def refuse(config: Config, chosen: Collection[str]) -> None:
+    """Raise ValueError if one of the keys that the user has ``chosen`` has no effect, or not the
+    one that was asked for."""
+    for knob in knobs(config):
+        if knob.key in chosen and knob.status is Status.inapplicable:
+            raise ValueError(f"{knob.key} = {knob.value}: has no effect: {knob.note}; remove it")
+        if knob.key in chosen and knob.status is Status.forced:
+            raise ValueError(f"{knob.key} = {knob.value}: is forced {knob.note}; remove it")
+
+
+def inapplicable(config: Config, plan: Plan) -> dict[str, str]:
+    """Key -> why it has no effect, whatever its value."""
+    return {
+        f"algo.{key}": why
+        for part in (_sampling_and_reward, _surrogate, _correction, _kl_and_weights)
+        for keys, idle, why in part(config, plan)
+        if idle
+        for key in keys.split()
+    }
+
+
+Rule = tuple[str, bool, str]  # keys, whether they have no effect, why
+
+
+def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
+    algo = config.algo
+    adv, shaping = algo.advantage, algo.shaping
+    no_std, no_token_std = adv.std is Level.none, adv.token_std is TokenLevel.none
+    cancels = adv.mean is not Level.none and shaping.clip is None
+    yield "sampling.limit", not algo.sampling.dynamic, "only sampling.dynamic=true draws again"
+    yield "shaping.overlong_factor", shaping.overlong_tokens == 0, "shaping.overlong_tokens is 0"
+    yield "shaping.bias", cancels, "subtracting a mean (advantage.mean) cancels it"
+    yield "advantage.eps", no_std, "advantage.std is none"
+    yield "advantage.token_eps", no_token_std, "advantage.token_std is none"
+    yield "advantage.unbiased", no_std and no_token_std, "no standard deviation divides"
+
+
+def _surrogate(config: Config, plan: Plan) -> Iterator[Rule]:
+    surrogate = config.algo.surrogate
+    kind = surrogate.kind
+    clips = kind not in (SurrogateKind.sapo, SurrogateKind.reinforce)
+    one = plan.old is Old.current
+    yield "surrogate.clip_low surrogate.clip_high", not clips, f"kind={kind.name} clips nothing"
+    yield "surrogate.clip_low surrogate.clip_high", one and clips, ONE
+    yield "surrogate.max_mean_ratio surrogate.dual_clip surrogate.unified_mask", one, ONE
+    yield "surrogate.log_ratio_low surrogate.log_ratio_high", one, ONE
+    taus = "surrogate.tau_positive surrogate.tau_negative"
+    yield taus, kind is not SurrogateKind.sapo, "only surrogate.kind=sapo has it"
+    yield taus, kind is SurrogateKind.sapo and one, ONE
+    whole = kind not in (SurrogateKind.clip, *SEQUENCE_RATIO)
+    yield "surrogate.dual_clip", whole, "only the clipped ratio has it"
+    yield "surrogate.unified_mask", kind is not SurrogateKind.cispo, "only kind=cispo has it"
+    plain = kind is SurrogateKind.reinforce
+    yield "old_policy", plain and not config.algo.correction.weighs_engine, "no ratio is taken"
+
+
+def _correction(config: Config, plan: Plan) -> Iterator[Rule]:
+    correction = config.algo.correction
+    none = correction.kind is CorrectionKind.none
+    yield "correction.level correction.low correction.high", none, "correction.kind is none"
+    yield "correction.opsm", plan.old is Old.current, ONE
+
+
+def _kl_and_weights(config: Config, _: Plan) -> Iterator[Rule]:
+    algo = config.algo
+    shape = "kl.place kl.estimator kl.clamp_log_ratio kl.clamp kl.reset_every kl.target"
+    yield shape, algo.kl.coef == 0, "algo.kl.coef is 0"
+    yield "kl.horizon", algo.kl.target is None, "algo.kl.target is not set: the weight is constant"
+    yield "kl.target", algo.kl.place is KlPlace.loss, "only the KL in the reward adapts"
+    dropping = algo.sampling.selects and not algo.sampling.dynamic
+    anything = dropping or algo.shaping.overlong_filter or algo.correction.drops
+    yield "denominator", not anything, "nothing is dropped"
+    yield "shuffle", algo.minibatches == 1, "there is one mini-batch"
+
+
+def forced_values(config: Config, plan: Plan) -> dict[str, tuple[str, str]]:
+    """Key -> (the value in force, why) where another knob decides."""
+    algo = config.algo
+    found = {}
+    if algo.sampling.dynamic:
+        why = "dynamic sampling replaces groups of equal rewards"
+        found["algo.sampling.flat_groups"] = (FlatGroups.drop.name, why)
+    if algo.correction.kind in (CorrectionKind.icepop, CorrectionKind.seq_mask_tis):
+        icepop = algo.correction.kind is CorrectionKind.icepop
+        why = f"that is what kind={algo.correction.kind.name} means"
+        found["algo.correction.level"] = ("token" if icepop else "geometric", why)
+    if algo.surrogate.kind is SurrogateKind.icepop:
+        found["algo.old_policy"] = ("engine", "its ratio is to the engine")
+    elif plan.old is Old.engine and algo.old_policy is OldPolicy.auto:
+        why = "rollouts may be older than the weights, and the clip must act on who sampled"
+        found["algo.old_policy"] = ("engine", why)
+    return found
+
+
+def _default(key: str, config: Config) -> str:
+    """What stands behind a value that says little."""
+    correction = config.algo.correction
+    if key == "algo.old_policy":
+        return f"in force: {make_plan(config).old.name}"
+    if correction.kind is not CorrectionKind.none and key.startswith("algo.correction."):
+        bounds = dict(zip(("low", "high"), correction.bounds, strict=True))
+        name = key.rpartition(".")[2]
+        return f"in force: {bounds[name]}" if name in bounds else ""
+    return ""
+
+
+def _leaves(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _leaves(f"{prefix}.{field.name}", value)
+        elif field.name not in ("source", "differences"):
+            yield f"{prefix}.{field.name}", value
+
+
+def show(value: Any) -> str:
+    """As it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value.name if isinstance(value, Enum) else str(value)

@@ -1,0 +1,263 @@
+"""The same recorded groups on every layout give the gradient that one process computes in float64.
+
+The oracle is transformers' model, autograd and ``tests/oracle.py``; the subject is the path of a
+whole step: grading, weights, packing, Megatron's schedule, all-reduces. A learning rate of 1e-30 leaves
+the weights alone, so that each optimizer step of a batch has a gradient to compare.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import make_hf_model
+from tests.oracle import losses
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+TEMPERATURE, MAX_TOKENS, TOLERANCE = 0.8, 12, 1e-6
+OBJECTIVES: dict[str, list[str]] = {
+    **{name: [f"algo={name}"] for name in ("deepseekmath", "dr_grpo", "rloo", "gspo", "rlinf")},
+    **{name: [f"algo={name}"] for name in ("roll", "areal")},
+    # of 16 groups: 16 mini-batches would be one group each, and nothing global about them
+    **{name: [f"algo={name}", "algo.minibatches=4"] for name in ("r1", "dapo", "cispo")},
+    "sapo": [
+        *("algo=dr_grpo", "algo.surrogate.kind=sapo", "algo.entropy_coef=0.01"),
+        *("algo.correction.kind=tis", "algo.correction.level=geometric"),
+        *("algo.aggregation=group_token_mean", "algo.minibatches=2"),
+    ],
+    "gspo_token": [
+        *("algo=gspo", "algo.surrogate.kind=gspo_token", "algo.shaping.discount=0.9"),
+        *("algo.kl.coef=0.05", "algo.kl.place=reward", "algo.kl.estimator=k1"),
+        *("algo.correction.kind=seq_mask_tis", "algo.correction.low=0.8"),
+        *("algo.correction.high=1.25", "algo.denominator=kept"),
+    ],
+    "icepop": [
+        *("algo=deepseekmath", "algo.kl.estimator=k2", "algo.minibatches=2"),
+        *("algo.correction.kind=icepop", "algo.correction.high=1.3", "algo.correction.low=0.8"),
+        *("algo.correction.dppo=0.05", "algo.denominator=kept"),
+    ],
+    "overlong": [
+        *("algo=dr_grpo", "algo.shaping.overlong_tokens=6", "algo.sampling.flat_groups=drop"),
+        "algo.denominator=kept",
+    ],
+}
+Layout = tuple[int, int, bool, int, int]  # tensor, pipeline, sequence, token budget, order
+LAYOUTS: dict[int, list[Layout]] = {
+    1: [(1, 1, False, 10_000, 0), (1, 1, False, 24, 1)],
+    2: [(2, 1, False, 64, 0), (2, 1, True, 40, 1), (1, 2, False, 40, 2), (1, 1, False, 40, 3)],
+    4: [(2, 2, False, 64, 1), (2, 1, True, 30, 2), (1, 1, False, 64, 0)],
+}
+
+
+def configure(path: str, name: str) -> Any:
+    from peergrad.compose import compose_config
+
+    config, _ = compose_config(
+        [
+            *(f"model.path={path}", "model.dtype=float32", *OBJECTIVES[name]),
+            *("optim.lr=1e-30", "optim.clip_grad=0", f"rollout.temperature={TEMPERATURE}"),
+            *("parallel.distributed_optimizer=false", "parallel.logprob_chunk=7"),
+            *(f"rollout.max_new_tokens={MAX_TOKENS}", "rollout.batch_size=64"),
+            *("rollout.group_size=4", "algo.shuffle=false"),
+        ]
+    )
+    return config
+
+
+def record(model: Any) -> tuple[list[Any], list[np.ndarray]]:
+    """16 groups of 4, and old logprobs: those of the model, moved a little. One group is flat, one
+    answer in six was cut off, one has no token at all."""
+    from peergrad.data import Group, Prompt, Rollout
+
+    rng = np.random.default_rng(5)
+    groups, old = [], []
+    for g in range(16):
+        prompt = rng.integers(3, 100, rng.integers(2, 6)).astype(np.int32)
+        rollouts = []
+        for i in range(4):
+            size = 0 if (g, i) == (3, 1) else int(rng.integers(1, MAX_TOKENS + 1))
+            tokens = rng.integers(3, 100, size).astype(np.int32)
+            logp = scores(model, prompt, tokens)[0].detach().numpy()
+            engine = (logp + rng.normal(0, 0.2, size)).astype(np.float32)
+            old.append((logp + rng.normal(0, 0.2, size)).astype(np.float32))
+            finish = "length" if rng.random() < 1 / 6 else "stop"
+            reward = 1.0 if g == 2 else float(rng.integers(0, 2)) + 0.25 * float(rng.random() < 0.3)
+            rollouts.append(Rollout(tokens, engine, ((0, 0, size),), finish, "", reward))
+        groups.append(Group(str(g), Prompt(str(g), prompt, "", ""), tuple(rollouts)))
+    return groups, old
+
+
+def scores(model: Any, prompt: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any]:
+    """(logp, entropy) of an answer in float64."""
+    ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()[None]
+    logits = model(ids).logits[0, prompt.size - 1 : -1 if tokens.size else prompt.size - 1]
+    log_p = (logits / TEMPERATURE).log_softmax(-1)
+    targets = torch.from_numpy(tokens).long()[:, None]
+    return log_p.gather(1, targets)[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def oracle(path: str, reference: str, name: str, groups: Any, old: Any) -> list[dict[str, Any]]:
+    """Gradient of each optimizer step by HF name."""
+    from transformers import AutoModelForCausalLM
+
+    policy, frozen = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (path, reference)
+    )
+    config = configure(path, name)
+    pairs = [(group.prompt.tokens, r.tokens) for group in groups for r in group.rollouts]
+    own = [scores(policy, *pair) for pair in pairs]
+    with torch.no_grad():
+        ref = [scores(frozen, *pair)[0] for pair in pairs]
+    found = losses(
+        groups,
+        config.algo,
+        max_tokens=MAX_TOKENS,
+        logp=[x for x, _ in own],
+        entropy=[x for _, x in own],
+        logp_old=[torch.from_numpy(x).double() for x in old],
+        logp_ref=ref,
+    )
+    names, parameters = zip(*policy.named_parameters(), strict=True)
+    return [
+        dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
+        for loss in found
+    ]
+
+
+def exported_gradient(policy: Any) -> dict[str, torch.Tensor]:
+    """The reduced gradients under their HF names: they travel as the weights do."""
+    kept = [parameter.detach().clone() for parameter in policy.model.parameters()]
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.copy_(parameter.main_grad)
+        found = {name: tensor.clone() for name, tensor in policy.weights()}
+        for parameter, value in zip(policy.model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    return found
+
+
+def gradients(
+    path: str, reference: str, names: list[str], layouts: list[Layout], recorded: Any, broken: bool
+) -> dict[tuple[str, Layout], list[dict[str, torch.Tensor]]]:
+    """What the package computes on each layout, on rank 0."""
+    from dataclasses import replace
+
+    from peergrad.algo.grading import AlgoState, grade
+    from peergrad.algo.objective import Objective
+    from peergrad.algo.plan import make_plan
+    from peergrad.algo.samples import make_samples, with_logp
+    from peergrad.learning import learn
+    from peergrad.parallel.groups import init_groups, leave_layout
+    from peergrad.parallel.policy import Policy, Scorer
+
+    if broken:  # a denominator of its own on every rank: what averaging over ranks would do
+        from peergrad.algo import packing
+        from peergrad.parallel import policy as policy_module
+
+        def pack(part: Any, **options: Any) -> Any:
+            batch = packing.pack(part, **options)
+            return replace(
+                batch, weight=torch.full_like(batch.weight, 1 / (batch.weight.numel() or 1))
+            )
+
+        policy_module.pack = pack  # type: ignore[assignment]
+    groups, old = recorded
+    found = {}
+    for tensor, pipeline, sequence, budget, order in layouts:
+        config = configure(path, names[0])
+        parallel = replace(
+            config.parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=sequence,
+            micro_batch_tokens=budget,
+        )
+        ranks = init_groups(parallel, seed=0)
+        for name in names:
+            config = replace(configure(path, name), parallel=parallel)
+            policy = Policy(config, ranks)
+            frozen = Scorer(config, ranks, path=reference)
+            samples = make_samples(groups)
+            samples = with_logp(samples, "logp_old", old)
+            samples = with_logp(samples, "logp_ref", frozen.score(samples).logp)
+            state = AlgoState(config.algo.kl.coef)
+            samples = grade(groups, samples, config.algo, state, max_tokens=MAX_TOKENS)[0]
+            # another order of the answers of a group is another packing, and the same gradient
+            samples = [
+                s for g in range(16) for s in turned([x for x in samples if x.group == g], order)
+            ]
+            steps: list[dict[str, torch.Tensor]] = []
+            policy.update = partial(spy, policy.update, policy, steps)  # type: ignore[method-assign]
+            learn(config, make_plan(config), Objective(config.algo), policy, samples, step=1)
+            found[name, (tensor, pipeline, sequence, budget, order)] = steps
+        leave_layout()
+    return found if ranks.rank == 0 else {}
+
+
+def spy(update: Any, policy: Any, steps: list[Any], part: Any, objective: Any) -> Any:
+    result = update(part, objective)
+    assert result.finite and result.refusal is None
+    steps.append(exported_gradient(policy))
+    return result
+
+
+def turned(values: list[Any], by: int) -> list[Any]:
+    return values[by:] + values[:by]
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """``|found - expected| / |expected|`` over all parameters."""
+    assert found.keys() >= expected.keys()
+    error = sum(((found[k].double() - v) ** 2).sum() for k, v in expected.items())
+    return float((error / sum((v**2).sum() for v in expected.values())) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Tied: two pipeline stages hold a copy of the embedding each and add up its gradient. Of
+    moderate weights: float32's rounding alone moves the gradient of wide ones by 2e-6."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = [make_hf_model(folder / str(s), seed=s, tied=True, layers=2, spread=0.03) for s in (0, 1)]
+    return str(paths[0]), str(paths[1])
+
+
+@pytest.fixture(scope="module")
+def recorded(models: tuple[str, str]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return record(AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def expected(models: tuple[str, str], recorded: Any) -> dict[str, list[dict[str, torch.Tensor]]]:
+    return {name: oracle(*models, name, *recorded) for name in OBJECTIVES}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_layout_gives_the_gradient_of_one_process(
+    models: tuple[str, str], recorded: Any, expected: Any, ranks: int
+) -> None:
+    found = run_ranks(
+        ranks, gradients, *models, list(OBJECTIVES), LAYOUTS[ranks], recorded, False, timeout=500
+    )[0]
+    assert len(found) == len(OBJECTIVES) * len(LAYOUTS[ranks])
+    worst = {}
+    for (name, layout), steps in found.items():
+        assert len(steps) == len(expected[name])
+        pairs = zip(steps, expected[name], strict=True)
+        worst[name, layout] = max(distance(ours, theirs) for ours, theirs in pairs)
+    print("\n".join(f"{d:.2e} {key}" for key, d in sorted(worst.items(), key=lambda x: -x[1])))
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+def test_a_wrong_denominator_turns_it_red(
+    models: tuple[str, str], recorded: Any, expected: Any
+) -> None:
+    found = run_ranks(2, gradients, *models, ["dapo"], [(1, 1, False, 40, 0)], recorded, True)[0]
+    for steps in found.values():
+        pairs = zip(steps, expected["dapo"], strict=True)
+        assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.1
