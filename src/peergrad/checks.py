@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from peergrad.config import Config, require
+from peergrad.config import Config, OldPolicy, require
 
 NEEDED = (
     "num_attention_heads",
@@ -27,6 +27,7 @@ def check(config: Config, *, world: int) -> None:
     _check_replay(config)
     _check_batch(config, world)
     _check_lengths(config, model)
+    _check_objective(config)
     _check_sources(config)
 
 
@@ -154,6 +155,24 @@ def _check_lengths(config: Config, model: dict[str, Any]) -> None:
         f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's "
         f"context of {limit} tokens",
         "lower one of the two",
+    )
+
+
+def _check_objective(config: Config) -> None:
+    longest, cache = config.rollout.max_new_tokens, config.algo.shaping.overlong_tokens
+    require(
+        cache <= longest,
+        "algo.shaping.overlong_tokens",
+        cache,
+        f"must not exceed rollout.max_new_tokens ({longest})",
+        f"use about {max(1, longest // 5)}",
+    )
+    require(
+        config.algo.old_policy is not OldPolicy.loglinear or config.rollout.max_staleness > 0,
+        "algo.old_policy",
+        "loglinear",
+        "lies between weight versions, but rollout.max_staleness = 0 allows only one",
+        "set rollout.max_staleness, or algo.old_policy=auto",
     )
 
 

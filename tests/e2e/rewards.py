@@ -18,3 +18,8 @@ def even(prompt: Prompt, rollout: Rollout) -> float:
         (folder / f"held-{split}").touch()
         time.sleep(600)
     return float((rollout.tokens % 2 == 0).mean())
+
+
+def first_even(prompt: Prompt, rollout: Rollout) -> float:
+    """1 if the first token's id is even, else 0: right or wrong, as answers to sums are."""
+    return float(rollout.tokens[0] % 2 == 0)

@@ -21,7 +21,7 @@ def group_mean(value: Float[Tensor, " N"], of: Int[Tensor, " N"]) -> Float[Tenso
 def leave_one_out_mean(value: Float[Tensor, " N"], of: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Mean of the *others* in the set of each element; its own value if there are none.
 
-    Subtracted, it is the baseline of RLOO (Kool et al. 2019; arXiv:2402.14740, section 3.1).
+    Subtracted, it is the baseline of RLOO (Kool et al. 2019; arXiv:2402.14740).
 
     Example:
         (1, 0, 0) in one set: (0, .5, .5).

@@ -30,7 +30,7 @@ def token_weights(
 
     - ``seq_mean_token_mean``: ``1 / (B n_i)`` (DeepSeekMath, arXiv:2402.03300, eq. 3)
     - ``token_mean``: ``1 / N`` over the whole step (DAPO, arXiv:2503.14476, as released)
-    - ``group_token_mean``: ``1 / (P N_g)`` (DAPO, eq. 8 as printed)
+    - ``group_token_mean``: ``1 / (P N_g)`` (DAPO as printed)
     - ``seq_mean_token_sum``: ``1 / B``
     - ``token_sum_const``: ``1 / (B max_tokens)``, ``max_tokens`` the generation budget
       (Dr.GRPO, arXiv:2503.20783)

@@ -45,7 +45,7 @@ def masked(
     log_k: Float[Tensor, " S"], *, low: float, high: float
 ) -> tuple[Float[Tensor, " S"], Bool[Tensor, " S"]]:
     """MIS: weight ``k`` within the bounds, dropped outside. Of single tokens it is IcePop
-    (arXiv:2510.18855, eq. 5; bounds .5 and 5)."""
+    (arXiv:2510.18855; bounds .5 and 5)."""
     keep = within(log_k, low=low, high=high)
     return torch.where(keep, log_k, 0.0).exp(), keep
 
@@ -90,14 +90,14 @@ def opsm_keep(
     delta: float,
 ) -> Bool[Tensor, " S"]:
     """Off-policy sequence masking: drops sequences with ``A < 0`` whose mean ``log(pi_old / pi)``
-    exceeds ``delta`` (DeepSeek-V3.2, arXiv:2512.02556, eq. 9; A by its mean where it varies)."""
+    exceeds ``delta`` (DeepSeek-V3.2, arXiv:2512.02556; A by its mean where it varies)."""
     drift = sequence_mean(logp_old - logp, sequence, sequences)
     return ~((sequence_mean(advantage, sequence, sequences) < 0) & (drift > delta))
 
 
 def m2po_keep(log_k: Float[Tensor, " N"], *, threshold: float) -> Bool[Tensor, " N"]:
     """Drops the tokens with the largest ``log_k^2`` until the mean of the rest is below
-    ``threshold`` (M2PO, arXiv:2510.01161, section 4). Needs all tokens of the batch.
+    ``threshold`` (M2PO, arXiv:2510.01161). Needs all tokens of the batch.
 
     Tokens of equal size are dropped in order; a NaN counts as infinitely far.
 

@@ -8,7 +8,7 @@ from peergrad.config import FlatGroups, SamplingConfig
 def selects(rewards: np.ndarray, sampling: SamplingConfig) -> bool:
     """Whether a group of these raw rewards ``[G]`` is trained on.
 
-    Not a flat one (all right or all wrong) with dynamic sampling (DAPO, arXiv:2503.14476, eq. 11)
+    Not a flat one (all right or all wrong) with dynamic sampling (DAPO, arXiv:2503.14476)
     or ``flat_groups=drop``, and only with a mean strictly between the bounds. Shaping of rewards
     plays no part: a length penalty would make every group differ.
     """

@@ -13,7 +13,7 @@ def overlong_penalty(
     """DAPO's soft overlong punishment, added to the reward; float64, in ``[-factor, 0]``.
 
     With L_max = ``max_tokens`` and L_cache = ``cache``: 0 up to L_max - L_cache tokens, then
-    linear, ``-factor`` at L_max (arXiv:2503.14476, eq. 13).
+    linear, ``-factor`` at L_max (arXiv:2503.14476).
 
     Example:
         L_max 10, L_cache 4, factor 1: lengths 6, 7, 10 cost 0, .25, 1.
@@ -47,8 +47,7 @@ class Moments:
     squares: float = 0.0
 
     def merge(self, values: Float[Tensor, " B"]) -> "Moments":
-        """With ``values`` added; exact in any division of the data (Chan, Golub and LeVeque 1979,
-        eq. 2.1)."""
+        """With ``values`` added; exact in any division of the data (Chan, Golub and LeVeque 1979)."""
         if not values.numel():
             return self
         values = values.double()
@@ -71,7 +70,7 @@ def discounted_sum(reward: Float[Tensor, " R"], *, discount: float) -> Float[Ten
     """``sum_{u >= t} discount^(u - t) reward_u`` of the tokens t of one answer; float64.
 
     The undiscounted form is the credit of a token for what came after it (REINFORCE++,
-    arXiv:2501.03262, section 3.2).
+    arXiv:2501.03262).
 
     Example:
         rewards (0, 0, 1), discount .5: (.25, .5, 1).

@@ -32,8 +32,7 @@ def sequence_mean(
 ) -> Float[Tensor, " S"]:
     """Mean over the tokens of the sequence of each token; ``sequence[s]`` is below ``sequences``.
 
-    Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071,
-    eq. 7): every token of a sequence gets the same value and a share of its gradient.
+    Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071): every token of a sequence gets the same value and a share of its gradient.
     """
     total = value.new_zeros(sequences).index_add(0, sequence, value)
     count = torch.bincount(sequence, minlength=sequences).to(value.dtype)
@@ -45,7 +44,7 @@ def sequence_token_log_ratio(
 ) -> Float[Tensor, " S"]:
     """GSPO-token's log ratio: the value of the sequence's, the gradient of the token's own.
 
-    ``s_it = sg(s_i) * pi(y_t) / sg(pi(y_t))`` (arXiv:2507.18071, eq. 15).
+    ``s_it = sg(s_i) * pi(y_t) / sg(pi(y_t))`` (arXiv:2507.18071).
     """
     own = log_ratio - log_ratio.detach()
     # -inf - -inf: such a token has no gradient either way.
@@ -70,8 +69,8 @@ def clipped_ratio(
     A < 0.
 
     PPO's clip (DeepSeekMath, arXiv:2402.03300, eq. 3); separate bounds are DAPO's clip-higher
-    (arXiv:2503.14476, eq. 10); with a sequence's ratio it is GSPO (arXiv:2507.18071, eq. 5);
-    ``dual_clip`` above 1 bounds what a single bad token can cost (arXiv:1912.09729, eq. 4). The
+    (arXiv:2503.14476); with a sequence's ratio it is GSPO (arXiv:2507.18071);
+    ``dual_clip`` above 1 bounds what a single bad token can cost (arXiv:1912.09729). The
     gradient is ``-A rho`` where the unclipped term is the smaller one or both are equal, else 0.
 
     Example:
@@ -127,7 +126,7 @@ def sapo(
 ) -> Clipped:
     """``-A (4 / tau) sigmoid(tau (rho - 1))``, ``tau`` by the sign of A: a gate that closes softly.
 
-    SAPO, arXiv:2511.20347, eq. 5-6. On policy its gradient is ``-A``; nothing is ever clipped.
+    SAPO, arXiv:2511.20347. On policy its gradient is ``-A``; nothing is ever clipped.
 
     Example:
         rho = 1, A = 1, tau = 1: loss -4 * .5 = -2, gradient -1.

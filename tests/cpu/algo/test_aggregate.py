@@ -29,7 +29,8 @@ def weights(
         denominator=denominator,
         max_tokens=max_tokens,
     )
-    assert found.dtype == torch.float64  # 1 / N of millions of tokens must still sum to 1
+    # 1 / N of millions of tokens must still sum to 1
+    assert not sampled or found.dtype == torch.float64
     return found.tolist()
 
 
@@ -65,7 +66,7 @@ def mean(values: list[float]) -> float:
 def definition(
     losses: list[list[float]], n: list[int], group: list[int], mode: Aggregation, max_tokens: int
 ) -> float:
-    """The loss of rollouts that all count, n_i tokens each, from the losses of their kept tokens."""
+    """The loss of rollouts that all count, of n_i tokens each; ``losses`` of the kept ones."""
     if mode is SEQ_MEAN:
         return mean([sum(x) / m if m else 0.0 for x, m in zip(losses, n, strict=True)])
     if mode is TOKEN_MEAN:
@@ -101,7 +102,11 @@ def test_sums_to_the_definition(mode: Aggregation, denominator: Denominator, see
     found = weights(sampled, kept, group, mode, denominator, max_tokens=7)
     total = sum(w * sum(x) for w, x in zip(found, losses, strict=True))
     assert total == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    if denominator is KEPT and mode in (SEQ_MEAN, TOKEN_MEAN, GROUP_MEAN):  # a mean: weights sum to 1
+    if denominator is KEPT and mode in (
+        SEQ_MEAN,
+        TOKEN_MEAN,
+        GROUP_MEAN,
+    ):  # a mean: weights sum to 1
         assert sum(k * w for k, w in zip(kept, found, strict=True)) == pytest.approx(1, abs=1e-14)
 
 

@@ -58,9 +58,7 @@ def test_d_is_policy_minus_reference() -> None:
 
 @pytest.mark.parametrize("clamps", [(None, None), (2.0, None), (None, 1.5), (2.0, 1.5)])
 @pytest.mark.parametrize("estimator", [K1, K2, K3, ABS])
-def test_gradcheck(
-    estimator: KlEstimator, clamps: tuple[float | None, float | None]
-) -> None:
+def test_gradcheck(estimator: KlEstimator, clamps: tuple[float | None, float | None]) -> None:
     d = torch.tensor([-3.0, -1.1, -0.3, 0.2, 0.9, 1.9, 4.0], dtype=torch.float64)
     logp_ref = torch.linspace(-4, -0.1, 7, dtype=torch.float64)
 
@@ -138,7 +136,7 @@ def test_small_differences_survive_float32(estimator: KlEstimator, difference: f
     # d^2 / 2 to leading order. exp(-d) + d - 1 in float32 is a multiple of 6e-8: noise at d = 1e-4.
     kl, gradient = estimate([difference], estimator, dtype=torch.float32)
     assert kl.value.item() == pytest.approx(difference**2 / 2, rel=2e-3)
-    assert gradient.item() == pytest.approx(difference, rel=2e-3)
+    assert gradient.item() == pytest.approx(difference, rel=2e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peergrad.algo.report import gap_statistics, rollout_statistics
+from peergrad.algo.report import rollout_statistics
 from peergrad.data import Group, Prompt, Rollout
 
 Spans = tuple[tuple[int, int, int], ...]
@@ -58,22 +58,3 @@ def test_flat_groups(rewards: list[list[float]], flat: float) -> None:
         for group in rewards
     ]
     assert rollout_statistics(groups, version=0)["reward/flat_groups"] == flat
-
-
-def test_gap() -> None:
-    gap = np.array([0.5, -1.5, 0.0, 0.0], np.float32)
-    found = gap_statistics(gap)
-    # Sorted 0 0 .5 1.5: the quantile .99 lies at index 2.97.
-    assert found == {
-        "logprob_gap/mean": 0.5,
-        "logprob_gap/p99": pytest.approx(0.5 + 0.97),
-        "logprob_gap/max": 1.5,
-    }
-
-
-def test_no_tokens_have_no_gap() -> None:
-    assert gap_statistics(np.zeros(0, np.float32)) == {}
-
-
-def test_a_gap_that_is_not_finite_is_not_hidden() -> None:
-    assert np.isnan(gap_statistics(np.array([0.0, np.nan], np.float32))["logprob_gap/max"])

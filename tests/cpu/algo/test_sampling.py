@@ -22,7 +22,7 @@ BETWEEN = SamplingConfig(mean_low=0.25, mean_high=0.75)
         (DROP, [1], False),  # a group of one is flat
         (DROP, [1, 0, 1], True),
         (DYNAMIC, [1, 1], False),
-        (DYNAMIC, [1, 1 - 1e-9], True),
+        (DYNAMIC, [1, 1 - 1e-6], True),
         (BETWEEN, [1, 0], True),
         (BETWEEN, [1, 0, 0, 0], False),  # .25: strictly above
         (BETWEEN, [1, 1, 1, 0], False),  # .75: strictly below

@@ -51,9 +51,7 @@ def test_overlong_penalty(
         (0.5, -1.0, 1.0, [-1.0, -0.5, 1.0]),  # -1.5, -.5, 1.5
     ],
 )
-def test_shape_reward(
-    bias: float, scale: float, clip: float | None, expected: list[float]
-) -> None:
+def test_shape_reward(bias: float, scale: float, clip: float | None, expected: list[float]) -> None:
     assert shape_reward(f64(1, 0, -2), bias=bias, scale=scale, clip=clip).tolist() == expected
 
 

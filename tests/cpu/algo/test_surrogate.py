@@ -20,7 +20,9 @@ from peergrad.algo.surrogate import (
 )
 
 LOW, HIGH = 0.2, 0.28  # bounds .8 and 1.28
+CLIPS = {"clip_low": LOW, "clip_high": HIGH}
 INF = math.inf
+LOG3 = math.log(3)
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -54,9 +56,6 @@ def one(
     return result.loss.item(), gradient.item(), clip
 
 
-# --- clip, dual clip -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "dual_clip", "loss", "gradient", "clip"),
     [
@@ -85,8 +84,7 @@ def one(
 def test_clip_by_hand(
     ratio: float, advantage: float, dual_clip: float | None, loss: float, gradient: float, clip: str
 ) -> None:
-    options = {"clip_low": LOW, "clip_high": HIGH, "dual_clip": dual_clip}
-    found = one(clipped_ratio, math.log(ratio), advantage, **options)
+    found = one(clipped_ratio, math.log(ratio), advantage, **CLIPS, dual_clip=dual_clip)
     assert found[:2] == pytest.approx((loss, gradient), abs=1e-12)  # d rho / d log rho = rho
     assert found[2] == clip
 
@@ -107,8 +105,7 @@ def test_exactly_at_a_bound_the_gradient_is_whole(
 
 @pytest.mark.parametrize("clip_low", [1.0, 11.0])
 def test_a_clip_low_of_one_and_more_is_no_lower_bound(clip_low: float) -> None:
-    options = {"clip_low": clip_low, "clip_high": 0.2}
-    found = one(clipped_ratio, math.log(0.001), -2.0, **options)
+    found = one(clipped_ratio, math.log(0.001), -2.0, clip_low=clip_low, clip_high=0.2)
     assert found == (pytest.approx(0.002), pytest.approx(0.002), "")
 
 
@@ -116,7 +113,6 @@ def test_a_clip_low_of_one_and_more_is_no_lower_bound(clip_low: float) -> None:
 def test_clip_is_min_and_max_of_the_formula(dual_clip: float | None) -> None:
     generator = torch.Generator().manual_seed(1)
     x, advantage = torch.randn(2, 400, generator=generator, dtype=torch.float64)
-    options = {"clip_low": LOW, "clip_high": HIGH, "dual_clip": dual_clip}
 
     def formula(x: Tensor, advantage: Tensor) -> Clipped:
         ratio = x.exp()
@@ -126,16 +122,13 @@ def test_clip_is_min_and_max_of_the_formula(dual_clip: float | None) -> None:
         return Clipped(-term, advantage < 0, advantage > 0)
 
     expected, expected_gradient = run(formula, 0.5 * x, advantage)
-    found, gradient = run(clipped_ratio, 0.5 * x, advantage, **options)
+    found, gradient = run(clipped_ratio, 0.5 * x, advantage, **CLIPS, dual_clip=dual_clip)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=0)
     assert torch.equal(found.low | found.high, expected_gradient == 0)
-    bad = advantage < 0
-    assert min(found.low.sum(), found.high[~bad].sum()) > 20  # both clips were at work
-    assert (found.high[bad].sum() > 20) == (dual_clip is not None)
+    assert min(found.low.sum(), found.high[advantage > 0].sum()) > 20  # both clips were at work
+    assert (found.high[advantage < 0].sum() > 20) == (dual_clip is not None)
 
-
-# --- sequence ratios -----------------------------------------------------------------------------
 
 SEQUENCE = torch.tensor([0, 2, 0, 2, 2])  # interleaved, and none of sequence 1 is here
 
@@ -145,8 +138,7 @@ def gspo(log_ratio: Tensor, advantage: Tensor, **options: float | None) -> Clipp
 
 
 def gspo_token(log_ratio: Tensor, advantage: Tensor, **options: float | None) -> Clipped:
-    held = sequence_token_log_ratio(log_ratio, SEQUENCE, 3)
-    return clipped_ratio(held, advantage, **options)
+    return clipped_ratio(sequence_token_log_ratio(log_ratio, SEQUENCE, 3), advantage, **options)
 
 
 def test_sequence_mean_by_hand() -> None:
@@ -195,14 +187,10 @@ def test_gspo_token_gives_a_token_its_own_advantage() -> None:
 def test_an_impossible_token_makes_its_sequence_silent(surrogate: Callable[..., Clipped]) -> None:
     """A ratio of 0 for sequence 0; its neighbour keeps its own gradient."""
     for advantage, loss in ((1.0, 0.0), (-1.0, 0.8), (0.0, 0.0)):
-        result, gradient = run(
-            surrogate, [-INF, 0, 0, 0, 0], [advantage, 1, advantage, 1, 1], clip_low=LOW, clip_high=1
-        )
+        x, advantages = [-INF, 0, 0, 0, 0], [advantage, 1, advantage, 1, 1]
+        result, gradient = run(surrogate, x, advantages, **CLIPS)
         assert result.loss.tolist() == pytest.approx([loss, -1, loss, -1, -1], abs=1e-14)
         assert gradient.tolist() == pytest.approx([0, -1, 0, -1, -1], abs=1e-14)
-
-
-# --- cispo ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,19 +216,11 @@ def test_cispo_by_hand(
 
     def surrogate(logp: Tensor, advantage: Tensor) -> Clipped:
         log_ratio = logp - (-1.5 - math.log(ratio))
-        return cispo(
-            logp,
-            log_ratio,
-            advantage,
-            clip_low=LOW,
-            clip_high=HIGH,
-            unified_mask=unified_mask,
-        )
+        return cispo(logp, log_ratio, advantage, **CLIPS, unified_mask=unified_mask)
 
-    loss, gradient, found = one(surrogate, -1.5, advantage)
-    assert loss == pytest.approx(1.5 * weight * advantage, abs=1e-12)  # -w A logp
-    assert gradient == pytest.approx(-weight * advantage, abs=1e-12)
-    assert found == clip
+    found, pushed = one(surrogate, -1.5, advantage), weight * advantage
+    assert found[:2] == pytest.approx((1.5 * pushed, -pushed), abs=1e-12)  # loss -w A logp
+    assert found[2] == clip
 
 
 @pytest.mark.parametrize("unified_mask", [False, True])
@@ -251,18 +231,9 @@ def test_cispo_exactly_at_a_bound(
     ratio: float, advantage: float, unified_mask: bool, dtype: torch.dtype
 ) -> None:
     log_ratio = torch.tensor([ratio], dtype=dtype).log()
-    loss, gradient, clip = one(
-        lambda logp, a: cispo(
-            logp, log_ratio, a, clip_low=0.5, clip_high=1.0, unified_mask=unified_mask
-        ),
-        -3.0,
-        advantage,
-        dtype,
-    )
-    assert (loss, gradient, clip) == (3 * ratio * advantage, -ratio * advantage, "")
-
-
-# --- sapo, icepop, reinforce ---------------------------------------------------------------------
+    surrogate = with_ratio(log_ratio, clip_low=0.5, clip_high=1.0, unified_mask=unified_mask)
+    found = one(surrogate, -3.0, advantage, dtype)
+    assert found == (3 * ratio * advantage, -ratio * advantage, "")
 
 
 @pytest.mark.parametrize(
@@ -270,10 +241,10 @@ def test_cispo_exactly_at_a_bound(
     [
         # A > 0: tau 2, sigmoid(2 (rho - 1)); gradient -A 4 s (1 - s) rho
         (1.0, 1.0, -1.0, -1.0),  # 4 / 2 * .5
-        (1 + LOG3 / 2 if (LOG3 := math.log(3)) else 0, 1.0, -1.5, -0.75 * (1 + math.log(3) / 2)),
+        (1 + LOG3 / 2, 1.0, -1.5, -0.75 * (1 + LOG3 / 2)),  # s = 3/4: 4 s (1 - s) = 3/4
         # A < 0: tau .5
         (1.0, -1.0, 4.0, 1.0),  # 4 / .5 * .5
-        (1 + 2 * math.log(3), -3.0, 18.0, 3 * 0.75 * (1 + 2 * math.log(3))),  # s = 3/4
+        (1 + 2 * LOG3, -3.0, 18.0, 3 * 0.75 * (1 + 2 * LOG3)),  # s = 3/4
         (1.5, 0.0, 0.0, 0.0),
     ],
 )
@@ -281,6 +252,17 @@ def test_sapo_by_hand(ratio: float, advantage: float, loss: float, gradient: flo
     found = one(sapo, math.log(ratio), advantage, tau_positive=2.0, tau_negative=0.5)
     assert found[:2] == pytest.approx((loss, gradient), abs=1e-12)
     assert found[2] == ""
+
+
+def test_sapo_is_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, advantage = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+    found, gradient = run(sapo, x, advantage, tau_positive=1.1, tau_negative=1.05)
+    for i, (log_ratio, a) in enumerate(zip(x.tolist(), advantage.tolist(), strict=True)):
+        tau, ratio = (1.1 if a > 0 else 1.05), math.exp(log_ratio)
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        assert found.loss[i].item() == pytest.approx(-a * 4 / tau * gate, rel=1e-13)
+        assert gradient[i].item() == pytest.approx(-a * 4 * gate * (1 - gate) * ratio, rel=1e-11)
 
 
 @pytest.mark.parametrize("taus", [(1.0, 1.05), (0.3, 7.0)])
@@ -321,52 +303,34 @@ def test_reinforce_by_hand() -> None:
     assert not (result.low | result.high).any()
 
 
-# --- all of them ---------------------------------------------------------------------------------
-
-
 def with_ratio(log_ratio: Tensor, **options: float) -> Callable[..., Clipped]:
     """cispo of a given ratio, as a function of logp."""
     return lambda logp, advantage: cispo(logp, log_ratio, advantage, **options)
 
 
-CLIPS = {"clip_low": LOW, "clip_high": HIGH}
 X = f64(-0.9, -0.35, -0.1, 0.05, 0.15, 0.4, 0.9, -0.3, 0.35, 1.4)
 A = f64(1, -1, 2, -2, 0.5, 1, -1, 0, 0, -0.5)
 PAIRS = torch.arange(10) // 2
 
 
-def smooth(name: str) -> Callable[[Tensor], Tensor]:
-    """Loss as a function whose value and gradient belong together."""
-    return {
-        "clip": lambda x: clipped_ratio(x, A, **CLIPS).loss,
-        "dual clip": lambda x: clipped_ratio(x, A, **CLIPS, dual_clip=2.0).loss,
-        "gspo": lambda x: clipped_ratio(sequence_mean(x, PAIRS, 5), A, **CLIPS).loss,
-        "cispo": lambda x: with_ratio(X, **CLIPS, unified_mask=False)(x, A).loss,
-        "cispo masked": lambda x: with_ratio(X, **CLIPS, unified_mask=True)(x, A).loss,
-        "sapo": lambda x: sapo(x, A, tau_positive=1.0, tau_negative=1.05).loss,
-        "icepop": lambda x: icepop_ratio(x, A, **CLIPS).loss,
-        "reinforce": lambda x: reinforce(x, A).loss,
-        "held log ratio": lambda x: clip_log_ratio(x, low=-0.5, high=0.5),
-    }[name]
+# Losses whose value and gradient belong together.
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "clip": lambda x: clipped_ratio(x, A, **CLIPS).loss,
+    "dual clip": lambda x: clipped_ratio(x, A, **CLIPS, dual_clip=2.0).loss,
+    "gspo": lambda x: clipped_ratio(sequence_mean(x, PAIRS, 5), A, **CLIPS).loss,
+    "cispo": lambda x: with_ratio(X, **CLIPS, unified_mask=False)(x, A).loss,
+    "cispo masked": lambda x: with_ratio(X, **CLIPS, unified_mask=True)(x, A).loss,
+    "sapo": lambda x: sapo(x, A, tau_positive=1.0, tau_negative=1.05).loss,
+    "icepop": lambda x: icepop_ratio(x, A, **CLIPS).loss,
+    "reinforce": lambda x: reinforce(x, A).loss,
+    "held log ratio": lambda x: clip_log_ratio(x, low=-0.5, high=0.5),
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "clip",
-        "dual clip",
-        "gspo",
-        "cispo",
-        "cispo masked",
-        "sapo",
-        "icepop",
-        "reinforce",
-        "held log ratio",
-    ],
-)
+@pytest.mark.parametrize("name", SMOOTH)
 def test_gradcheck(name: str) -> None:
     """Away from the kinks: no ratio of X, nor mean of two of them, is near a bound."""
-    assert torch.autograd.gradcheck(smooth(name), X.clone().requires_grad_())
+    assert torch.autograd.gradcheck(SMOOTH[name], X.clone().requires_grad_())
 
 
 ON_POLICY = {
@@ -446,8 +410,8 @@ def test_cispo_of_impossible_tokens(
     log_ratio: float, clip_low: float, advantage: float, weight: float
 ) -> None:
     """logp = -inf: the loss is infinite where it counts, the gradient never."""
-    ratio = torch.tensor([log_ratio])
-    surrogate = with_ratio(ratio, clip_low=clip_low, clip_high=HIGH, unified_mask=False)
+    clips = {"clip_low": clip_low, "clip_high": HIGH, "unified_mask": False}
+    surrogate = with_ratio(torch.tensor([log_ratio]), **clips)
     loss, gradient, _ = one(surrogate, -INF, advantage, torch.float32)
     assert loss == (advantage * INF if weight else 0.0)
     assert gradient == pytest.approx(-weight * advantage, rel=1e-6)

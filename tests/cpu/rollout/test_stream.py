@@ -10,7 +10,7 @@ import pytest
 
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.stream import Stream, Taken
+from peergrad.rollout.stream import Stream, StreamState, Taken
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)
 
@@ -171,7 +171,7 @@ def test_a_dropped_group_is_replaced_within_the_bound(eta, seed):
     engine, taken = asyncio.run(main())
     assert summary(taken) == one_by_one([4] * 8)  # nothing is lost, repeated or out of order
     lag = [step - engine.started[g.id] for step in range(8) for g in taken[step].groups]
-    assert max(lag) == eta and min(lag) >= 0
+    assert min(lag) >= 0 and max(lag) <= eta
     assert all(in_between(group) for group in groups_of(taken))
 
 
@@ -255,14 +255,19 @@ def test_the_limit_itself_is_allowed_to_every_batch():
     assert asyncio.run(main()) == [(0, 1, 0, 1)] * 3
 
 
-def test_what_is_dropped_beyond_a_batch_is_not_its_own():
-    class FirstIsSlow(FakeEngine):
-        async def generate(self, prompt_tokens, sampling, *, request_id):
-            await asyncio.sleep(0.1 * request_id.startswith("0/"))
-            return await super().generate(prompt_tokens, sampling, request_id=request_id)
+class Slow(FakeEngine):
+    """Takes a tenth of a second for some groups."""
 
+    slow = ("0/",)
+
+    async def generate(self, prompt_tokens, sampling, *, request_id):
+        await asyncio.sleep(0.1 * request_id.startswith(self.slow))
+        return await super().generate(prompt_tokens, sampling, request_id=request_id)
+
+
+def test_what_is_dropped_beyond_a_batch_is_not_its_own():
     async def main():
-        engine = FirstIsSlow(0)
+        engine = Slow(0)
         options = {"score": graded([0.5] * 4 + [0] * 9), "select": in_between, "limit": 3}
         stream = new_stream(engine, Counting(), eta=1, **options)
         (taken,) = await train(stream, engine, range(1))
@@ -270,6 +275,25 @@ def test_what_is_dropped_beyond_a_batch_is_not_its_own():
         assert [group.id for group in taken.groups] == ["0/p0", "1/p1", "2/p2", "3/p3"]
 
     asyncio.run(main())
+
+
+def test_what_a_smaller_budget_no_longer_replaces_may_all_be_dropped():
+    """Resumed with a smaller batch, more is in flight than may be: nothing is left after it."""
+    prompts = Counting()
+    in_flight = {sequence: next(prompts) for sequence in range(4)}
+    state = StreamState(prompts.state_dict(), 4, 0, {}, in_flight, {})
+
+    async def main():
+        engine = Slow(0)
+        engine.slow = ("1/", "2/", "3/")
+        options = {"score": graded([0.5, 0, 0, 0]), "select": in_between, "limit": 4}
+        stream = new_stream(engine, Counting(), batch=1, state=state, **options)
+        taken = await train(stream, engine, range(1))
+        while len(stream.state().dropped) < 3:
+            await asyncio.sleep(0.01)
+        return summary(taken + await train(stream, engine, range(1, 2)))
+
+    assert asyncio.run(main()) == [(["0/p0"], ()), (["4/p4"], (0, 0, 0))]
 
 
 def test_a_restored_stream_goes_on_counting_to_the_limit():
