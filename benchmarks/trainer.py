@@ -3,7 +3,7 @@
     python benchmarks/trainer.py            # Qwen3-0.6B's shape, bfloat16, one GPU
     python benchmarks/trainer.py --tiny     # seconds on a CPU: shows that the script works
 
-A model of random weights trains on made-up groups of given sizes: pack, reference pass (the KL
+A model of random weights trains on made-up groups of given sizes: reference pass (the KL
 term is on), update (forward, backward, optimizer), and an export of every weight under its HF name
 into a buffer on the device, as a weight sync reads them. The layers are those of the ``torch``
 spec, so Transformer Engine is not needed. The device is waited for before every reading of the
@@ -45,12 +45,15 @@ from rich.table import Table
 from summary import Spread, as_json, phase_seconds, summarise, write_result
 from synthetic import QWEN3_0P6B, TINY, TINY_WORK, Work, make_groups, write_model
 
-from peergrad.algo.objective import Grpo
-from peergrad.algo.packing import Sample, with_logprobs
+from peergrad.algo.grading import AlgoState, grade
+from peergrad.algo.objective import Objective
+from peergrad.algo.packing import divide
+from peergrad.algo.samples import Sample, make_samples, weigh, with_logp
 from peergrad.config import (
     AlgoConfig,
     Config,
     Dtype,
+    KlConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
@@ -58,7 +61,6 @@ from peergrad.config import (
     Spec,
 )
 from peergrad.metrics import Metrics
-from peergrad.stages import grade
 
 if TYPE_CHECKING:
     from peergrad.parallel.policy import Policy, Scorer
@@ -121,7 +123,7 @@ def configure(work: Work, folder: str, dtype: Dtype, steps: int) -> Config:
     return Config(
         run=RunConfig(steps=steps),
         model=ModelConfig(path=folder, dtype=dtype),
-        algo=AlgoConfig(kl_coef=0.01),
+        algo=AlgoConfig(kl=KlConfig(coef=0.01)),
         parallel=ParallelConfig(
             spec=Spec.torch,
             micro_batch_tokens=work.micro_batch_tokens,
@@ -148,7 +150,9 @@ def benchmark(
     try:
         policy = Policy(config, groups)
         made = make_groups(work, policy.shape.vocab)
-        samples = grade(made, config.algo, max_tokens=work.answer)
+        state, length = AlgoState(config.algo.kl.coef), work.answer
+        graded = grade(made, make_samples(made), config.algo, state, max_tokens=length)[0]
+        samples = weigh(graded, config.algo, max_tokens=length)
         trainer = Trainer(config, policy, Scorer(config, groups, path=folder), samples)
         rows = trainer.run(warmup, steps)
         return {"dtype": dtype.name, "warmup": warmup, **trainer.report(rows, peak)}
@@ -162,11 +166,8 @@ class Trainer:
     def __init__(
         self, config: Config, policy: "Policy", reference: "Scorer", samples: Sequence[Sample]
     ) -> None:
-        algo = config.algo
         self.policy, self.reference, self.samples = policy, reference, samples
-        self.objective = Grpo(
-            clip_low=algo.clip_low, clip_high=algo.clip_high, kl_coef=algo.kl_coef
-        )
+        self.objective = Objective(config.algo)
         largest = max(tensor.numel() for _, tensor in policy.weights())
         dtype = next(policy.model.parameters()).dtype
         self.buffer = torch.empty(largest, dtype=dtype, device=policy.groups.device)
@@ -184,14 +185,12 @@ class Trainer:
         return sink.rows[warmup:]
 
     def step(self, metrics: Metrics) -> None:
-        with timed(metrics, "pack"):
-            batches = self.policy.pack(self.samples)
         with timed(metrics, "reference"):
-            found = self.reference.logprobs(batches)
-        batches = with_logprobs(batches, "logp_ref", found)
+            found = self.reference.score(self.samples)
+        samples = with_logp(self.samples, "logp_ref", found.logp)
         with timed(metrics, "update"):
-            update = self.policy.update(batches, self.objective)
-        if not update.applied:
+            update = self.policy.update(samples, self.objective)
+        if not update.finite:
             raise RuntimeError(f"the update was not finite: {update.metrics}")
         with timed(metrics, "export"):
             for _, tensor in self.policy.weights():
@@ -199,13 +198,14 @@ class Trainer:
 
     def report(self, rows: Sequence[dict[str, float]], peak: float | None) -> dict[str, Any]:
         shape, lengths = self.policy.shape, [sample.tokens.size for sample in self.samples]
-        scored = sum(sample.logprobs.size for sample in self.samples)
+        scored = sum(sample.logp_engine.size for sample in self.samples)
+        budget = self.policy.config.parallel.micro_batch_tokens
         forward = forward_flops(shape, lengths, scored)
         return {
             "model": asdict(shape),
             "tokens": sum(lengths),
             "scored_tokens": scored,
-            "micro_batches": len(self.policy.pack(self.samples)),
+            "micro_batches": len(divide(self.samples, ranks=1, budget=budget)[0]),
             "forward_flops": forward,
             "peak_tflops": peak,
             "peak_memory_gib": peak_memory(),

@@ -58,6 +58,7 @@ def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
     preset = OmegaConf.merge(
         OmegaConf.structured(AlgoConfig), OmegaConf.load(config_dir() / f"algo/{option}.yaml")
     )
+    assert isinstance(preset, DictConfig)
     ours, theirs = (dict(_values(node, "algo.")) for node in (composed.algo, preset))
     named = [o.partition("=")[0].lstrip("+") for o in overrides if o.partition("=")[0] != "algo"]
     return frozenset(
@@ -71,7 +72,7 @@ def _values(node: DictConfig, prefix: str) -> list[tuple[str, Any]]:
     found = []
     for key, value in node.items():
         nested = isinstance(value, DictConfig)
-        found += _values(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+        found += _values(value, f"{prefix}{key!s}.") if nested else [(f"{prefix}{key!s}", value)]
     return found
 
 

@@ -41,12 +41,19 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, row: Row) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.write(json.dumps(_strict({"kind": kind, "step": step, **row})) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 class TensorBoard:
@@ -164,7 +171,7 @@ class Metrics:
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+            partial.write_text("".join(json.dumps(_strict(r)) + "\n" for r in records))
             partial.replace(path)
         return name
 

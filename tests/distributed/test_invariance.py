@@ -1,8 +1,8 @@
 """The same recorded groups on every layout give the gradient that one process computes in float64.
 
 The oracle is transformers' model, autograd and ``tests/oracle.py``; the subject is the path of a
-whole step: grading, weights, packing, Megatron's schedule, all-reduces. A learning rate of 1e-30 leaves
-the weights alone, so that each optimizer step of a batch has a gradient to compare.
+whole step: grading, weights, packing, Megatron's schedule, all-reduces. A learning rate of 1e-30
+leaves the weights alone, so that each optimizer step of a batch has a gradient to compare.
 """
 
 from functools import partial
@@ -221,7 +221,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Tied: two pipeline stages hold a copy of the embedding each and add up its gradient. Of
     moderate weights: float32's rounding alone moves the gradient of wide ones by 2e-6."""
     folder = tmp_path_factory.mktemp("models")
-    paths = [make_hf_model(folder / str(s), seed=s, tied=True, layers=2, spread=0.03) for s in (0, 1)]
+    paths = [
+        make_hf_model(folder / str(s), seed=s, tied=True, layers=2, spread=0.03) for s in (0, 1)
+    ]
     return str(paths[0]), str(paths[1])
 
 

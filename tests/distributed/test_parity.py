@@ -57,13 +57,14 @@ def last_hidden(scorer: Any, batches: list[Any]) -> list[torch.Tensor]:
 
 def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[str, Any]:
     """Full logits of all sequences, packed into one row and one by one, logprobs and exports."""
-    from peergrad.algo.packing import Sample, pack
+    from peergrad.algo.packing import pack
+    from peergrad.algo.samples import Sample
 
     scorer = build(path, tensor, pipeline, sequence)
-    samples = [
-        Sample(s, 1, np.zeros(s.size - 1, np.float32), advantage=0.0, weight=0.0)
-        for s in sequences()
-    ]
+    samples = []
+    for tokens in sequences():
+        zero = np.zeros(tokens.size - 1, np.float32)
+        samples.append(Sample(tokens, 1, zero, zero, zero + 1, zero.astype(np.int32)))
     multiple = tensor if sequence else 1
     out: dict[str, Any] = {"logits": {}, "weights": {}}
     for name, parts in (("packed", [samples]), ("alone", [[s] for s in samples])):
@@ -80,12 +81,7 @@ def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[s
                 ]
             )
             out["logits"][name] = (rows @ head.t()).split(LENGTHS)
-    batches = scorer.pack(samples)
-    if scorer.groups.is_last_stage:
-        out["logp"] = torch.cat(scorer.logprobs(batches))
-        out["targets"] = torch.cat([b.targets for b in batches])
-    else:
-        scorer.logprobs(batches)
+    out["logp"] = np.concatenate(scorer.score(samples).logp)
     for key, value in scorer.weights():
         out["weights"][key] = value.clone()
     return out
@@ -131,21 +127,19 @@ def check(found: dict[str, Any], wanted: list[torch.Tensor], path: Path, tied: b
     for sequences_logits in found["logits"].values():
         for ours, theirs in zip(sequences_logits, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    if "logp" in found:
-        check_logprobs(found, wanted)
+    check_logprobs(found["logp"], wanted)
     check_round_trip(found["weights"], path, tied)
 
 
-def check_logprobs(rank: dict[str, Any], wanted: list[torch.Tensor]) -> None:
-    """``logprobs`` at temperature 0.7 against log_softmax of transformers' logits; the
-    micro-batches may come in any order, so tokens and logprobs are compared as sorted pairs."""
-    pairs = []
+def check_logprobs(found: np.ndarray, wanted: list[torch.Tensor]) -> None:
+    """Scores at temperature 0.7, in the order of the samples, against log_softmax of transformers'
+    logits."""
+    expected = []
     for logits, tokens in zip(wanted, sequences(), strict=True):
         target = torch.from_numpy(tokens[1:]).long()
         logp = (logits[:-1] / 0.7).log_softmax(-1).gather(1, target[:, None])[:, 0]
-        pairs += list(zip(target.tolist(), logp.tolist(), strict=True))
-    found = zip(rank["targets"].tolist(), rank["logp"].tolist(), strict=True)
-    np.testing.assert_allclose(sorted(found), sorted(pairs), atol=1e-4)
+        expected.append(logp.detach().numpy())
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-4)
 
 
 def check_round_trip(weights: dict[str, torch.Tensor], path: Path, tied: bool) -> None:

@@ -1,5 +1,7 @@
-"""One optimizer step of the real Megatron policy: its gradient, its refusals, its checkpoints."""
+"""One optimizer step of the real Megatron policy: its scores, its gradient, its refusals, its
+checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +12,75 @@ import torch
 from tests.models import make_hf_model
 from tests.spawn import run_ranks
 
-KL_COEF, TEMPERATURE = 0.1, 0.8
+KL_COEF, ENTROPY_COEF, TEMPERATURE = 0.1, 0.3, 0.8
+LENGTHS = (4, 9, 30, 12, 5, 21, 6, 15, 7)
+UNWEIGHTED = 3  # this sample takes no part, nor do single tokens of others
 Layout = tuple[int, int, int, str, bool]  # tensor, pipeline, token budget, dtype, sequence
+LAYOUTS: dict[int, list[Layout]] = {
+    1: [(1, 1, 10_000, "float32", False), (1, 1, 16, "float32", False)],
+    2: [(t, p, 32, "float32", s) for t, p, s in [(2, 1, 0), (2, 1, 1), (1, 2, 0), (1, 1, 0)]],
+    4: [(2, p, 40, d, p == 2) for p, d in [(2, "float32"), (1, "float32"), (2, "bfloat16")]],
+}
 
 
-def samples(bad: bool = False) -> list[Any]:
-    from peergrad.algo.packing import Sample
+def samples() -> list[Any]:
+    from peergrad.algo.samples import Sample
 
     rng = np.random.default_rng(1)
-    return [
-        Sample(
-            tokens=rng.integers(3, 100, n).astype(np.int32),
+
+    def sample(index: int, size: int) -> Sample:
+        answer = size - 3
+        weight = rng.uniform(0.5, 1.5, answer) * (rng.random(answer) > 0.2) / 50
+        return Sample(
+            tokens=rng.integers(3, 100, size).astype(np.int32),
             prompt_length=3,
-            logprobs=np.full(n - 3, -1.0, np.float32),
-            advantage=float("nan") if bad else float(rng.normal()),
-            weight=1 / 50,
+            logp_engine=np.full(answer, -1.0, np.float32),
+            advantage=rng.normal(size=answer).astype(np.float32),
+            weight=(weight * (index != UNWEIGHTED)).astype(np.float32),
+            version=np.zeros(answer, np.int32),
         )
-        for n in (4, 9, 30, 12, 5, 21, 6, 15)
-    ]
+
+    return [sample(index, size) for index, size in enumerate(LENGTHS)]
 
 
-def oracle(path: str, reference: str) -> tuple[float, float]:
-    """Loss and global gradient norm of the same step with transformers and autograd in float64."""
+def oracle_rows(path: str) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+    """(logp, entropy) of every answer token, sample by sample, with transformers in float64."""
     from transformers import AutoModelForCausalLM
 
-    policy, frozen = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (path, reference)
-    )
-    total = torch.zeros((), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    logp, entropy = [], []
     for sample in samples():
         ids = torch.from_numpy(sample.tokens).long()[None]
         at, target = slice(sample.prompt_length - 1, -1), ids[0, sample.prompt_length :, None]
-        logp, ref = (
-            (m(ids).logits[0, at] / TEMPERATURE).log_softmax(-1).gather(1, target)[:, 0]
-            for m in (policy, frozen)
+        log_p = (model(ids).logits[0, at] / TEMPERATURE).log_softmax(-1)
+        logp.append(log_p.gather(1, target)[:, 0])
+        entropy.append(-(log_p.exp() * log_p).sum(-1))
+    return logp, entropy, model
+
+
+def oracle(path: str, reference: str) -> dict[str, Any]:
+    """Loss and global gradient norm of the same step with autograd, and the scores."""
+    logp, entropy, policy = oracle_rows(path)
+    ref = [rows.detach() for rows in oracle_rows(reference)[0]]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, sample in enumerate(samples()):
+        advantage, weight = (
+            torch.from_numpy(x).double() for x in (sample.advantage, sample.weight)
         )
-        log_q = ref.detach() - logp
-        surrogate = -(logp - logp.detach()).exp() * sample.advantage
-        total = total + (sample.weight * (surrogate + KL_COEF * (log_q.exp() - 1 - log_q))).sum()
+        log_q = ref[i] - logp[i]
+        surrogate = -(logp[i] - logp[i].detach()).exp() * advantage
+        kl = log_q.exp() - 1 - log_q
+        total = total + (weight * (surrogate + KL_COEF * kl - ENTROPY_COEF * entropy[i])).sum()
     total.backward()
     squares = sum((p.grad**2).sum() for p in policy.parameters())  # a tied one once
-    return float(total), float(squares**0.5)
+    scores = [[r.detach().numpy() for r in rows] for rows in (logp, entropy)]
+    return {
+        "loss": float(total),
+        "norm": float(squares**0.5),
+        "logp": scores[0],
+        "entropy": scores[1],
+        "reference": [rows.numpy() for rows in ref],
+    }
 
 
 def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
@@ -71,7 +101,7 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
         parallel=ParallelConfig(
             tensor=tensor,
             pipeline=pipeline,
-            sequence=sequence,
+            sequence=bool(sequence),
             micro_batch_tokens=budget,
             logprob_chunk=7,
             distributed_optimizer=sections.get("distributed", True),
@@ -83,89 +113,166 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
     return Policy(config, groups), groups
 
 
-def step(path: str, reference: str, layouts: list[Layout]) -> list[tuple[float, float, bool]]:
-    """(loss, gradient norm, step with NaN applied or weights changed) on each layout."""
-    from peergrad.algo.objective import Grpo
-    from peergrad.algo.packing import with_logprobs
+def objective(*, entropy_coef: float = 0.0, kl_coef: float = 0.0, **surrogate: Any) -> Any:
+    from peergrad.algo.objective import Objective
+    from peergrad.config import AlgoConfig, KlConfig, SurrogateConfig
+
+    return Objective(
+        AlgoConfig(
+            kl=KlConfig(coef=kl_coef),
+            entropy_coef=entropy_coef,
+            surrogate=SurrogateConfig(**surrogate),
+        )
+    )
+
+
+def step(path: str, reference: str, layouts: list[Layout]) -> list[dict[str, Any]]:
+    """Scores of policy and reference, refused updates and one that is made, on each layout."""
+    from peergrad.algo.samples import with_logp
     from peergrad.parallel.groups import leave_layout
     from peergrad.parallel.policy import Scorer
 
-    objective, found = Grpo(clip_low=0.2, clip_high=0.2, kl_coef=KL_COEF), []
+    whole, found = objective(entropy_coef=ENTROPY_COEF, kl_coef=KL_COEF), []
     for layout in layouts:
         policy, groups = make(path, layout)
         frozen = Scorer(policy.config, groups, path=reference)
+        own, theirs = policy.score(samples()), frozen.score(samples())
+        good = with_logp(samples(), "logp_ref", theirs.logp)
+        nan = [replace(s, advantage=np.full_like(s.advantage, np.nan)) for s in good]
+        empty = [replace(s, weight=np.zeros_like(s.weight)) for s in good]
 
-        def batches(bad: bool, policy: Any = policy, frozen: Any = frozen) -> list[Any]:
-            packed = policy.pack(samples(bad))
-            return with_logprobs(packed, "logp_ref", frozen.logprobs(packed))
+        def far(policy: Any = policy) -> list[Any]:  # every ratio is e
+            return with_logp(samples(), "logp_old", [x - 1 for x in policy.score(samples()).logp])
 
         parameters = list(policy.model.parameters())
         before = [parameter.clone() for parameter in parameters]
-        refused = policy.update(batches(bad=True), objective)
-        untouched = all(map(torch.equal, before, parameters))
-        update = policy.update(batches(bad=False), objective)
-        moved = not all(map(torch.equal, before, parameters))
-        assert update.applied
-        assert moved
+
+        def unchanged(parameters: Any = parameters, before: Any = before) -> bool:
+            return all(map(torch.equal, before, parameters))
+
+        refused = {}
+        for name, batch, judge in [
+            ("nan", nan, whole),
+            ("empty", empty, whole),
+            ("far", far(), objective(max_mean_ratio=2.5)),
+        ]:
+            result = policy.update(batch, judge)
+            refused[name] = (result.finite, result.refusal, unchanged())
+        update = policy.update(good, whole)
+        assert update.finite and update.refusal is None and not unchanged()
+        assert policy.update(far(), objective(max_mean_ratio=3.0)).refusal is None
         found.append(
-            (
-                update.metrics["loss/total"],
-                update.metrics["optim/grad_norm"],
-                refused.applied or not untouched,
-            )
+            {
+                "loss": update.metrics["loss/total"],
+                "norm": update.metrics["optim/grad_norm"],
+                "refused": refused,
+                "own": (own.logp, own.entropy),
+                "of the update": (update.scores.logp, update.scores.entropy),
+                "reference": theirs.logp,
+            }
         )
         leave_layout()
     return found
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Policy and reference. Tied: two pipeline stages hold a copy of the embedding each and must
+    add up its gradient."""
+    folder = tmp_path_factory.mktemp("models")
+    one, two = (str(make_hf_model(folder / str(s), seed=s, tied=True)) for s in (0, 1))
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def expected(models: tuple[str, str]) -> dict[str, Any]:
+    return oracle(*models)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def found(models: tuple[str, str], request: pytest.FixtureRequest) -> Any:
+    """(layout, what every rank found on it), in the order of the layouts."""
+    ranks = run_ranks(request.param, step, *models, LAYOUTS[request.param])
+    return list(zip(LAYOUTS[request.param], zip(*ranks, strict=True), strict=True))
+
+
+def tolerance(layout: Layout) -> float:
+    return 1e-5 if layout[3] == "float32" else 0.05
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_gradient_equals_transformers_autograd(tmp_path: Path, ranks: int) -> None:
-    """The gradient norm pins every gradient's size: a wrong denominator, a lost all-reduce or a
-    micro-batch counted twice moves it. A NaN advantage must leave all weights as they are."""
-    layouts: dict[int, list[Layout]] = {
-        1: [(1, 1, 10_000, "float32", False), (1, 1, 16, "float32", False)],
-        2: [(t, p, 32, "float32", s) for t, p, s in [(2, 1, 0), (2, 1, 1), (1, 2, 0), (1, 1, 0)]],
-        4: [(2, p, 40, d, p == 2) for p, d in [(2, "float32"), (1, "float32"), (2, "bfloat16")]],
-    }
-    # Tied: two pipeline stages hold a copy of the embedding each and must add up its gradient.
-    path = str(make_hf_model(tmp_path / "policy", seed=0, tied=True))
-    reference = str(make_hf_model(tmp_path / "reference", seed=1, tied=True))
-    loss, norm = oracle(path, reference)
-    for rank in run_ranks(ranks, step, path, reference, layouts[ranks]):
-        for (_, _, _, dtype, _), (our_loss, our_norm, refused_wrongly) in zip(
-            layouts[ranks], rank, strict=True
-        ):
-            tolerance = 1e-5 if dtype == "float32" else 0.05
-            assert our_loss == pytest.approx(loss, rel=tolerance)
-            assert our_norm == pytest.approx(norm, rel=tolerance)
-            assert not refused_wrongly
+def test_scores_equal_transformers(found: Any, expected: dict[str, Any]) -> None:
+    """Of policy, reference and the update's own forward: in the order of the samples whatever
+    micro-batch and rank they came from, equal on every rank, NaN where a token has no weight."""
+    order = samples()
+    for layout, ranks in found:
+        rows = {
+            "logp": [rank["own"][0] for rank in ranks],
+            "entropy": [rank["own"][1] for rank in ranks],
+            "reference": [rank["reference"] for rank in ranks],
+        }
+        for kind, per_rank in rows.items():
+            for own in per_rank:
+                assert [x.dtype for x in own] == [np.float32] * len(order)
+                for ours, same, theirs, sample in zip(
+                    own, per_rank[0], expected[kind], order, strict=True
+                ):
+                    np.testing.assert_array_equal(ours, same)
+                    np.testing.assert_array_equal(np.isnan(ours), sample.weight == 0)
+                    at = sample.scored
+                    atol = 1e-4 if layout[3] == "float32" else 0.3  # nats
+                    np.testing.assert_allclose(ours[at], theirs[at], rtol=0, atol=atol)
+        for rank in ranks:  # dropout is 0: the training forward says what the other one says
+            for before, during in zip(rank["own"], rank["of the update"], strict=True):
+                for one, two in zip(before, during, strict=True):
+                    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.distributed
+def test_gradient_equals_transformers_autograd(found: Any, expected: dict[str, Any]) -> None:
+    """With KL and entropy bonus. The gradient norm pins every gradient's size: a wrong denominator,
+    a lost all-reduce or a micro-batch counted twice moves it."""
+    for layout, ranks in found:
+        for rank in ranks:
+            assert rank["loss"] == pytest.approx(expected["loss"], rel=tolerance(layout))
+            assert rank["norm"] == pytest.approx(expected["norm"], rel=tolerance(layout))
+
+
+@pytest.mark.distributed
+def test_a_refused_update_leaves_the_weights_alone(found: Any) -> None:
+    """A NaN advantage, a batch without a token of any weight, an objective's own refusal."""
+    for _, ranks in found:
+        for rank in ranks:
+            assert rank["refused"]["nan"] == (False, None, True)
+            assert rank["refused"]["empty"] == (True, "no token to learn from", True)
+            finite, refusal, untouched = rank["refused"]["far"]
+            assert finite and untouched
+            assert refusal == "mean ratio 2.72 > max_mean_ratio 2.5"
 
 
 def checkpoint_rounds(
     path: str, folder: str, layouts: list[tuple[Layout, bool]]
 ) -> list[list[float]]:
     """Train two steps and save on the first layout, then restore and train a third on each."""
-    from peergrad.algo.objective import Grpo
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.groups import leave_layout
 
-    objective = Grpo(clip_low=0.2, clip_high=0.2, kl_coef=0.0)
     losses = []
     for i, (layout, distributed) in enumerate([layouts[0], *layouts]):
         policy, groups = make(path, layout, distributed=distributed)
         checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=2), groups)
         if i == 0:
             for number in (1, 2):
-                policy.update(policy.pack(samples()), objective)
-                checkpoints.save(policy, b"prompts", step=number)
+                policy.update(samples(), objective())
+                checkpoints.save(policy, b"prompts", {"at": number}, None, step=number)
         else:
             assert checkpoints.restore(policy) == 2
             assert checkpoints.collector_state(2) == b"prompts"
-        update = policy.update(policy.pack(samples()), objective)
+            assert checkpoints.algo_state(2) == {"at": 2}
+        update = policy.update(samples(), objective())
         # The fourth step's gradient shows the third step's Adam state, bias correction included.
-        after = policy.update(policy.pack(samples()), objective)
+        after = policy.update(samples(), objective())
         keys = ("loss/total", "optim/grad_norm", "policy/entropy")
         losses.append([u.metrics[key] for u in (update, after) for key in keys])
         leave_layout()
@@ -183,6 +290,64 @@ def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed
         assert same_layout == uninterrupted  # bit for bit
         for other in others:
             assert other == pytest.approx(uninterrupted, rel=1e-4)
+
+
+def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str, Any]:
+    """Make the policy of step 1 the reference, save, train on and save again without and with it;
+    then read it on each layout. Weights by HF name, as this rank has them."""
+    from peergrad.config import CheckpointConfig
+    from peergrad.parallel.checkpoint import Checkpoints
+    from peergrad.parallel.groups import leave_layout
+    from peergrad.parallel.policy import Scorer
+
+    def weights(model: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in model.weights()}
+
+    policy, groups = make(path, layouts[0])
+    reference = Scorer(policy.config, groups, path=path)
+    checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), groups)
+    seen: dict[str, Any] = {"start": weights(reference), "restored": []}
+    policy.update(samples(), objective())
+    checkpoints.save(policy, None, {}, None, step=1)
+    reference.become(policy)
+    seen["policy"] = weights(policy)
+    policy.update(samples(), objective())
+    seen["policy later"] = weights(policy)
+    seen["reference"] = weights(reference)
+    checkpoints.save(policy, None, {"reference_step": 1}, reference, step=2)
+    policy.update(samples(), objective())  # the reference of a checkpoint does not learn
+    for layout in layouts:
+        leave_layout()
+        policy, groups = make(path, layout)
+        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), groups)
+        frozen = Scorer(policy.config, groups, path=path)
+        assert checkpoints.restore(policy) == 2
+        checkpoints.restore_reference(frozen, 2)
+        seen["restored"].append((weights(policy), weights(frozen)))
+    seen["algo"] = [checkpoints.algo_state(step) for step in (1, 2, 3)]
+    return seen
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_keeps_a_replaced_reference(tmp_path: Path) -> None:
+    path = str(make_hf_model(tmp_path / "model"))
+    folder = tmp_path / "ckpt"
+    layouts: list[Layout] = [(t, p, 40, "float32", False) for t, p in [(2, 1), (1, 2), (1, 1)]]
+    first, second = run_ranks(2, reference_rounds, path, str(folder), layouts)
+    assert not same(first["policy"], first["start"])
+    assert same(first["reference"], first["policy"])
+    assert not same(first["policy later"], first["policy"])
+    for policy, reference in first["restored"]:
+        assert same(policy, first["policy later"])
+        assert same(reference, first["reference"])
+    assert not (folder / "step_000001" / "reference").exists()
+    assert first["algo"] == second["algo"] == [{}, {"reference_step": 1}, None]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors are equal bit for bit."""
+    assert one.keys() == two.keys() and one
+    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def failing_share() -> str:

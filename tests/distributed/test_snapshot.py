@@ -28,7 +28,7 @@ def try_everything(root: str) -> dict[str, Any]:
     seen["due"] = [step for step in range(1, 6) if checkpoints.due(step, 5)]
 
     for step in (2, 4, 5):
-        checkpoints.save(policy, b"state", step=step)
+        checkpoints.save(policy, b"state", {}, None, step=step)
     seen["kept"] = sorted(p.name for p in folder.iterdir())
     seen["whole"] = damage(folder / "step_000005")
 
@@ -39,7 +39,7 @@ def try_everything(root: str) -> dict[str, Any]:
             return str(error)
         return "accepted"
 
-    checkpoints.save(policy, b"again", step=5)  # a resumed run may save a step again
+    checkpoints.save(policy, b"again", {}, None, step=5)  # a resumed run may save a step again
     seen["again"] = checkpoints.collector_state(5)
 
     file = next((folder / "step_000005" / "model").glob("*.distcp"))

@@ -55,7 +55,7 @@ def run(new_run: Callable[..., Run]) -> Run:
     return new_run(
         "interrupted",
         "rollout.batch_size=128",
-        "algo.kl_coef=0",
+        "algo.kl.coef=0",
         "run.steps=3",
         "evaluation.every=0",
         "checkpoint.every=1",

@@ -73,7 +73,7 @@ def new_replay(new_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFac
             f"rollout.replay={recording}",
             "rollout.batch_size=32",
             "run.steps=3",
-            "algo.kl_coef=0.1",
+            "algo.kl.coef=0.1",
             "parallel.micro_batch_tokens=64",
             "optim.warmup_steps=2",
             "checkpoint.every=2",

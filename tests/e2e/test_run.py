@@ -23,7 +23,7 @@ TRAIN_KEYS = {
     *("policy/entropy", "policy/kl", "optim/grad_norm", "optim/lr"),
     *("logprob_gap/mean", "logprob_gap/p99", "logprob_gap/max"),
     *("sync/verified", "sync/unverified", "sync/canary_gap"),
-    *("time/rollout", "time/pack", "time/reference", "time/update", "time/sync", "time/step"),
+    *("time/rollout", "time/grade", "time/reference", "time/update", "time/sync", "time/step"),
 }
 
 
@@ -41,7 +41,7 @@ def test_every_step_is_measured(whole: Run) -> None:
         assert row["policy/ratio"] == 1 and row["policy/clip_low"] == row["policy/clip_high"] == 0
         assert row["optim/grad_norm"] > 0 and row["policy/entropy"] > 0
         assert row["optim/lr"] == 1e-3
-        phases = [row[f"time/{phase}"] for phase in ("rollout", "pack", "update", "sync")]
+        phases = [row[f"time/{phase}"] for phase in ("rollout", "grade", "update", "sync")]
         assert all(seconds > 0 for seconds in phases) and sum(phases) <= row["time/step"]
     assert rows[0]["policy/kl"] < 1e-6 < rows[-1]["policy/kl"]  # starts as its own reference
     evaluations = whole.rows("eval")

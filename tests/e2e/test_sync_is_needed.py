@@ -82,15 +82,17 @@ def test_a_missing_or_wrong_sync_shows(whole: Run, url: str) -> None:
 def measure_gaps(path: str, url: str) -> dict[str, float]:
     """Largest gaps in nats between a trainer of one rank and the server, which is left as it was
     found."""
-    from peergrad.algo.objective import Grpo
-    from peergrad.config import Config, ModelConfig, OptimConfig
+    from peergrad.algo.grading import AlgoState, grade
+    from peergrad.algo.objective import Objective
+    from peergrad.algo.samples import make_samples, weigh
+    from peergrad.config import AlgoConfig, Config, KlConfig, ModelConfig, OptimConfig
     from peergrad.parallel.groups import init_groups
     from peergrad.parallel.policy import Policy
     from peergrad.rollout.sync import WeightSync
-    from peergrad.stages import grade
 
     model = ModelConfig(path=path, dtype=Dtype.float32)
-    config = Config(model=model, optim=OptimConfig(lr=1e-2))
+    algo = AlgoConfig(kl=KlConfig(coef=0.0))
+    config = Config(model=model, algo=algo, optim=OptimConfig(lr=1e-2))
     policy = Policy(config, init_groups(config.parallel, seed=0))
     sync = WeightSync([url], vocab_size=policy.shape.vocab)
     gaps = {}
@@ -107,8 +109,8 @@ def measure_gaps(path: str, url: str) -> dict[str, float]:
 
     groups = measure("before")
     original = [(name, weight.clone()) for name, weight in policy.weights()]
-    batches = policy.pack(grade(groups, config.algo, max_tokens=24))
-    policy.update(batches, Grpo(clip_low=0.2, clip_high=0.2, kl_coef=0.0))
+    graded = grade(groups, make_samples(groups), algo, AlgoState(0.0), max_tokens=24)[0]
+    assert policy.update(weigh(graded, algo, max_tokens=24), Objective(algo)).refusal is None
     measure("stale")
     one, two = (f"model.layers.0.self_attn.{kind}_norm.weight" for kind in "qk")
     gaps["exchanged, canary"] = push(1, {one: two, two: one}, policy.weights())

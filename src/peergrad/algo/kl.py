@@ -33,7 +33,7 @@ def k3(d: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         logp = log .5, logp_ref = log .25: d = log 2, k3 = .5 + .6931 - 1 = .1931.
     """
     # expm1 keeps the small values that matter near the reference: exp(x) - 1 - x cancels there.
-    return (-d).expm1() + d
+    return (-d).expm1() + d.clamp(min=torch.finfo(d.dtype).min)  # inf, not NaN, at -inf
 
 
 def absolute(d: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
@@ -42,9 +42,10 @@ def absolute(d: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
 
 
 def k3_unbiased(d: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-    """k3 by value, ``d`` by gradient: ``w k3`` with ``w = pi / sg(pi)``, whose derivative is
-    ``k3 + (1 - exp(-d)) = d``."""
-    return k3(d.detach()) * (d - d.detach()).exp() + (k3(d) - k3(d).detach())
+    """k3 by value, ``d`` by gradient: that of ``w k3`` with ``w = pi / sg(pi)``, which is
+    ``k3 + (1 - exp(-d)) = d``, written down at once: the two would cancel."""
+    fixed = d.detach()
+    return torch.where(fixed.isinf(), k3(fixed), k3(fixed) + fixed * (d - fixed))
 
 
 ESTIMATORS = {
@@ -79,8 +80,11 @@ def estimate_kl(
     if clamp_log_ratio is not None:
         clamped = d.abs() > clamp_log_ratio
         d = d.clamp(-clamp_log_ratio, clamp_log_ratio)
-    value = ESTIMATORS[estimator](d)
-    if clamp is not None:
-        clamped = clamped | (value.abs() > clamp)
-        value = value.clamp(-clamp, clamp)
-    return Kl(value, clamped)
+    estimate = ESTIMATORS[estimator]
+    if clamp is None:
+        return Kl(estimate(d), clamped)
+    free = estimate(d.detach())
+    beyond = free.abs() > clamp
+    # Replaced before the estimate: one that overflows would turn the gradient 0 into NaN.
+    value = torch.where(beyond, free.clamp(-clamp, clamp), estimate(torch.where(beyond, 0.0, d)))
+    return Kl(value, clamped | beyond)

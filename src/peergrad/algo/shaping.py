@@ -47,16 +47,17 @@ class Moments:
     squares: float = 0.0
 
     def merge(self, values: Float[Tensor, " B"]) -> "Moments":
-        """With ``values`` added; exact in any division of the data (Chan, Golub and LeVeque 1979)."""
+        """With ``values`` added; the same in any division of the data (Chan et al. 1979)."""
         if not values.numel():
             return self
         values = values.double()
-        count, mean = values.numel(), float(values.mean())
+        count, first = values.numel(), float(values[0])
+        mean = first + float((values - first).mean())  # exact where all are equal
         squares = float(((values - mean) ** 2).sum())
         total, delta = self.count + count, mean - self.mean
         return Moments(
             count=total,
-            mean=self.mean + delta * count / total,
+            mean=self.mean + delta * (count / total),
             squares=self.squares + squares + delta**2 * self.count * count / total,
         )
 

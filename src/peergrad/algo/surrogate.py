@@ -32,7 +32,8 @@ def sequence_mean(
 ) -> Float[Tensor, " S"]:
     """Mean over the tokens of the sequence of each token; ``sequence[s]`` is below ``sequences``.
 
-    Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071): every token of a sequence gets the same value and a share of its gradient.
+    Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071):
+    every token of a sequence gets the same value and a share of its gradient.
     """
     total = value.new_zeros(sequences).index_add(0, sequence, value)
     count = torch.bincount(sequence, minlength=sequences).to(value.dtype)
@@ -80,7 +81,7 @@ def clipped_ratio(
     least, most = _bounds(clip_low, clip_high)
     worst = math.inf if dual_clip is None else math.log(dual_clip)
     low = (advantage < 0) & (log_ratio < least)
-    ceiling = torch.where(advantage > 0, most, worst)
+    ceiling = torch.full_like(log_ratio, worst).masked_fill(advantage > 0, most)
     high = (advantage != 0) & (log_ratio > ceiling)
     # Held before exp: a ratio that overflows would otherwise turn 0 * inf into a NaN gradient.
     held = torch.where(low, least, torch.where(high, ceiling, log_ratio))
@@ -131,7 +132,7 @@ def sapo(
     Example:
         rho = 1, A = 1, tau = 1: loss -4 * .5 = -2, gradient -1.
     """
-    tau = torch.where(advantage > 0, tau_positive, tau_negative).to(log_ratio.dtype)
+    tau = torch.full_like(log_ratio, tau_negative).masked_fill(advantage > 0, tau_positive)
     # Beyond e^40 the gate is shut: held there, rho * sigmoid' stays 0 instead of inf * 0.
     gate = torch.sigmoid(tau * (log_ratio.clamp(max=40.0).exp() - 1))
     nowhere = torch.zeros_like(advantage, dtype=torch.bool)

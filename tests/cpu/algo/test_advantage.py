@@ -128,7 +128,7 @@ def test_equal_rewards_give_exactly_zero(size: int, value: float) -> None:
     for leave_one_out in (False, True):
         for eps in (0.0, 1e-20):
             assert advantages([value] * size, leave_one_out=leave_one_out, eps=eps) == zeros
-        rewards = torch.tensor([value] * size + [1, 0], dtype=torch.float32)
+        rewards = f64(*[value] * size, 1, 0)
         of = ids(*[1] * size, 0, 0)
         centred = centre(rewards, of, leave_one_out=leave_one_out)
         found = divide_by_std(centred, rewards, of, unbiased=True, eps=0.0).tolist()

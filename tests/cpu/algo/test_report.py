@@ -35,6 +35,8 @@ def test_rollouts() -> None:
         ),
     ]
     assert rollout_statistics(groups, version=7) == {
+        "sampling/groups": 2.0,
+        "sampling/reward": 0.75,  # of .5 and 1
         "reward/mean": 0.75,
         "reward/std": pytest.approx(np.sqrt(3) / 4),  # sqrt((3 * .0625 + .5625) / 4)
         "reward/flat_groups": 0.5,
@@ -58,3 +60,12 @@ def test_flat_groups(rewards: list[list[float]], flat: float) -> None:
         for group in rewards
     ]
     assert rollout_statistics(groups, version=0)["reward/flat_groups"] == flat
+
+
+def test_dropped_groups_count_as_drawn() -> None:
+    prompt = Prompt("a", np.ones(1, np.int32), "", "")
+    pair = tuple(new_rollout(1, r, "stop", ((0, 0, 1),)) for r in (0.0, 1.0))
+    found = rollout_statistics([Group("a", prompt, pair)], dropped=[1.0, 0.0, 1.0], version=0)
+    assert found["sampling/groups"] == 4
+    assert found["sampling/reward"] == 0.625  # (.5 + 1 + 0 + 1) / 4
+    assert found["reward/mean"] == 0.5

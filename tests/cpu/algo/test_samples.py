@@ -1,6 +1,5 @@
 """From groups to samples: versions, logprobs, weights in the loss, mini-batches."""
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -147,9 +146,3 @@ def test_mini_batches_keep_order_and_groups(
     for part in found:
         for group in {s.group for s in part}:
             assert [s for s in part if s.group == group] == [s for s in samples if s.group == group]
-
-
-def test_weights_sum_to_the_share_that_is_kept() -> None:
-    """Of means the weights of all tokens sum to 1: 1/8 + 1/8 + 1/16 + 1/16 + 3/12 of ours."""
-    algo = AlgoConfig(aggregation=Aggregation.seq_mean_token_mean, denominator=Denominator.all)
-    assert math.fsum(sum(weighed(algo), [])) == pytest.approx(5 / 8)
