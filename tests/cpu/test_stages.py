@@ -1,5 +1,6 @@
 """Stages of the loop with small stand-ins for engine and trainer."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peergrad.config import AlgoConfig, Config, Dtype, OnNonfinite
+from peergrad.algo.samples import make_samples
+from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.metrics import Metrics
 from peergrad.stages import (
+    check_gap,
     evaluate,
-    grade,
     mean_metrics,
-    split,
     stop_if_nonfinite,
     sync_weights,
 )
@@ -28,32 +29,16 @@ def new_group(name: str, rewards: list[float]) -> Group:
     return Group(name, Prompt(name, np.array([3], np.int32), "", ""), rollouts)
 
 
-@pytest.mark.parametrize(
-    ("parts", "expected"),
-    [(1, ["abcdef"]), (2, ["abc", "def"]), (3, ["ab", "cd", "ef"]), (6, list("abcdef"))],
-)
-def test_split_keeps_the_order(parts: int, expected: list[str]) -> None:
-    groups = [new_group(name, [0, 1]) for name in "abcdef"]
-    found = split(groups, parts)
-    assert ["".join(group.id for group in part) for part in found] == expected
-    assert all(isinstance(group, Group) for part in found for group in part)
+def update(finite: bool = True, refusal: str | None = None, **metrics: float) -> Any:
+    return SimpleNamespace(metrics=metrics, finite=finite, refusal=refusal)
 
 
-def test_grade_follows_the_configuration() -> None:
-    groups = [new_group("a", [1, 0, 0, 0])]
-    scaled = grade(groups, AlgoConfig(std_eps=0.25), max_tokens=9)
-    assert [s.advantage for s in scaled] == [1.0, -1 / 3, -1 / 3, -1 / 3]  # .75 / (.5 + .25)
-    assert [s.weight for s in scaled] == [1 / 8] * 4  # 4 rollouts of 2 tokens
-    plain = grade(groups, AlgoConfig(scale_by_std=False), max_tokens=9)
-    assert [s.advantage for s in plain] == [0.75, -0.25, -0.25, -0.25]
-
-
-def update(applied: bool = True, **metrics: float) -> Any:
-    return SimpleNamespace(metrics=metrics, applied=applied)
-
-
-def test_mean_metrics() -> None:
-    assert mean_metrics([update(a=1.0, b=2.0), update(a=2.0, b=6.0)]) == {"a": 1.5, "b": 4.0}
+def test_mean_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    means = mean_metrics([update(a=1.0, b=2.0), update(a=2.0, b=6.0)])
+    assert means == {"a": 1.5, "b": 4.0, "optim/refused": 0.0}
+    assert caplog.text == ""
+    assert mean_metrics([update(a=1.0), update(a=2.0, refusal="too far")])["optim/refused"] == 0.5
+    assert "1 of 2 updates not made: too far" in caplog.text
     assert math.isnan(mean_metrics([update(a=1.0), update(a=math.nan)])["a"])  # not hidden
 
 
@@ -191,3 +176,54 @@ def test_evaluations_are_logged_if_there_are_any() -> None:
         evaluate(rollouts, log, step=step)
     row = {"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1}
     assert log.evaluations == [(10, row)]
+
+
+def gap(tmp_path: Path, size: float, **options: Any) -> Log:
+    """``check_gap`` of step 4 with every fresh token ``size`` nats off."""
+    config, log = Config(), Log()
+    config.model.dtype = Dtype.float32
+    vars(config.rollout).update(options)
+    log._folder = tmp_path
+    tokens, logprobs = np.array([7, 1], np.int32), np.array([-0.5, -0.25], np.float32)
+    rollouts = tuple(Rollout(tokens, logprobs, ((3, 0, 2),), "stop", "", r) for r in (0, 1))
+    groups = [Group("a", Prompt("a", np.array([3], np.int32), "", ""), rollouts)]
+    samples = make_samples(groups)
+    scores = SimpleNamespace(
+        samples=samples,
+        logp=[s.logp_engine + np.float32(size) for s in samples],
+        entropy=[np.ones(2, np.float32)] * 2,
+    )
+    check_gap(config, groups, scores, log, step=4)  # type: ignore[arg-type]
+    return log
+
+
+RECORDED = "logprob_gap/step_000004.jsonl"
+
+
+def test_a_usual_gap_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = gap(tmp_path, 5e-4)._row
+    assert row["logprob_gap/fresh"] == pytest.approx(5e-4, rel=1e-3)
+    assert caplog.text == "" and not list(tmp_path.iterdir())
+
+
+def test_an_unusual_gap_is_recorded_and_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gap(tmp_path, 0.25)
+    assert "step 4: trainer and engine differ by 2.50e-01 nats a token, mostly " in caplog.text
+    worst = [json.loads(line) for line in (tmp_path / RECORDED).read_text().splitlines()]
+    assert [(row["group"], row["token"], row["gap"]) for row in worst[:1]] == [("a", 7, 0.25)]
+    assert len(worst) == 4
+
+
+@pytest.mark.parametrize("size", [0.25, math.nan])
+def test_a_gap_beyond_the_limit_stops_or_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: float
+) -> None:
+    with pytest.raises(RuntimeError, match=r"^rollout\.max_logprob_gap = 0\.2: step 4: .*=warn$"):
+        gap(tmp_path, size, max_logprob_gap=0.2)
+    assert (tmp_path / RECORDED).exists()
+    gap(tmp_path, size, max_logprob_gap=0.2, on_logprob_gap=OnGap.warn)
+    assert "the worst tokens are in logprob_gap/step_000004.jsonl" in caplog.text
+    gap(tmp_path / "other", 0.1, max_logprob_gap=0.2)
+    assert not (tmp_path / "other").exists()

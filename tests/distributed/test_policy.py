@@ -75,7 +75,7 @@ def oracle(path: str, reference: str) -> dict[str, Any]:
     squares = sum((p.grad**2).sum() for p in policy.parameters())  # a tied one once
     scores = [[r.detach().numpy() for r in rows] for rows in (logp, entropy)]
     return {
-        "loss": float(total),
+        "loss": total.item(),
         "norm": float(squares**0.5),
         "logp": scores[0],
         "entropy": scores[1],
