@@ -96,7 +96,8 @@ def _one_line(error: Exception) -> str:
     if unknown:
         key = full[1] if full else unknown[1]
         known = [other for other in _known_keys() if not key.startswith(f"{other}.")]
-        near = difflib.get_close_matches(key, known, n=1)
+        deeper = [other for other in known if other.endswith(f".{key}")]
+        near = deeper or difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "see conf/ and src/peergrad/config/"
         return f"{key}: there is no such key in {unknown[2]}; {hint}"
     missing = re.search(r"missing mandatory value: (\w+)", text)

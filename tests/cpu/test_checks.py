@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peergrad.checks import check
-from peergrad.config import Config
+from peergrad.config import Config, OldPolicy
 
 SHAPE = {
     "num_attention_heads": 8,
@@ -194,5 +194,19 @@ def test_a_reference_must_speak_the_policys_language(config: Config, tmp_path: P
     assert "a vocabulary of 7" in refusal(config)
     config.model.reference = config.model.path
     check(config, world=1)
-    config.algo.kl_coef = 0.0
+    config.algo.kl.coef = 0.0
     assert refusal(config).startswith("model.reference = ") and "no effect" in refusal(config)
+
+
+def test_an_overlong_penalty_fits_the_answers(config: Config) -> None:
+    config.algo.shaping.overlong_tokens = config.rollout.max_new_tokens + 1
+    assert refusal(config).startswith("algo.shaping.overlong_tokens = ")
+    config.algo.shaping.overlong_tokens -= 1
+    check(config, world=1)
+
+
+def test_loglinear_needs_versions_to_lie_between(config: Config) -> None:
+    config.algo.old_policy = OldPolicy.loglinear
+    assert refusal(config).startswith("algo.old_policy = 'loglinear': lies between weight versions")
+    config.rollout.max_staleness = 1
+    check(config, world=1)

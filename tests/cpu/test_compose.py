@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from peergrad.compose import compose_config, config_dir
+from peergrad.compose import chosen_keys, compose_config, config_dir
 from peergrad.config import Aggregation, Config, Dtype, RewardKind, ServerMode
 
 MODEL = "model.path=models/tiny"
@@ -22,12 +22,14 @@ def refusal(*overrides: str) -> str:
 
 
 def test_defaults_and_overrides() -> None:
-    config, _ = compose_config([MODEL, "algo.clip_high=0.28", "algo.aggregation=token_mean"])
+    config, _ = compose_config(
+        [MODEL, "algo.surrogate.clip_high=0.28", "algo.aggregation=token_mean"]
+    )
     assert isinstance(config, Config)
     assert config.model.path == "models/tiny"
-    assert config.algo.clip_high == 0.28
+    assert config.algo.surrogate.clip_high == 0.28
     assert config.algo.aggregation is Aggregation.token_mean
-    assert config.algo.kl_coef == 0.04  # from conf/algo/deepseekmath.yaml
+    assert config.algo.kl.coef == 0.04  # from conf/algo/deepseekmath.yaml
     assert config.data.source == config.data.held_out == "arithmetic"
 
 
@@ -73,24 +75,28 @@ def test_data_files_must_be_named(data: str) -> None:
     ("override", "message"),
     [
         (
-            "algo.clip_lo=0.1",
-            "algo.clip_lo: there is no such key in AlgoConfig; did you mean algo.clip_low?",
+            "algo.surrogate.clip_lo=0.1",
+            "algo.surrogate.clip_lo: there is no such key in SurrogateConfig; "
+            "did you mean algo.surrogate.clip_low?",
         ),
         (
             "rollout.servers.cout=3",
             "rollout.servers.cout: there is no such key in ServersConfig; "
             "did you mean rollout.servers.count?",
         ),
-        ("clip_low=0.3", "clip_low: there is no such key in Config; did you mean algo.clip_low?"),
+        (
+            "clip_low=0.3",
+            "clip_low: there is no such key in Config; did you mean algo.surrogate.clip_low?",
+        ),
         ("alg=dapo", "alg: there is no such key in Config; did you mean algo?"),
         ("algo.foo=3", "algo.foo: there is no such key in AlgoConfig; did you mean algo."),
-        ("a.b=3", "a: there is no such key in Config; see conf/ and src/peergrad/config.py"),
+        ("a.b=3", "a: there is no such key in Config; see conf/ and src/peergrad/config/"),
         (
-            "+algo.clip_lo=0.1",  # Hydra's own check does not look at added keys
-            "algo.clip_lo: there is no such key in AlgoConfig; did you mean algo.clip_low?",
+            "+algo.kl.coeff=0.1",  # Hydra's own check does not look at added keys
+            "algo.kl.coeff: there is no such key in KlConfig; did you mean algo.kl.coef?",
         ),
-        ("+a=3", "a: there is no such key in Config; see conf/ and src/peergrad/config.py"),
-        ("algo=dappo", "algo = 'dappo': there is no such option; use one of deepseekmath"),
+        ("+a=3", "a: there is no such key in Config; see conf/ and src/peergrad/config/"),
+        ("algo=dappo", "algo = 'dappo': there is no such option; use one of areal cispo dapo"),
         ("rollout=x", "rollout = 'x': there is no such option; use one of external managed"),
     ],
 )
@@ -107,10 +113,10 @@ def test_an_unknown_experiment() -> None:
 @pytest.mark.parametrize(
     ("override", "start", "detail"),
     [
-        ("algo.clip_low=abc", "algo.clip_low: ", "'abc'"),
+        ("algo.surrogate.clip_low=abc", "algo.surrogate.clip_low: ", "'abc'"),
         ("run.steps=1.5", "run.steps: ", "1.5"),
         ("run.steps=true", "run.steps: ", "Integer"),
-        ("algo.kl_coef=null", "algo.kl_coef: ", "not Optional"),
+        ("algo.kl.coef=null", "algo.kl.coef: ", "not Optional"),
         ("model.dtype=float16", "model.dtype: ", "[float32, bfloat16]"),
         ("rollout.stop_token_ids=[a]", "rollout.stop_token_ids: ", "'a'"),
         ("rollout.servers.urls=abc", "rollout.servers.urls: ", "list"),
@@ -123,7 +129,7 @@ def test_wrong_types_name_the_key(override: str, start: str, detail: str) -> Non
     assert message.startswith(start) and detail in message and message.endswith("; correct it")
 
 
-@pytest.mark.parametrize("override", ["run.=3", "algo.clip_low", "--foo", "a b", "run.name=a=b"])
+@pytest.mark.parametrize("override", ["run.=3", "algo.epochs", "--foo", "a b", "run.name=a=b"])
 def test_what_is_no_override_is_quoted(override: str) -> None:
     assert refusal(MODEL, override) == (
         f"{override!r}: cannot be read as an override; write key=value or group=option"
@@ -137,7 +143,10 @@ def test_a_missing_value() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algo.clip_low=2"], "algo.clip_low = 2.0: must lie in (0, 1); the usual value is 0.2"),
+        (
+            ["algo.surrogate.clip_low=-2"],
+            "algo.surrogate.clip_low = -2.0: must be positive and finite; the usual value is 0.2",
+        ),
         (["rollout.servers.count=0"], "rollout.servers.count = 0: must be at least 1; raise it"),
         (["reward=function"], "reward.function = None: is needed with reward.kind=function"),
         (["rollout=external"], "rollout.servers.urls = []: is needed with mode=external"),
@@ -189,3 +198,26 @@ def test_the_yaml_reads_back_as_the_same_config(overrides: list[str], tmp_path: 
 
 def test_composing_twice_in_a_process() -> None:
     assert compose_config([MODEL]) == compose_config([MODEL])
+
+
+def test_experiments_leave_the_objective_to_its_preset() -> None:
+    """Else ``experiment=x algo=gspo`` would be neither."""
+    for path in (config_dir() / "experiment").glob("*.yaml"):
+        assert "algo" not in OmegaConf.load(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        ([], set()),
+        (["algo=areal", "experiment=quickstart_cpu", "run.steps=3"], set()),
+        (["algo.kl.coef=0.1", "rollout.group_size=4"], {"algo.kl.coef"}),
+        (["algo.kl.coef=0.04"], {"algo.kl.coef"}),  # said, though the preset says the same
+        (["algo=dapo", "algo.surrogate={clip_low: 0.1}"], {"algo.surrogate.clip_low"}),
+    ],
+)
+def test_what_the_user_has_chosen(overrides: list[str], chosen: set[str]) -> None:
+    found = chosen_keys([MODEL, *overrides])
+    assert found >= chosen
+    whole = any(override.startswith("algo.surrogate=") for override in overrides)
+    assert whole or found == chosen  # a section that is named is chosen as a whole

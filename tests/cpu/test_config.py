@@ -14,21 +14,35 @@ import pytest
 
 from peergrad import config
 from peergrad.config import (
+    AdvantageConfig,
     AlgoConfig,
     CheckpointConfig,
     Config,
+    CorrectionConfig,
+    CorrectionKind,
     DataConfig,
+    Denominator,
     EvaluationConfig,
+    KlConfig,
+    KlEstimator,
+    KlPlace,
+    Level,
     LoggerConfig,
+    OldPolicy,
+    OnGap,
     OptimConfig,
     ParallelConfig,
     RewardConfig,
     RewardKind,
     RolloutConfig,
     RunConfig,
+    SamplingConfig,
     Schedule,
     ServerMode,
     ServersConfig,
+    ShapingConfig,
+    SurrogateConfig,
+    SurrogateKind,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -39,14 +53,59 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (RunConfig, {"name": ""}, "run.name"),
     (RunConfig, {"name": ".."}, "run.name"),
     (RunConfig, {"name": "a/b"}, "run.name"),
-    (AlgoConfig, {"clip_low": 0.0}, "algo.clip_low"),
-    (AlgoConfig, {"clip_low": 1.0}, "algo.clip_low"),
-    (AlgoConfig, {"clip_low": NAN}, "algo.clip_low"),
-    (AlgoConfig, {"clip_high": 0.0}, "algo.clip_high"),
-    (AlgoConfig, {"kl_coef": -0.1}, "algo.kl_coef"),
-    (AlgoConfig, {"kl_coef": NAN}, "algo.kl_coef"),
-    (AlgoConfig, {"std_eps": -1e-6}, "algo.std_eps"),
+    (SurrogateConfig, {"clip_low": 0.0}, "algo.surrogate.clip_low"),
+    (SurrogateConfig, {"clip_low": NAN}, "algo.surrogate.clip_low"),
+    (SurrogateConfig, {"clip_high": 0.0}, "algo.surrogate.clip_high"),
+    (SurrogateConfig, {"clip_high": INF}, "algo.surrogate.clip_high"),
+    (SurrogateConfig, {"dual_clip": 1.0}, "algo.surrogate.dual_clip"),
+    (SurrogateConfig, {"kind": SurrogateKind.sapo, "dual_clip": 3.0}, "algo.surrogate.dual_clip"),
+    (SurrogateConfig, {"unified_mask": True}, "algo.surrogate.unified_mask"),
+    (SurrogateConfig, {"log_ratio_low": 0.0}, "algo.surrogate.log_ratio_low"),
+    (SurrogateConfig, {"log_ratio_high": -1.0}, "algo.surrogate.log_ratio_high"),
+    (SurrogateConfig, {"tau_positive": 0.0}, "algo.surrogate.tau_positive"),
+    (SurrogateConfig, {"tau_negative": -1.0}, "algo.surrogate.tau_negative"),
+    (SurrogateConfig, {"max_mean_ratio": 1.0}, "algo.surrogate.max_mean_ratio"),
+    (
+        SurrogateConfig,
+        {"kind": SurrogateKind.reinforce, "max_mean_ratio": 5.0},
+        "algo.surrogate.max_mean_ratio",
+    ),
+    (CorrectionConfig, {"low": 0.5}, "algo.correction.low"),
+    (CorrectionConfig, {"high": 3.0}, "algo.correction.high"),
+    (CorrectionConfig, {"kind": CorrectionKind.tis, "low": 2.0}, "algo.correction.low"),
+    (CorrectionConfig, {"dppo": 0.0}, "algo.correction.dppo"),
+    (CorrectionConfig, {"opsm": -1.0}, "algo.correction.opsm"),
+    (CorrectionConfig, {"m2po": NAN}, "algo.correction.m2po"),
+    (KlConfig, {"coef": -0.1}, "algo.kl.coef"),
+    (KlConfig, {"coef": NAN}, "algo.kl.coef"),
+    (KlConfig, {"horizon": 0}, "algo.kl.horizon"),
+    (KlConfig, {"clamp": 0.0}, "algo.kl.clamp"),
+    (KlConfig, {"clamp_log_ratio": -1.0}, "algo.kl.clamp_log_ratio"),
+    (KlConfig, {"reset_every": -1}, "algo.kl.reset_every"),
+    (KlConfig, {"target": 0.1}, "algo.kl.target"),  # in the loss
+    (KlConfig, {"coef": 0.0, "clamp": 10.0}, "algo.kl.clamp"),
+    (KlConfig, {"coef": 0.0, "reset_every": 400}, "algo.kl.reset_every"),
+    (AdvantageConfig, {"eps": -1e-6}, "algo.advantage.eps"),
+    (AdvantageConfig, {"token_eps": -1e-6}, "algo.advantage.token_eps"),
+    (AdvantageConfig, {"clip": 0.0}, "algo.advantage.clip"),
+    (
+        AdvantageConfig,
+        {"mean": Level.running, "leave_one_out": True},
+        "algo.advantage.leave_one_out",
+    ),
+    (ShapingConfig, {"overlong_tokens": -1}, "algo.shaping.overlong_tokens"),
+    (ShapingConfig, {"overlong_factor": 0.0}, "algo.shaping.overlong_factor"),
+    (ShapingConfig, {"scale": 0.0}, "algo.shaping.scale"),
+    (ShapingConfig, {"clip": -1.0}, "algo.shaping.clip"),
+    (ShapingConfig, {"discount": 0.0}, "algo.shaping.discount"),
+    (ShapingConfig, {"discount": 1.5}, "algo.shaping.discount"),
+    (SamplingConfig, {"limit": 1}, "algo.sampling.limit"),
+    (SamplingConfig, {"mean_low": 0.5, "mean_high": 0.5}, "algo.sampling.mean_low"),
+    (AlgoConfig, {"entropy_coef": -0.1}, "algo.entropy_coef"),
+    (AlgoConfig, {"epochs": 0}, "algo.epochs"),
     (AlgoConfig, {"minibatches": 0}, "algo.minibatches"),
+    (AlgoConfig, {"shuffle": True}, "algo.shuffle"),
+    (RolloutConfig, {"max_logprob_gap": 0.0}, "rollout.max_logprob_gap"),
     (ParallelConfig, {"tensor": 0}, "parallel.tensor"),
     (ParallelConfig, {"pipeline": 0}, "parallel.pipeline"),
     (ParallelConfig, {"data": 0}, "parallel.data"),
@@ -101,7 +160,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 ]
 
 ALLOWED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (AlgoConfig, {"clip_low": 0.999, "clip_high": 9.0, "kl_coef": 0.0, "std_eps": 0.0}),
+    (SurrogateConfig, {"clip_low": 10.0, "clip_high": 10.0, "dual_clip": 3.0}),
+    (SurrogateConfig, {"kind": SurrogateKind.gspo, "dual_clip": 3.0, "log_ratio_low": -20.0}),
+    (KlConfig, {"coef": 0.0, "estimator": KlEstimator.k1}),
+    (KlConfig, {"place": KlPlace.reward, "estimator": KlEstimator.k1, "target": 0.1}),
+    (CorrectionConfig, {"kind": CorrectionKind.mis, "low": 0.0, "high": 5.0, "m2po": 0.04}),
+    (AdvantageConfig, {"eps": 0.0, "leave_one_out": True}),
+    (AlgoConfig, {"minibatches": 2, "shuffle": True, "epochs": 2}),
     (ParallelConfig, {"tensor": 2, "sequence": True, "data": 1}),
     (ServersConfig, {"mode": ServerMode.external, "urls": ["http://host:30000"]}),
     (RolloutConfig, {"batch_size": 6, "group_size": 2, "retries": 0, "max_staleness": 1}),
@@ -138,6 +203,81 @@ def test_values_at_the_edge_are_allowed(
     section(**values)
 
 
+TOKEN_DROP = CorrectionConfig(kind=CorrectionKind.icepop)
+NONSENSE: list[tuple[Callable[[], object], str]] = [
+    (lambda: KlConfig(estimator=KlEstimator.k1), "algo.kl.estimator = 'k1': has no expected grad"),
+    (
+        lambda: KlConfig(place=KlPlace.reward, estimator=KlEstimator.k3_unbiased),
+        "algo.kl.estimator = 'k3_unbiased': differs from k3 in its gradient alone",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.gspo), correction=TOKEN_DROP
+        ),
+        "algo.correction.kind = 'icepop': drops single tokens, but surrogate.kind=gspo has one",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.gspo_token),
+            correction=CorrectionConfig(m2po=0.04),
+        ),
+        "algo.correction.m2po = 0.04: drops single tokens, but surrogate.kind=gspo_token has one",
+    ),
+    (
+        lambda: AlgoConfig(correction=CorrectionConfig(opsm=1e-4, dppo=0.2)),
+        "algo.correction.dppo = 0.2: drops single tokens, but algo.correction.opsm judges whole",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.gspo), shaping=ShapingConfig(discount=0.9)
+        ),
+        "algo.shaping.discount = 0.9: gives the tokens of an answer different advantages",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.gspo),
+            kl=KlConfig(place=KlPlace.reward),
+        ),
+        "algo.kl.place = 'reward': gives the tokens of an answer different advantages",
+    ),
+    (
+        lambda: AlgoConfig(old_policy=OldPolicy.engine, correction=TOKEN_DROP),
+        "algo.correction.kind = 'icepop': corrects the old policy towards the engine's, but",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.icepop),
+            correction=CorrectionConfig(m2po=0.04),
+        ),
+        "algo.correction.m2po = 0.04: corrects the old policy towards the engine's, but",
+    ),
+    (
+        lambda: AlgoConfig(
+            surrogate=SurrogateConfig(kind=SurrogateKind.icepop), old_policy=OldPolicy.recompute
+        ),
+        "algo.old_policy = 'recompute': the ratio of surrogate.kind=icepop is to the engine",
+    ),
+    (
+        lambda: AlgoConfig(
+            old_policy=OldPolicy.loglinear, correction=TOKEN_DROP, denominator=Denominator.kept
+        ),
+        "algo.old_policy = 'loglinear': must be known before the update",
+    ),
+    (
+        lambda: RolloutConfig(on_logprob_gap=OnGap.warn),
+        "rollout.on_logprob_gap = 'warn': has no effect without rollout.max_logprob_gap",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "start"), NONSENSE)
+def test_combinations_without_a_meaning(build: Callable[[], object], start: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert str(caught.value).startswith(start)
+    assert re.fullmatch(r".*; \S.*", str(caught.value))
+
+
 @pytest.mark.parametrize(("size", "remedy"), [(12, 16), (11, 8), (3, 8), (0, 8), (-5, 8)])
 def test_the_batch_size_proposed_is_the_nearest_that_works(size: int, remedy: int) -> None:
     with pytest.raises(ValueError, match=rf"\(8\); use {remedy}$"):
@@ -152,8 +292,10 @@ def sections() -> list[type]:
 def test_every_field_is_documented() -> None:
     """By a string under it, unless its name says it all."""
     plain = {"beta1", "beta2", "eps", "weight_decay", "min_lr", "wandb_project", "servers"}
-    tree = ast.parse(Path(config.__file__).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    plain |= {"sampling", "shaping", "advantage", "surrogate", "correction", "kl"}
+    files = Path(config.__file__).parent.glob("*.py")
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     for section in sections():
         if section is Config:
             continue
@@ -172,10 +314,9 @@ def test_every_field_is_documented() -> None:
 
 def test_every_field_is_used() -> None:
     """A knob that nothing reads is ignored in silence. top_p and top_k have one value only."""
-    package = Path(config.__file__).parent
-    code = "\n".join(
-        path.read_text() for path in package.rglob("*.py") if path != Path(config.__file__)
-    )
+    own = Path(config.__file__).parent
+    others = [path for path in own.parent.rglob("*.py") if own not in path.parents]
+    code = "\n".join(path.read_text() for path in others)
     names = {field.name for section in sections() for field in fields(section)}
     unused = {name for name in names if not re.search(rf"\.{name}\b", code)}
     assert unused == {"top_p", "top_k"}
