@@ -17,6 +17,9 @@ NEEDED = (
 """What the checks read of an HF config.json; a model without it is none of the supported kind."""
 
 
+SHAPE = (*NEEDED[:3], "hidden_size", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+
+
 def check(config: Config, *, world: int) -> None:
     """Raise ValueError with one line if this run cannot work as configured on ``world``
     processes."""
@@ -24,6 +27,7 @@ def check(config: Config, *, world: int) -> None:
     _check_layout(config, model, world)
     if config.model.reference is not None:
         _check_reference(config, config.model.reference, model, world)
+        _check_renewal(config, config.model.reference, model)
     _check_replay(config)
     _check_batch(config, world)
     _check_lengths(config, model)
@@ -67,6 +71,19 @@ def _check_reference(config: Config, path: str, model: dict[str, Any], world: in
         path,
         "has no effect with algo.kl.coef = 0",
         "unset it, or set algo.kl.coef",
+    )
+
+
+def _check_renewal(config: Config, path: str, model: dict[str, Any]) -> None:
+    """A reference that the policy is to replace has its shape."""
+    reference = read_model_config(path, "model.reference")
+    other = [name for name in SHAPE if reference.get(name) != model.get(name)]
+    require(
+        config.algo.kl.reset_every == 0 or not other,
+        "algo.kl.reset_every",
+        config.algo.kl.reset_every,
+        f"the policy is to become the reference, but model.reference differs in {other[:1]}",
+        "set it to 0, or use a reference of the policy's shape",
     )
 
 

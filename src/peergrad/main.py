@@ -160,11 +160,13 @@ def run(config: Config, text: str, directory: RunDir) -> None:
 
 def restore_state(config: Config, saved: dict[str, object] | None) -> "AlgoState":
     """What the objective remembers: of the checkpoint, or as configured. A KL coefficient that
-    nothing adapts is the configuration's, also after a resume."""
+    nothing adapts is the configuration's, also after a resume, and so is one that starts anew."""
     from peergrad.algo.grading import AlgoState
 
     state = AlgoState(config.algo.kl.coef) if saved is None else AlgoState.from_json(saved)
-    adapts = config.algo.kl.target is not None
+    if config.algo.kl.coef == 0:
+        return replace(state, kl_coef=0.0, reference_step=0)  # no reference is loaded or saved
+    adapts = config.algo.kl.target is not None and state.kl_coef > 0
     return state if adapts else replace(state, kl_coef=config.algo.kl.coef)
 
 

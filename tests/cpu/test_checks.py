@@ -210,3 +210,24 @@ def test_loglinear_needs_versions_to_lie_between(config: Config) -> None:
     assert refusal(config).startswith("algo.old_policy = 'loglinear': lies between weight versions")
     config.rollout.max_staleness = 1
     check(config, world=1)
+
+
+def test_a_punished_length_is_one_that_can_be_reached(config: Config) -> None:
+    config.algo.shaping.overlong_tokens = 401
+    message = refusal(config)
+    assert message == (
+        "algo.shaping.overlong_tokens = 401: must not exceed rollout.max_new_tokens (400); "
+        "use about 80"
+    )
+    config.algo.shaping.overlong_tokens = 400
+    check(config, world=1)
+
+
+def test_loglinear_lies_between_versions(config: Config) -> None:
+    config.algo.old_policy = OldPolicy.loglinear
+    assert refusal(config) == (
+        "algo.old_policy = 'loglinear': lies between weight versions, but rollout.max_staleness "
+        "= 0 allows only one; set rollout.max_staleness, or algo.old_policy=auto"
+    )
+    config.rollout.max_staleness = 1
+    check(config, world=1)

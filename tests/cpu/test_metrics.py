@@ -207,6 +207,24 @@ def test_the_step_that_stops_a_run_is_written(tmp_path: Path) -> None:
     assert row["step"] == 3 and row["loss/total"] is None
 
 
+def test_records_beside_the_metrics(tmp_path: Path) -> None:
+    """Replaced as a whole; NaN is no JSON; the ranks that do not write name the same file."""
+    metrics = Metrics([], tmp_path)
+    for records in ([{"a": 1}] * 9, [{"gap": -0.5, "group": "3/é"}, {"gap": math.nan}]):
+        name = metrics.record("logprob_gap/step_000003.jsonl", iter(records))
+    assert (
+        name
+        == Metrics([]).record("logprob_gap/step_000003.jsonl", [])
+        == str(Path("logprob_gap/step_000003.jsonl"))
+    )
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == [name]
+    lines = (tmp_path / name).read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"gap": -0.5, "group": "3/é"},
+        {"gap": None},
+    ]
+
+
 # --- for a person --------------------------------------------------------------------------------
 
 

@@ -239,7 +239,8 @@ def _sampling(config: Config) -> Iterator[tuple[str, str]]:
         low, high = algo.sampling.mean_low, algo.sampling.mean_high
         rules += [f"mean reward > {low:g}"] if low is not None else []
         rules += [f"mean reward < {high:g}"] if high is not None else []
-        others = "replaced by other prompts'" if algo.sampling.dynamic else "dropped"
+        again = algo.sampling.dynamic and rollout.replay is None
+        others = "replaced by other prompts'" if again else "dropped"
         yield "groups", f"kept where {' and '.join(rules)}; the others are {others}"
     if algo.shaping.overlong_filter:
         yield "answers", f"cut off at {rollout.max_new_tokens} tokens are dropped"

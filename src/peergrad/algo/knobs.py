@@ -8,6 +8,7 @@ from typing import Any
 from peergrad.algo.plan import Old, Plan, make_plan
 from peergrad.config import (
     SEQUENCE_RATIO,
+    AlgoConfig,
     Config,
     CorrectionKind,
     FlatGroups,
@@ -42,9 +43,11 @@ def knobs(config: Config) -> list[Knob]:
     plan = make_plan(config)
     idle, forced = inapplicable(config, plan), forced_values(config, plan)
     found = []
+    usual = dict(_leaves("algo", AlgoConfig()))
     for key, value in _leaves("algo", config.algo):
         status, note = Status.effective, _default(key, config)
-        if not note and (value in (None, False, 0) or show(value) == "none"):
+        idle_anyway = key in idle and not _is_off(key, usual[key])
+        if not note and _is_off(key, value) and not idle_anyway:
             status = Status.off
         elif key in idle:
             status, note = Status.inapplicable, idle[key]
@@ -59,13 +62,18 @@ def knobs(config: Config) -> list[Knob]:
     return found
 
 
+def _is_off(key: str, value: object) -> bool:
+    bound = key.rpartition(".")[2] in ("mean_low", "mean_high")  # 0 is a bound like another
+    return value is None or show(value) == "none" or (value in (False, 0) and not bound)
+
+
 def refuse(config: Config, chosen: Collection[str]) -> None:
     """Raise ValueError if one of the keys that the user has ``chosen`` has no effect, or not the
     one that was asked for."""
     for knob in knobs(config):
         if knob.key in chosen and knob.status is Status.inapplicable:
             raise ValueError(f"{knob.key} = {knob.value}: has no effect: {knob.note}; remove it")
-        if knob.key in chosen and knob.status is Status.forced:
+        if knob.key in chosen and knob.status is Status.forced and knob.value != "auto":
             raise ValueError(f"{knob.key} = {knob.value}: is forced {knob.note}; remove it")
 
 
@@ -88,7 +96,9 @@ def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
     adv, shaping = algo.advantage, algo.shaping
     no_std, no_token_std = adv.std is Level.none, adv.token_std is TokenLevel.none
     cancels = adv.mean is not Level.none and shaping.clip is None
-    yield "sampling.limit", not algo.sampling.dynamic, "only sampling.dynamic=true draws again"
+    again = "only sampling.dynamic=true draws again"
+    yield "sampling.limit", not algo.sampling.dynamic, again
+    yield "sampling.limit", config.rollout.replay is not None, "recorded groups are as they are"
     yield "shaping.overlong_factor", shaping.overlong_tokens == 0, "shaping.overlong_tokens is 0"
     yield "shaping.bias", cancels, "subtracting a mean (advantage.mean) cancels it"
     yield "advantage.eps", no_std, "advantage.std is none"
@@ -100,7 +110,7 @@ def _surrogate(config: Config, plan: Plan) -> Iterator[Rule]:
     surrogate = config.algo.surrogate
     kind = surrogate.kind
     clips = kind not in (SurrogateKind.sapo, SurrogateKind.reinforce)
-    one = plan.old is Old.current
+    one = _ratio_is_one(config, plan)
     yield "surrogate.clip_low surrogate.clip_high", not clips, f"kind={kind.name} clips nothing"
     yield "surrogate.clip_low surrogate.clip_high", one and clips, ONE
     yield "surrogate.max_mean_ratio surrogate.dual_clip surrogate.unified_mask", one, ONE
@@ -111,15 +121,31 @@ def _surrogate(config: Config, plan: Plan) -> Iterator[Rule]:
     whole = kind not in (SurrogateKind.clip, *SEQUENCE_RATIO)
     yield "surrogate.dual_clip", whole, "only the clipped ratio has it"
     yield "surrogate.unified_mask", kind is not SurrogateKind.cispo, "only kind=cispo has it"
-    plain = kind is SurrogateKind.reinforce
-    yield "old_policy", plain and not config.algo.correction.weighs_engine, "no ratio is taken"
+    correction = config.algo.correction
+    asked = correction.weighs_engine or correction.opsm is not None or _kl_in_reward(config)
+    yield "old_policy", kind is SurrogateKind.reinforce and not asked, "nothing asks for it"
+
+
+def _ratio_is_one(config: Config, plan: Plan) -> bool:
+    """Whether the old policy is the very one that the only optimizer step starts from."""
+    once = config.algo.epochs * config.algo.minibatches == 1
+    return plan.old is Old.current or (plan.old is Old.recompute and once)
+
+
+def _kl_in_reward(config: Config) -> bool:
+    return config.algo.kl.coef > 0 and config.algo.kl.place is KlPlace.reward
+
+
+def _draws_again(config: Config) -> bool:
+    """Recorded groups are taken as they are."""
+    return config.algo.sampling.dynamic and config.rollout.replay is None
 
 
 def _correction(config: Config, plan: Plan) -> Iterator[Rule]:
     correction = config.algo.correction
     none = correction.kind is CorrectionKind.none
     yield "correction.level correction.low correction.high", none, "correction.kind is none"
-    yield "correction.opsm", plan.old is Old.current, ONE
+    yield "correction.opsm", _ratio_is_one(config, plan), ONE
 
 
 def _kl_and_weights(config: Config, _: Plan) -> Iterator[Rule]:
@@ -128,7 +154,7 @@ def _kl_and_weights(config: Config, _: Plan) -> Iterator[Rule]:
     yield shape, algo.kl.coef == 0, "algo.kl.coef is 0"
     yield "kl.horizon", algo.kl.target is None, "algo.kl.target is not set: the weight is constant"
     yield "kl.target", algo.kl.place is KlPlace.loss, "only the KL in the reward adapts"
-    dropping = algo.sampling.selects and not algo.sampling.dynamic
+    dropping = algo.sampling.selects and not _draws_again(config)
     anything = dropping or algo.shaping.overlong_filter or algo.correction.drops
     yield "denominator", not anything, "nothing is dropped"
     yield "shuffle", algo.minibatches == 1, "there is one mini-batch"

@@ -1,5 +1,6 @@
 """From the rewards that answers earned to the rewards they are graded by."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +90,13 @@ def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, rollout
     """The KL coefficient after ``rollouts`` answers whose mean KL per token was ``kl``.
 
     ``coef * (1 + clip(kl / target - 1, -0.2, 0.2) * rollouts / horizon)`` (Ziegler et al.,
-    arXiv:1909.08593, section 2.2). It never turns negative.
+    arXiv:1909.08593, section 2.2), at least half of it: a product cannot leave 0
+    again. ``kl`` that is not finite changes nothing.
 
     Example:
         coef .1, kl .05, target .1, 1000 of 10000: error -.5, held at -.2; .1 * .98 = .098.
     """
+    if not math.isfinite(kl):
+        return coef  # a broken step must not turn the penalty off for good
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * max(0.0, 1 + error * rollouts / horizon)
+    return coef * max(0.5, 1 + error * rollouts / horizon)

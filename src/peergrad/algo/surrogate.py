@@ -36,7 +36,8 @@ def sequence_mean(
     every token of a sequence gets the same value and a share of its gradient.
     """
     total = value.new_zeros(sequences).index_add(0, sequence, value)
-    count = torch.bincount(sequence, minlength=sequences).to(value.dtype)
+    # Not bincount: on a GPU it waits for the host.
+    count = value.new_zeros(sequences).index_add(0, sequence, torch.ones_like(value))
     return (total / count.clamp(min=1))[sequence]
 
 

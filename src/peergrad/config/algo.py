@@ -410,7 +410,7 @@ class AlgoConfig:
             "algo.old_policy",
             old.name,
             "the ratio of surrogate.kind=icepop is to the engine",
-            "set algo.old_policy=auto",
+            "set algo.old_policy=engine",
         )
         needs_pass = correction.m2po is not None or (
             self.denominator is Denominator.kept and correction.drops

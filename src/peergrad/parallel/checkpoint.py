@@ -81,7 +81,7 @@ class Checkpoints:
                 groups=self.groups,
             )
             publish(partial, target)
-            self._prune()
+            self._prune(target)
 
         self.groups.barrier()
         self.groups.share(finish)
@@ -142,8 +142,10 @@ class Checkpoints:
             "checkpoint.fallback=true to use an older one, or choose a new run.name"
         )
 
-    def _prune(self) -> None:
-        whole = sorted(self.folder.glob("step_*"))
+    def _prune(self, newest: Path) -> None:
+        """Keep the last ones up to ``newest``; later ones, of a course that a fallback has left,
+        are not counted."""
+        whole = [p for p in sorted(self.folder.glob("step_*")) if p.name <= newest.name]
         for path in whole[: -self.config.keep] if self.config.keep else []:
             # Hidden first: a crash in the middle of rmtree must not leave a half that looks whole.
             doomed = path.replace(path.with_name(f".{path.name}.old"))

@@ -135,8 +135,11 @@ def test_discounted_sum_is_its_definition(discount: float) -> None:
         (9.0, 1000, 0.1 * 1.02),  # held at .2
         (-1.0, 1000, 0.1 * 0.98),  # estimates may be negative
         (0.11, 10_000, 0.1 * 1.1),
-        (0.0, 50_000, 0.0),  # 1 - .2 * 5: the edge
-        (0.0, 100_000, 0.0),  # 1 - .2 * 10 is negative
+        (0.0, 20_000, 0.06),  # 1 - .2 * 2
+        (0.0, 50_000, 0.05),  # 1 - .2 * 5 would be 0, and 0 for ever
+        (0.0, 100_000, 0.05),
+        (math.nan, 1000, 0.1),  # a broken step changes nothing
+        (math.inf, 1000, 0.1),
     ],
 )
 def test_adapted_coef(kl: float, rollouts: int, expected: float) -> None:
