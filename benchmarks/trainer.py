@@ -190,8 +190,8 @@ class Trainer:
         samples = with_logp(self.samples, "logp_ref", found.logp)
         with timed(metrics, "update"):
             update = self.policy.update(samples, self.objective)
-        if not update.finite:
-            raise RuntimeError(f"the update was not finite: {update.metrics}")
+        if not update.finite or update.refusal is not None:
+            raise RuntimeError(f"the update was not made: {update.metrics}")
         with timed(metrics, "export"):
             for _, tensor in self.policy.weights():
                 self.buffer[: tensor.numel()].copy_(tensor.reshape(-1))

@@ -20,6 +20,7 @@ from peergrad.config import (
     Config,
     CorrectionConfig,
     CorrectionKind,
+    CorrectionLevel,
     DataConfig,
     Denominator,
     EvaluationConfig,
@@ -70,7 +71,19 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"kind": SurrogateKind.reinforce, "max_mean_ratio": 5.0},
         "algo.surrogate.max_mean_ratio",
     ),
+    (
+        SurrogateConfig,
+        {"kind": SurrogateKind.reinforce, "log_ratio_low": -20.0},
+        "algo.surrogate.log_ratio_low",
+    ),
+    (
+        SurrogateConfig,
+        {"kind": SurrogateKind.reinforce, "log_ratio_high": 20.0},
+        "algo.surrogate.log_ratio_high",
+    ),
     (CorrectionConfig, {"low": 0.5}, "algo.correction.low"),
+    (CorrectionConfig, {"kind": CorrectionKind.icepop, "low": 5.0}, "algo.correction.low"),
+    (CorrectionConfig, {"kind": CorrectionKind.mis, "low": -0.1}, "algo.correction.low"),
     (CorrectionConfig, {"high": 3.0}, "algo.correction.high"),
     (CorrectionConfig, {"kind": CorrectionKind.tis, "low": 2.0}, "algo.correction.low"),
     (CorrectionConfig, {"dppo": 0.0}, "algo.correction.dppo"),
@@ -83,7 +96,10 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (KlConfig, {"clamp_log_ratio": -1.0}, "algo.kl.clamp_log_ratio"),
     (KlConfig, {"reset_every": -1}, "algo.kl.reset_every"),
     (KlConfig, {"target": 0.1}, "algo.kl.target"),  # in the loss
+    (KlConfig, {"place": KlPlace.reward, "target": 0.0}, "algo.kl.target"),
     (KlConfig, {"coef": 0.0, "clamp": 10.0}, "algo.kl.clamp"),
+    (KlConfig, {"coef": 0.0, "clamp_log_ratio": 20.0}, "algo.kl.clamp_log_ratio"),
+    (KlConfig, {"coef": 0.0, "place": KlPlace.reward, "target": 0.1}, "algo.kl.target"),
     (KlConfig, {"coef": 0.0, "reset_every": 400}, "algo.kl.reset_every"),
     (AdvantageConfig, {"eps": -1e-6}, "algo.advantage.eps"),
     (AdvantageConfig, {"token_eps": -1e-6}, "algo.advantage.token_eps"),
@@ -167,6 +183,24 @@ ALLOWED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (CorrectionConfig, {"kind": CorrectionKind.mis, "low": 0.0, "high": 5.0, "m2po": 0.04}),
     (AdvantageConfig, {"eps": 0.0, "leave_one_out": True}),
     (AlgoConfig, {"minibatches": 2, "shuffle": True, "epochs": 2}),
+    # whole answers may be dropped where the ratio is theirs, single tokens where it is not
+    (
+        AlgoConfig,
+        {
+            "surrogate": SurrogateConfig(kind=SurrogateKind.gspo),
+            "correction": CorrectionConfig(
+                kind=CorrectionKind.mis, level=CorrectionLevel.sequence, opsm=1e-4
+            ),
+        },
+    ),
+    (AlgoConfig, {"correction": CorrectionConfig(kind=CorrectionKind.mis, dppo=0.2, m2po=0.04)}),
+    (
+        AlgoConfig,
+        {
+            "surrogate": SurrogateConfig(kind=SurrogateKind.gspo_token),
+            "shaping": ShapingConfig(discount=0.9),
+        },
+    ),
     (ParallelConfig, {"tensor": 2, "sequence": True, "data": 1}),
     (ServersConfig, {"mode": ServerMode.external, "urls": ["http://host:30000"]}),
     (RolloutConfig, {"batch_size": 6, "group_size": 2, "retries": 0, "max_staleness": 1}),
@@ -228,6 +262,22 @@ NONSENSE: list[tuple[Callable[[], object], str]] = [
         "algo.correction.dppo = 0.2: drops single tokens, but algo.correction.opsm judges whole",
     ),
     (
+        lambda: AlgoConfig(correction=CorrectionConfig(kind=CorrectionKind.seq_mask_tis, dppo=0.2)),
+        "algo.correction.dppo = 0.2: drops single tokens, but algo.correction.kind judges whole",
+    ),
+    (
+        lambda: AlgoConfig(
+            correction=CorrectionConfig(
+                kind=CorrectionKind.tis, level=CorrectionLevel.sequence, m2po=0.04
+            )
+        ),
+        "algo.correction.m2po = 0.04: drops single tokens, but algo.correction.level judges whole",
+    ),
+    (
+        lambda: AlgoConfig(correction=CorrectionConfig(kind=CorrectionKind.mis, opsm=1e-4)),
+        "algo.correction.kind = 'mis': drops single tokens, but algo.correction.opsm judges whole",
+    ),
+    (
         lambda: AlgoConfig(
             surrogate=SurrogateConfig(kind=SurrogateKind.gspo), shaping=ShapingConfig(discount=0.9)
         ),
@@ -261,6 +311,10 @@ NONSENSE: list[tuple[Callable[[], object], str]] = [
         lambda: AlgoConfig(
             old_policy=OldPolicy.loglinear, correction=TOKEN_DROP, denominator=Denominator.kept
         ),
+        "algo.old_policy = 'loglinear': must be known before the update",
+    ),
+    (
+        lambda: AlgoConfig(old_policy=OldPolicy.loglinear, correction=CorrectionConfig(m2po=0.04)),
         "algo.old_policy = 'loglinear': must be known before the update",
     ),
     (
