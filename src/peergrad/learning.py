@@ -53,15 +53,12 @@ def learn(
             np.random.default_rng((config.run.seed, step, epoch)).shuffle(order)
         for part in mini_batches(samples, algo.minibatches, order.tolist()):
             if kept:
-                now = policy.score(part).logp if plan.score_each else _old_logp(part)
+                before = [sample.logp_before for sample in part]
+                now = policy.score(part).logp if plan.score_each else before
                 part = drop(part, objective, now)
             weighed = weigh(part, algo, max_tokens=config.rollout.max_new_tokens)
             updates.append(policy.update(weighed, objective))
     return updates
-
-
-def _old_logp(samples: Sequence[Sample]) -> list[np.ndarray]:
-    return [s.logp_engine if s.logp_old is None else s.logp_old for s in samples]
 
 
 def drop(

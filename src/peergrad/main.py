@@ -114,12 +114,11 @@ def run(config: Config, text: str, directory: RunDir) -> None:
         groups = init_groups(config.parallel, seed=config.run.seed)
         attempt = groups.share(directory.new_attempt)
         log_to(attempt, f"rank_{groups.rank:05d}", screen=groups.rank == 0)
-        groups.share(
-            lambda: [p.write_text(text) for p in (attempt / "config.yaml", directory.config)]
-        )
+        files = {directory.config: text, attempt / "config.yaml": text}
+        files[attempt / "objective.txt"] = objective = explain(config)
+        groups.share(lambda: [path.write_text(content) for path, content in files.items()])
         if groups.rank == 0:
-            (attempt / "objective.txt").write_text(text_of_objective := explain(config))
-            print(text_of_objective, flush=True)
+            print(objective, flush=True)
         policy = Policy(config, groups)
         checkpoints = Checkpoints(directory.checkpoints, config.checkpoint, groups)
         start = checkpoints.restore(policy) if config.run.resume else 0

@@ -62,8 +62,8 @@ def grade(
     state = replace(state, rewards=state.rewards.merge(shaped))
     of = torch.tensor([s.group for s in samples])
     per_answer = _per_answer(shaped, of, algo, state.rewards)
-    per_token, kl = _credit(per_answer, samples, algo, state.kl_coef)
-    keep = _keep(groups, samples, cut, algo)
+    per_token, kl = _credit(per_answer, samples, lengths, algo, state.kl_coef)
+    keep = _keep(groups, samples, lengths, cut, algo)
     per_token = _whiten(per_token, of, lengths, keep, algo)
     if algo.advantage.clip is not None:
         per_token = adv.clip_advantage(per_token, algo.advantage.clip)
@@ -118,12 +118,15 @@ def _per_answer(reward: Tensor, group: Tensor, algo: AlgoConfig, running: Moment
 
 
 def _credit(
-    per_answer: Tensor, samples: Sequence[Sample], algo: AlgoConfig, kl_coef: float
+    per_answer: Tensor,
+    samples: Sequence[Sample],
+    lengths: Tensor,
+    algo: AlgoConfig,
+    kl_coef: float,
 ) -> tuple[Tensor, float | None]:
     """Advantage per token, all answers in a row, and the mean KL if it is in the reward."""
     in_reward = algo.kl.coef > 0 and algo.kl.place is KlPlace.reward
     if not in_reward and algo.shaping.discount == 1:
-        lengths = torch.tensor([s.logp_engine.size for s in samples])
         return per_answer.repeat_interleave(lengths), None
     parts, kls = [per_answer.new_zeros(0)], [per_answer.new_zeros(0)]
     for outcome, sample in zip(per_answer, samples, strict=True):
@@ -142,8 +145,8 @@ def _reward_kl(sample: Sample, algo: AlgoConfig) -> Tensor:
     """KL per token of the policy that the step starts from (or, where only the engine's logprobs
     are known, that sampled) against the reference."""
     assert sample.logp_ref is not None, "a KL in the reward needs reference logprobs"
-    policy = sample.logp_engine if sample.logp_old is None else sample.logp_old
-    logp, logp_ref = (torch.from_numpy(x).double() for x in (policy, sample.logp_ref))
+    pair = (sample.logp_before, sample.logp_ref)
+    logp, logp_ref = (torch.from_numpy(x).double() for x in pair)
     return estimate_kl(
         logp,
         logp_ref,
@@ -154,14 +157,17 @@ def _reward_kl(sample: Sample, algo: AlgoConfig) -> Tensor:
 
 
 def _keep(
-    groups: Sequence[Group], samples: Sequence[Sample], cut: np.ndarray, algo: AlgoConfig
+    groups: Sequence[Group],
+    samples: Sequence[Sample],
+    lengths: Tensor,
+    cut: np.ndarray,
+    algo: AlgoConfig,
 ) -> Tensor:
     """Whether each token is trained on, all answers in a row."""
     good = np.array([selects(group.rewards, algo.sampling) for group in groups])
     answers = good[[s.group for s in samples]]
     if algo.shaping.overlong_filter:
         answers &= ~cut
-    lengths = torch.tensor([s.logp_engine.size for s in samples])
     keep = torch.from_numpy(answers).repeat_interleave(lengths)
     if algo.correction.m2po is not None:
         log_k = np.concatenate([_old(s) - s.logp_engine for s in samples])

@@ -38,6 +38,11 @@ class Sample:
     proximal: np.ndarray | None = None  # [R] float32, from engine (0) to present (1): loglinear
 
     @property
+    def logp_before(self) -> np.ndarray:
+        """The old policy's logprobs, the engine's where there are no others."""
+        return self.logp_engine if self.logp_old is None else self.logp_old
+
+    @property
     def scored(self) -> np.ndarray:
         """Indices of the answer tokens that take part."""
         return np.flatnonzero(self.weight)
