@@ -61,7 +61,7 @@ def _denominator(i, rows, rollouts, masks, algo: AlgoConfig, max_tokens: int) ->
     def count(j: int) -> int:
         return sum(masks[j]) if algo.denominator.name == "kept" else len(masks[j])
 
-    counted = [j for j in rows if count(j) or algo.denominator.name == "all"]
+    counted = [j for j in rows if count(j)]  # an answer without a token counts nowhere
     mode = algo.aggregation.name
     if mode == "token_mean":
         return sum(count(j) for j in rows)

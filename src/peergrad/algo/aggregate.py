@@ -24,9 +24,8 @@ def token_weights(
     """Weight of every kept token of each rollout; float64.
 
     ``sampled[i]`` tokens were drawn, ``kept[i]`` of them take part in the loss; ``group[i]`` is the
-    rollout's group. With ``denominator=all``, n_i is ``sampled[i]`` and B and P count every rollout
-    and group of the step; with ``kept``, n_i is ``kept[i]`` and only rollouts and groups of which
-    something is kept count. N is the sum of all n_i, N_g that of group g.
+    rollout's group. n_i is ``sampled[i]`` with ``denominator=all``, ``kept[i]`` with ``kept``; B and
+    P count the rollouts and groups with any n_i > 0, N is the sum of all n_i, N_g that of group g.
 
     - ``seq_mean_token_mean``: ``1 / (B n_i)`` (DeepSeekMath, arXiv:2402.03300, eq. 3)
     - ``token_mean``: ``1 / N`` over the whole step (DAPO, arXiv:2503.14476, as released)
@@ -38,7 +37,7 @@ def token_weights(
     A rollout of which nothing is kept has weight 0 and never divides by zero.
     """
     n = (sampled if denominator is Denominator.all else kept).double()
-    counts = torch.ones_like(n) if denominator is Denominator.all else (n > 0).double()
+    counts = (n > 0).double()
     rollouts = counts.sum()
     if mode is Aggregation.seq_mean_token_mean:
         weights = 1 / (rollouts * n)

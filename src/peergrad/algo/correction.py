@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peergrad.algo.surrogate import sequence_mean
+from peergrad.algo.surrogate import sequence_mean, sequence_sum
 from peergrad.config import CorrectionLevel
 
 
@@ -23,7 +23,7 @@ def at_level(
         return log_k
     if level is CorrectionLevel.geometric:
         return sequence_mean(log_k, sequence, sequences)
-    return log_k.new_zeros(sequences).index_add(0, sequence, log_k)[sequence]
+    return sequence_sum(log_k, sequence, sequences)
 
 
 def within(log_k: Float[Tensor, " S"], *, low: float, high: float) -> Bool[Tensor, " S"]:

@@ -95,12 +95,15 @@ def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
     algo = config.algo
     adv, shaping = algo.advantage, algo.shaping
     no_std, no_token_std = adv.std is Level.none, adv.token_std is TokenLevel.none
-    cancels = adv.mean is not Level.none and shaping.clip is None
+    centred = adv.mean is not Level.none or (
+        adv.token_mean is not TokenLevel.none and adv.std is Level.none and shaping.discount == 1
+    )
+    cancels = centred and shaping.clip is None
     again = "only sampling.dynamic=true draws again"
     yield "sampling.limit", not algo.sampling.dynamic, again
     yield "sampling.limit", config.rollout.replay is not None, "recorded groups are as they are"
     yield "shaping.overlong_factor", shaping.overlong_tokens == 0, "shaping.overlong_tokens is 0"
-    yield "shaping.bias", cancels, "subtracting a mean (advantage.mean) cancels it"
+    yield "shaping.bias", cancels, "subtracting a mean cancels it"
     yield "advantage.eps", no_std, "advantage.std is none"
     yield "advantage.token_eps", no_token_std, "advantage.token_std is none"
     yield "advantage.unbiased", no_std and no_token_std, "no standard deviation divides"

@@ -27,6 +27,21 @@ def clip_log_ratio(
     return log_ratio if low is None and high is None else log_ratio.clamp(low, high)
 
 
+def sequence_sum(
+    value: Float[Tensor, " S"], sequence: Int[Tensor, " S"], sequences: int
+) -> Float[Tensor, " S"]:
+    """Sum over the tokens of the sequence of each token; ``sequence[s]`` is below ``sequences``.
+
+    In a fixed order of addition on a GPU too (``index_add`` gives other bits every time there), and
+    without a wait for the host (as ``bincount``).
+    """
+    order = torch.argsort(sequence, stable=True)
+    bounds = torch.arange(sequences + 1, device=sequence.device)
+    starts = torch.searchsorted(sequence[order], bounds)
+    total = torch.segment_reduce(value[order], "sum", offsets=starts, unsafe=True)
+    return total[sequence]
+
+
 def sequence_mean(
     value: Float[Tensor, " S"], sequence: Int[Tensor, " S"], sequences: int
 ) -> Float[Tensor, " S"]:
@@ -35,10 +50,8 @@ def sequence_mean(
     Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071):
     every token of a sequence gets the same value and a share of its gradient.
     """
-    total = value.new_zeros(sequences).index_add(0, sequence, value)
-    # Not bincount: on a GPU it waits for the host.
-    count = value.new_zeros(sequences).index_add(0, sequence, torch.ones_like(value))
-    return (total / count.clamp(min=1))[sequence]
+    count = sequence_sum(torch.ones_like(value), sequence, sequences)
+    return sequence_sum(value, sequence, sequences) / count
 
 
 def sequence_token_log_ratio(

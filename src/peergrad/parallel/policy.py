@@ -262,13 +262,18 @@ class Policy(Scorer):
 
 
 def _add_up(reports: Sequence[Metrics]) -> dict[str, tuple[float, float]]:
-    """Sums and counts over micro-batches, brought to the host at once."""
-    total: dict[str, tuple[float, float]] = {}
+    """Sums and counts over micro-batches, added on the device and brought to the host at once."""
+    total: dict[str, tuple[Tensor, Tensor | int]] = {}
     for report in reports:
         for key, (value, count) in report.items():
-            old = total.get(key, (0.0, 0.0))
-            total[key] = (old[0] + float(value), old[1] + float(count))
-    return total
+            old = total.get(key)
+            total[key] = (value, count) if old is None else (old[0] + value, old[1] + count)
+    if not total:
+        return {}  # not on the last pipeline stage
+    sums = torch.stack([value for value, _ in total.values()])
+    counts = [torch.as_tensor(count).to(sums) for _, count in total.values()]
+    both = zip(sums.tolist(), torch.stack(counts).tolist(), strict=True)
+    return dict(zip(total, both, strict=True))
 
 
 def _merge(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:

@@ -41,12 +41,12 @@ SAMPLED, SOME, GROUP = [4, 2, 0, 3, 1], [2, 1, 0, 2, 0], [0, 0, 1, 1, 2]
 @pytest.mark.parametrize(
     ("mode", "denominator", "expected"),
     [
-        # B = 5, N = 10, P = 3, N_g = 6, 3, 1
-        (SEQ_MEAN, ALL, [1 / 20, 1 / 10, 0, 1 / 15, 0]),  # 1 / (5 n)
+        # B = 4 (the empty answer counts nowhere), N = 10, P = 3, N_g = 6, 3, 1
+        (SEQ_MEAN, ALL, [1 / 16, 1 / 8, 0, 1 / 12, 0]),  # 1 / (4 n)
         (TOKEN_MEAN, ALL, [1 / 10, 1 / 10, 0, 1 / 10, 0]),
         (GROUP_MEAN, ALL, [1 / 18, 1 / 18, 0, 1 / 9, 0]),  # 1 / (3 N_g)
-        (SEQ_SUM, ALL, [1 / 5, 1 / 5, 0, 1 / 5, 0]),
-        (CONST, ALL, [1 / 25, 1 / 25, 0, 1 / 25, 0]),  # 1 / (5 * 5)
+        (SEQ_SUM, ALL, [1 / 4, 1 / 4, 0, 1 / 4, 0]),
+        (CONST, ALL, [1 / 20, 1 / 20, 0, 1 / 20, 0]),  # 1 / (4 * 5)
         # B = 3, N = 5, P = 2, N_g = 3, 2
         (SEQ_MEAN, KEPT, [1 / 6, 1 / 3, 0, 1 / 6, 0]),  # 1 / (3 n)
         (TOKEN_MEAN, KEPT, [1 / 5, 1 / 5, 0, 1 / 5, 0]),
@@ -91,7 +91,7 @@ def test_sums_to_the_definition(mode: Aggregation, denominator: Denominator, see
     kept = [draw.randint(0, n) for n in sampled[:-1]] + [1]
     group = [draw.choice([1, 4, 5]) for _ in sampled]
     losses = [[draw.gauss(0, 1) for _ in range(k)] for k in kept]
-    counts = [i for i in range(10) if denominator is ALL or kept[i]]
+    counts = [i for i in range(10) if (sampled if denominator is ALL else kept)[i]]
     expected = definition(
         [losses[i] for i in counts],
         [sampled[i] if denominator is ALL else kept[i] for i in counts],

@@ -180,6 +180,13 @@ def test_an_objective_of_your_own_says_so() -> None:
             "kind=seq_mask_tis means; remove it",
         ),
         (
+            [
+                *("algo.advantage.mean=none", "algo.advantage.std=none"),
+                *("algo.advantage.token_mean=batch", "algo.shaping.bias=-0.5"),
+            ],
+            "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
+        ),
+        (
             ["algo.shaping.bias=-0.5"],
             "algo.shaping.bias = -0.5: has no effect: subtracting a mean (advantage.mean) cancels "
             "it; remove it",
