@@ -188,8 +188,7 @@ def test_an_objective_of_your_own_says_so() -> None:
         ),
         (
             ["algo.shaping.bias=-0.5"],
-            "algo.shaping.bias = -0.5: has no effect: subtracting a mean (advantage.mean) cancels "
-            "it; remove it",
+            "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
         ),
         (
             ["algo=dr_grpo", "algo.advantage.eps=0.1"],
