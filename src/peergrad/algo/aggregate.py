@@ -24,8 +24,8 @@ def token_weights(
     """Weight of every kept token of each rollout; float64.
 
     ``sampled[i]`` tokens were drawn, ``kept[i]`` of them take part in the loss; ``group[i]`` is the
-    rollout's group. n_i is ``sampled[i]`` with ``denominator=all``, ``kept[i]`` with ``kept``; B and
-    P count the rollouts and groups with any n_i > 0, N is the sum of all n_i, N_g that of group g.
+    rollout's group. n_i is ``sampled[i]`` with ``denominator=all``, ``kept[i]`` with ``kept``. B
+    and P count the rollouts and groups with any n_i > 0; N is the sum of all n_i, N_g of group g's.
 
     - ``seq_mean_token_mean``: ``1 / (B n_i)`` (DeepSeekMath, arXiv:2402.03300, eq. 3)
     - ``token_mean``: ``1 / N`` over the whole step (DAPO, arXiv:2503.14476, as released)
