@@ -1,1 +1,18 @@
-"""Log probability and entropy of given tokens, forward and backward, as few passes as it takes."""
+"""Log probability and entropy of given tokens, forward and backward, in as few passes as it takes.
+
+``vocab_parallel_logprob`` starts from logits, ``linear_logprob`` from hidden states, and
+``fused_linear_grpo`` takes the gradient of the loss on the way. README.md: derivation, counts, when
+to use which.
+"""
+
+from peergrad.kernels.backend import triton_runs
+from peergrad.kernels.linear import Derivative, fused_linear_grpo, linear_logprob
+from peergrad.kernels.logits import vocab_parallel_logprob
+
+__all__ = [
+    "Derivative",
+    "fused_linear_grpo",
+    "linear_logprob",
+    "triton_runs",
+    "vocab_parallel_logprob",
+]

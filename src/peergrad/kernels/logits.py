@@ -1,0 +1,94 @@
+"""A: log probability and entropy from logits that exist, gradient over the logits themselves."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peergrad.kernels.backend import stages
+from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.shard import Shard, per_row
+
+
+class _VocabParallelLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: Tensor,
+        shard: Shard,
+        entropy: bool,
+        inplace: bool,
+        plain: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        run = ctx.stages = stages(logits.device, plain=plain)
+        parts = run.partials(logits, targets, temperature, shard, entropy=entropy)
+        logp, h, saved = run.merge(shard.gather(parts), targets, temperature)
+        ctx.set_materialize_grads(False)
+        ctx.shard, ctx.inplace, ctx.spent = shard, inplace, False
+        ctx.save_for_backward(logits, targets, temperature, h, *saved)
+        return logp, h if entropy else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_logp, d_entropy = grads
+        if ctx.spent:
+            raise RuntimeError(
+                "vocab_parallel_logprob(inplace=True): the logits were overwritten by the first "
+                "backward pass; pass inplace=False to differentiate twice"
+            )
+        logits, targets, temperature, entropy, *saved = ctx.saved_tensors
+        ctx.spent = ctx.inplace
+        ctx.stages.dlogits(
+            logits.detach(),
+            targets,
+            temperature,
+            tuple(saved),
+            row_factors(d_logp, d_entropy, entropy, temperature, targets),
+            ctx.shard,
+            out=(out := logits.detach() if ctx.inplace else torch.empty_like(logits)),
+            entropy=d_entropy is not None,
+        )
+        return out, None, None, None, None, None, None
+
+
+def vocab_parallel_logprob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    temperature: float | Tensor,
+    valid_vocab: int,
+    with_entropy: bool,
+    inplace: bool = False,
+    plain: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log probability of ``targets`` and entropy under ``softmax(logits / temperature)``.
+
+    Reads the logits once forward, once backward, and keeps 16 bytes per row.
+
+    Args:
+        logits: ``[R, w]`` float32, bfloat16 or float16, this rank's columns of a vocabulary padded
+            to ``w`` times the ranks.
+        targets: ``[R]`` int64 ids, the same on every rank; negative: the row is ignored.
+        group: ranks that share the vocabulary, in its order; None: all of it is here.
+        temperature: positive; one for all, or ``[R]``.
+        valid_vocab: real columns of the whole vocabulary; those behind are padding.
+        with_entropy: whether to compute it.
+        inplace: overwrite ``logits`` with their gradient in the backward pass, once.
+        plain: PyTorch where Triton would run.
+
+    Returns:
+        ``(logp [R], entropy [R] or None)``, float32, bit-equal on every rank and for every number
+        of ranks that divides 8; 0 for ignored rows. Differentiable both, together or alone.
+    """
+    if logits.stride(-1) != 1:
+        raise ValueError(f"logits must be dense in the vocabulary, got strides {logits.stride()}")
+    shard = Shard.of(group, logits.shape[1], valid_vocab)
+    rows = per_row(temperature, logits)
+    found: tuple[Tensor, Tensor | None] = _VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
+        logits, targets, rows, shard, with_entropy, inplace, plain
+    )
+    return found
