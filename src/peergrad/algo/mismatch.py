@@ -102,8 +102,9 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
     6. ``unexplained``.
 
     An effect within three standard errors (in 1 and 2 of the mean and of the rank sum), or in 3 and
-    4 one of fewer than 50 tokens, is chance: estimate 1, and the energy is left to 5 and 6. Errors are estimated from the tokens' own
-    deviations, so one wild token is about one error whatever its size.
+    4 one of fewer than 50 tokens, is chance: estimate 1, and the energy is left to 5 and 6. Errors
+    are estimated from the tokens' own deviations, so one wild token is about one error whatever its
+    size.
     """
     gap, fresh = tokens.gap, tokens.lag == 0
     if not gap.size:
@@ -153,7 +154,7 @@ def _above(cause: str, suspects: np.ndarray, others: np.ndarray, noise: float) -
 
 
 def _rank_higher(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether the ``a`` are larger than the ``b`` as a whole, by Mann and Whitney's rank sum (1947).
+    """Whether the ``a`` are larger than the ``b`` as a whole: Mann and Whitney's rank sum, 1947.
 
     The errors of a mean are blind where gaps are as uneven as they are large: eight lagged tokens
     with gaps up to 1 among fresh ones at 1e-6. To ranks a wild token is one token.
