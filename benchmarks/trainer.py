@@ -53,6 +53,7 @@ from peergrad.config import (
     AlgoConfig,
     Config,
     Dtype,
+    KernelsConfig,
     KlConfig,
     ModelConfig,
     ParallelConfig,
@@ -127,8 +128,8 @@ def configure(work: Work, folder: str, dtype: Dtype, steps: int) -> Config:
         parallel=ParallelConfig(
             spec=Spec.torch,
             micro_batch_tokens=work.micro_batch_tokens,
-            logprob_chunk=work.logprob_chunk,
         ),
+        kernels=KernelsConfig(chunk=work.logprob_chunk),
         rollout=RolloutConfig(
             batch_size=work.groups * work.group_size,
             group_size=work.group_size,

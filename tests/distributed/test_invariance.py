@@ -1,8 +1,9 @@
 """The same recorded groups on every layout give the gradient that one process computes in float64.
 
-The oracle is transformers' model, autograd and ``tests/oracle.py``; the subject is the path of a
-whole step: grading, weights, packing, Megatron's schedule, all-reduces. A learning rate of 1e-30
-leaves the weights alone, so that each optimizer step of a batch has a gradient to compare.
+Every choice of ``kernels.logprob`` is on the grid. The oracle is transformers' model, autograd and
+``tests/oracle.py``; the subject is the path of a whole step: grading, weights, packing, Megatron's
+schedule, all-reduces. A learning rate of 1e-30 leaves the weights alone, so that each optimizer
+step of a batch has a gradient to compare.
 """
 
 from functools import partial
@@ -45,11 +46,16 @@ OBJECTIVES: dict[str, list[str]] = {
         "algo.denominator=kept",
     ],
 }
-Layout = tuple[int, int, bool, int, int]  # tensor, pipeline, sequence, token budget, order
+# tensor, pipeline, sequence, token budget, order, kernels.logprob
+Layout = tuple[int, int, bool, int, int, str]
+FUSED, LOGITS, PLAIN = "fused_linear", "from_logits", "reference"
 LAYOUTS: dict[int, list[Layout]] = {
-    1: [(1, 1, False, 10_000, 0), (1, 1, False, 24, 1)],
-    2: [(2, 1, False, 64, 0), (2, 1, True, 40, 1), (1, 2, False, 40, 2), (1, 1, False, 40, 3)],
-    4: [(2, 2, False, 64, 1), (2, 1, True, 30, 2), (1, 1, False, 64, 0)],
+    1: [(1, 1, False, 10_000, 0, FUSED), (1, 1, False, 24, 1, LOGITS)],
+    2: [
+        *((2, 1, False, 64, 0, FUSED), (2, 1, True, 40, 1, LOGITS)),
+        *((1, 2, False, 40, 2, FUSED), (1, 1, False, 40, 3, PLAIN)),
+    ],
+    4: [(2, 2, False, 64, 1, LOGITS), (2, 1, True, 30, 2, FUSED), (1, 1, False, 64, 0, FUSED)],
 }
 
 
@@ -60,7 +66,7 @@ def configure(path: str, name: str) -> Any:
         [
             *(f"model.path={path}", "model.dtype=float32", *OBJECTIVES[name]),
             *("optim.lr=1e-30", "optim.clip_grad=0", f"rollout.temperature={TEMPERATURE}"),
-            *("parallel.distributed_optimizer=false", "parallel.logprob_chunk=7"),
+            *("parallel.distributed_optimizer=false", "kernels.chunk=7"),
             *(f"rollout.max_new_tokens={MAX_TOKENS}", "rollout.batch_size=64"),
             *("rollout.group_size=4", "algo.shuffle=false"),
         ]
@@ -150,6 +156,7 @@ def gradients(
     from peergrad.algo.objective import Objective
     from peergrad.algo.plan import make_plan
     from peergrad.algo.samples import make_samples, with_logp
+    from peergrad.config import Logprob
     from peergrad.learning import learn
     from peergrad.parallel.groups import init_groups, leave_layout
     from peergrad.parallel.policy import Policy, Scorer
@@ -167,7 +174,8 @@ def gradients(
         policy_module.pack = pack  # type: ignore[assignment]
     groups, old = recorded
     found = {}
-    for tensor, pipeline, sequence, budget, order in layouts:
+    for layout in layouts:
+        tensor, pipeline, sequence, budget, order, kernel = layout
         config = configure(path, names[0])
         parallel = replace(
             config.parallel,
@@ -179,6 +187,7 @@ def gradients(
         ranks = init_groups(parallel, seed=0)
         for name in names:
             config = replace(configure(path, name), parallel=parallel)
+            config.kernels.logprob = Logprob[kernel]
             policy = Policy(config, ranks)
             frozen = Scorer(config, ranks, path=reference)
             samples = make_samples(groups)
@@ -193,7 +202,7 @@ def gradients(
             steps: list[dict[str, torch.Tensor]] = []
             policy.update = partial(spy, policy.update, policy, steps)  # type: ignore[method-assign]
             learn(config, make_plan(config), Objective(config.algo), policy, samples, step=1)
-            found[name, (tensor, pipeline, sequence, budget, order)] = steps
+            found[name, layout] = steps
         leave_layout()
     return found if ranks.rank == 0 else {}
 
@@ -259,7 +268,7 @@ def test_every_layout_gives_the_gradient_of_one_process(
 def test_a_wrong_denominator_turns_it_red(
     models: tuple[str, str], recorded: Any, expected: Any
 ) -> None:
-    found = run_ranks(2, gradients, *models, ["dapo"], [(1, 1, False, 40, 0)], recorded, True)[0]
+    found = run_ranks(2, gradients, *models, ["dapo"], [LAYOUTS[2][3]], recorded, True)[0]
     for steps in found.values():
         pairs = zip(steps, expected["dapo"], strict=True)
         assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.1

@@ -29,7 +29,14 @@ def hf_logits(path: str) -> list[torch.Tensor]:
 
 
 def build(path: str, tensor: int, pipeline: int, sequence: bool) -> Any:
-    from peergrad.config import Config, Dtype, ModelConfig, ParallelConfig, RolloutConfig
+    from peergrad.config import (
+        Config,
+        Dtype,
+        KernelsConfig,
+        ModelConfig,
+        ParallelConfig,
+        RolloutConfig,
+    )
     from peergrad.parallel.groups import init_groups
     from peergrad.parallel.policy import Scorer
 
@@ -40,8 +47,8 @@ def build(path: str, tensor: int, pipeline: int, sequence: bool) -> Any:
             pipeline=pipeline,
             sequence=sequence,
             micro_batch_tokens=48,
-            logprob_chunk=7,
         ),
+        kernels=KernelsConfig(chunk=7),
         rollout=RolloutConfig(temperature=0.7),
     )
     return Scorer(config, init_groups(config.parallel, seed=0), path=path)

@@ -87,6 +87,7 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
     from peergrad.config import (
         Config,
         Dtype,
+        KernelsConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
@@ -103,9 +104,9 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
             pipeline=pipeline,
             sequence=bool(sequence),
             micro_batch_tokens=budget,
-            logprob_chunk=7,
             distributed_optimizer=sections.get("distributed", True),
         ),
+        kernels=KernelsConfig(chunk=7),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=OptimConfig(lr=1e-2, clip_grad=1.0),
     )

@@ -10,7 +10,14 @@ from peergrad.algo import correction as corr
 from peergrad.algo import surrogate as sur
 from peergrad.algo.kl import Kl, estimate_kl
 from peergrad.algo.packing import MicroBatch
-from peergrad.config import AlgoConfig, CorrectionKind, CorrectionLevel, KlPlace, SurrogateKind
+from peergrad.config import (
+    SEQUENCE_RATIO,
+    AlgoConfig,
+    CorrectionKind,
+    CorrectionLevel,
+    KlPlace,
+    SurrogateKind,
+)
 
 Metrics = dict[str, tuple[Tensor, Tensor | int]]
 """Name -> (sum as a float64 scalar, count): both add up over micro-batches and ranks, and the mean
@@ -64,6 +71,20 @@ class Objective:
         loss = (per_token * batch.weight).sum()
         metrics["loss/total"] = (_total(loss), 0)
         return loss, metrics
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's loss depends on no other token, so that a micro-batch may be given in
+        parts, whose losses and metrics add up."""
+        correction = self.algo.correction
+        whole = correction.opsm is not None or (
+            correction.kind not in (CorrectionKind.none, CorrectionKind.icepop)
+            and (
+                correction.kind is CorrectionKind.seq_mask_tis
+                or correction.level is not CorrectionLevel.token
+            )
+        )
+        return self.algo.surrogate.kind not in SEQUENCE_RATIO and not whole
 
     def refusal(self, metrics: dict[str, float]) -> str | None:
         """Why an optimizer step with these metrics must not be made; None if it may."""

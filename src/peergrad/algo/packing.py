@@ -1,7 +1,7 @@
 """From samples to packed micro-batches: every rank computes the same division of the work."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,18 @@ class MicroBatch:
     logp_old: Float[Tensor, " S"] | None = None
     logp_ref: Float[Tensor, " S"] | None = None
     proximal: Float[Tensor, " S"] | None = None
+
+    def part(self, of: slice | Tensor) -> "MicroBatch":
+        """The same row with only some of its scored tokens."""
+        named = {name: getattr(self, name) for name in _PER_SCORED_TOKEN}
+        some = {name: value[of] for name, value in named.items() if value is not None}
+        return replace(self, **some)
+
+
+_PER_SCORED_TOKEN = (
+    *("rows", "targets", "sequence", "advantage", "weight"),
+    *("logp_engine", "logp_old", "logp_ref", "proximal"),
+)
 
 
 def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:

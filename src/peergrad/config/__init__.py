@@ -45,7 +45,9 @@ from peergrad.config.run import (
     DataConfig,
     Dtype,
     EvaluationConfig,
+    KernelsConfig,
     LoggerConfig,
+    Logprob,
     ModelConfig,
     OnError,
     OnNonfinite,
@@ -73,11 +75,13 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "FlatGroups",
+    "KernelsConfig",
     "KlConfig",
     "KlEstimator",
     "KlPlace",
     "Level",
     "LoggerConfig",
+    "Logprob",
     "ModelConfig",
     "OldPolicy",
     "OnError",
@@ -109,6 +113,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -12,6 +12,7 @@ RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "function"])
 OnError = Enum("OnError", ["zero", "stop"])
 OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
+Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
 
 
 @dataclass(kw_only=True)
@@ -67,8 +68,6 @@ class ParallelConfig:
     logs."""
     micro_batch_tokens: int = 4096
     """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
-    logprob_chunk: int = 2048
-    """Rows whose logits exist at a time."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     timeout_minutes: float = 30.0
@@ -77,7 +76,7 @@ class ParallelConfig:
     """Any further field of Megatron's TransformerConfig."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "micro_batch_tokens", "logprob_chunk"):
+        for name in ("tensor", "pipeline", "micro_batch_tokens"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.data is not None:
             at_least("parallel.data", self.data, 1)
@@ -89,6 +88,23 @@ class ParallelConfig:
             "needs parallel.tensor > 1",
             "unset it",
         )
+
+
+@dataclass(kw_only=True)
+class KernelsConfig:
+    logprob: Logprob = Logprob.auto
+    """From hidden states to logprobs and gradients: ``fused_linear`` takes the loss's gradient
+    while a chunk's logits exist, ``from_logits`` makes all logits of a micro-batch, ``reference``
+    is plain PyTorch; ``auto`` is ``fused_linear`` on a GPU with Triton, else ``reference``."""
+    chunk: int = 2048
+    """Rows whose logits exist at a time; ``from_logits`` knows no chunks. More rows mean fewer
+    passes over the head's float32 gradient: 8192 if the memory is there."""
+    logits: Dtype = Dtype.float32
+    """Precision of logits between projection and softmax. ``bfloat16`` halves a chunk's memory and
+    imitates an engine that rounds there, at about 2 % noise on every ratio."""
+
+    def __post_init__(self) -> None:
+        at_least("kernels.chunk", self.chunk, 1)
 
 
 @dataclass(kw_only=True)

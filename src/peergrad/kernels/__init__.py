@@ -7,11 +7,12 @@ to use which.
 
 from peergrad.kernels.backend import triton_runs
 from peergrad.kernels.linear import Derivative, fused_linear_grpo, linear_logprob
-from peergrad.kernels.logits import vocab_parallel_logprob
+from peergrad.kernels.logits import linear_logits, vocab_parallel_logprob
 
 __all__ = [
     "Derivative",
     "fused_linear_grpo",
+    "linear_logits",
     "linear_logprob",
     "triton_runs",
     "vocab_parallel_logprob",

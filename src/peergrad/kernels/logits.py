@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peergrad.kernels.backend import stages
 from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.head import Head, WeightGradient, add_outer
 from peergrad.kernels.shard import Shard, per_row
 
 
@@ -52,6 +53,34 @@ class _VocabParallelLogprob(torch.autograd.Function):
             entropy=d_entropy is not None,
         )
         return out, None, None, None, None, None, None
+
+
+class _LinearLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
+        ctx.head, ctx.weight = head, WeightGradient(weight, needed=ctx.needs_input_grad[1])
+        ctx.save_for_backward(hidden)
+        return head.project(hidden, head.buffer(hidden.shape[0], head.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,), head = ctx.saved_tensors, ctx.head
+        d_logits = d_logits.to(head.weight.dtype)
+        if ctx.weight.total is not None:
+            add_outer(ctx.weight.total, d_logits, hidden)
+        d_hidden = d_logits @ head.weight if ctx.needs_input_grad[0] else None
+        return d_hidden, ctx.weight.for_autograd(), None
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``hidden @ weight.T`` ``[R, w]``, accumulated in float32 and rounded to ``dtype`` (float32 or
+    that of the weight).
+
+    Differentiable; the weight's gradient is added to its ``main_grad`` if there is one.
+    """
+    head = Head.of(weight, None, weight.shape[0], dtype=dtype, chunk=1, plain=True)
+    found: Tensor = _LinearLogits.apply(hidden, weight, head)  # type: ignore[no-untyped-call]
+    return found
 
 
 def vocab_parallel_logprob(

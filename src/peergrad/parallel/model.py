@@ -26,7 +26,6 @@ from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.attention import PackedAttention, RMSNorm
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.vocab import linear_logprob
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (
@@ -39,8 +38,8 @@ UNSUPPORTED = (
 class PolicyModel(GPTModel):
     """GPT whose last pipeline stage returns hidden states ``[T, 1, H]``.
 
-    The head is applied by ``logprobs`` to the scored rows alone and a chunk at a time, so logits of
-    a whole micro-batch never exist.
+    ``parallel.head`` projects the scored rows alone, a chunk at a time: logits of a whole
+    micro-batch need never exist.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,20 +64,6 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         return weight
-
-    def logprobs(
-        self, hidden: Tensor, batch: MicroBatch, *, vocab: int, temperature: float, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        """(logp, entropy) ``[S]`` of the batch's scored tokens, float32; last stage only."""
-        return linear_logprob(
-            self.head_input(hidden).index_select(0, batch.rows),
-            self.head_weight(),
-            batch.targets,
-            group=self.pg_collection.tp,
-            vocab_size=vocab,
-            temperature=temperature,
-            chunk=chunk,
-        )
 
 
 def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:

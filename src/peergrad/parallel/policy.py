@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +19,13 @@ from peergrad.algo.samples import Sample, make_samples
 from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.groups import Groups
+from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import build_optimizer, learning_rate, wrap_model
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
-
-
-class Objective(Protocol):
-    """Loss and metrics of a micro-batch from its logprobs and entropies."""
-
-    def __call__(
-        self, logp: Tensor, entropy: Tensor, batch: MicroBatch, /
-    ) -> tuple[Tensor, Metrics]: ...
-
-    def refusal(self, metrics: dict[str, float], /) -> str | None:
-        """Why the optimizer must not take this step, or None."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +65,8 @@ class Scorer:
         self.config, self.groups = config, groups
         self.hf_config, self.shape = read_shape(path)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, groups)
+        kind = choose_logprob(config.kernels.logprob, groups.device)
+        self.head = Head(self.model, config, vocab=self.shape.vocab, kind=kind)
         if weights is None:
             load_hf(self.model, path, self.shape, groups)
         else:
@@ -89,7 +80,7 @@ class Scorer:
         bins = self._divide(samples)
 
         def forward(batch: MicroBatch, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-            return self._head(hidden, batch, temperature)
+            return self.head.logprobs(hidden, batch, temperature=temperature)
 
         with torch.no_grad():
             found = self._schedule(self.model, self._pack(samples, bins), forward, True)
@@ -131,17 +122,6 @@ class Scorer:
                 raise error
 
         self.groups.share(finish)
-
-    def _head(
-        self, hidden: Tensor, batch: MicroBatch, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.model.logprobs(
-            hidden,
-            batch,
-            vocab=self.shape.vocab,
-            temperature=temperature or self.config.rollout.temperature,
-            chunk=self.config.parallel.logprob_chunk,
-        )
 
     def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
         budget = self.config.parallel.micro_batch_tokens
@@ -228,14 +208,12 @@ class Policy(Scorer):
         bins = self._divide(samples)
 
         def finish(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            logp, entropy = self._head(hidden, batch)
-            loss, metrics = objective(logp, entropy, batch)
-            report = (metrics, logp.detach(), entropy.detach())
+            loss, *report = self.head.loss(hidden, batch, objective)
             return loss, torch.zeros((), dtype=torch.int), report
 
         reports = self._schedule(self.ddp, self._pack(samples, bins), finish, False)
         found = [report[1:] for report in reports]
-        mine = _add_up([report[0] for report in reports])
+        mine = _add_up([metrics for report in reports for metrics in report[0]])
         scores, parts = self._collect(samples, bins, found, mine)
         metrics = {
             key: total / count if count else total for key, (total, count) in _merge(parts).items()

@@ -35,7 +35,7 @@ def oracle(offset: float) -> tuple[torch.Tensor, ...]:
 
 
 def rank_results(chunk: int, offset: float) -> list[torch.Tensor]:
-    from peergrad.parallel.vocab import linear_logprob
+    from peergrad.kernels import linear_logprob
 
     dist.init_process_group("gloo")
     hidden, weight, targets, a, b = inputs(offset)
