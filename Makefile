@@ -28,8 +28,10 @@ train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
 	@$(BIN)/torchrun --nproc-per-node $(RANKS) -m peergrad.main $(RUN)
 
+# Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
 test: $(READY)
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -107,12 +107,10 @@ class Head:
 def add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """``total += d_logits.T @ hidden`` in one product; ``total`` ``[w, H]`` is float32."""
     left = d_logits.t()
-    if left.dtype == torch.float32:
-        total.addmm_(left, hidden)
-    elif total.is_cuda:
+    if total.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(left.float(), hidden.float())
+        torch.addmm(total, left.float(), hidden.float(), out=total)
 
 
 class WeightGradient:

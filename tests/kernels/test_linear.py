@@ -1,0 +1,294 @@
+"""From hidden states: values and gradients against float64, what is computed and what is not."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from peergrad.kernels import (
+    fused_linear_grpo,
+    linear_logits,
+    linear_logprob,
+    vocab_parallel_logprob,
+)
+from peergrad.kernels.gradient import active_first
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.oracle import exact
+from tests.spawn import run_ranks
+
+HIDDEN, REAL, PADDED = 24, 45, 64  # over four ranks the last one holds nothing but padding
+METHODS = ["fused", "linear", "logits"]
+
+
+def draw(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """hidden, weight, targets, temperature and two upstream gradients; rows 1, 5, 9 .. are ignored,
+    2, 6, 10 .. have no gradient."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
+    weight = (0.5 * torch.randn(PADDED, HIDDEN, generator=generator)).to(dtype)
+    targets = torch.randint(0, REAL, (rows,), generator=generator)
+    temperature = 0.5 + torch.rand(rows, generator=generator)
+    d_logp, d_entropy = torch.randn(2, rows, generator=generator)
+    targets[1::4] = -100
+    d_logp[2::4] = d_entropy[2::4] = 0.0
+    return hidden, weight, targets, temperature, d_logp, d_entropy
+
+
+def run(
+    method: str,
+    hidden: Tensor,
+    weight: Tensor,
+    rest: tuple[Tensor, ...],
+    *,
+    group: Any = None,
+    chunk: int = 7,
+    scale: float = 1.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, loss), after ``(scale * loss).backward()``, by one of the three ways."""
+    targets, tau, a, b = rest
+    shared = {"group": group, "temperature": tau}
+    if method == "logits":
+        dtype = options.pop("logits", torch.float32)
+        logp, entropy = vocab_parallel_logprob(
+            linear_logits(hidden, weight, dtype=dtype),
+            targets,
+            valid_vocab=REAL,
+            with_entropy=True,
+            inplace=True,
+            **shared,
+        )
+        loss = (a * logp + b * entropy).sum()
+    elif method == "linear":
+        logp, entropy = linear_logprob(
+            hidden, weight, targets, vocab_size=REAL, chunk=chunk, **shared, **options
+        )
+        loss = (a * logp + b * entropy).sum()
+    else:
+
+        def derivative(logp: Tensor, entropy: Tensor, rows: Any) -> Any:
+            return (a[rows] * logp + b[rows] * entropy).sum(), a[rows], b[rows]
+
+        loss, logp, entropy = fused_linear_grpo(
+            hidden, weight, targets, derivative, vocab_size=REAL, chunk=chunk, **shared, **options
+        )
+    (scale * loss).backward()
+    return logp.detach(), entropy.detach(), loss.detach()
+
+
+def oracle(hidden: Tensor, weight: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """logp, entropy, d_hidden, d_weight in float64."""
+    targets, tau, a, b = rest
+    x, w = hidden.double(), weight.double()
+    logp, entropy, d_logits = exact(x @ w.t(), targets, tau, REAL, a, b)
+    return logp, entropy, d_logits @ w, d_logits.t() @ x
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("rows", [1, 2, 21])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_float64(method: str, rows: int, chunk: int) -> None:
+    hidden, weight, *rest = draw(rows)
+    x, w = leaf(hidden), leaf(weight)
+    logp, entropy, loss = run(method, x, w, tuple(rest), chunk=chunk)
+    wanted = oracle(hidden, weight, tuple(rest))
+    for ours, theirs in zip((logp, entropy, x.grad, w.grad), wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=2e-6)
+    assert loss == pytest.approx(float(rest[2] @ logp + rest[3] @ entropy), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_main_gradient_takes_the_heads_and_autograd_none(method: str) -> None:
+    """Two micro-batches of bfloat16 add up in the float32 gradient that was there before."""
+    hidden, weight, *rest = draw(21, torch.bfloat16)
+    before = torch.randn(PADDED, HIDDEN)
+    w = leaf(weight)
+    w.main_grad = before.clone()  # type: ignore[attr-defined]
+    for _ in range(2):
+        x = leaf(hidden)
+        run(method, x, w, tuple(rest))
+    assert w.grad is None and x.grad is not None and x.grad.dtype == torch.bfloat16
+    _, _, d_hidden, d_weight = oracle(hidden, weight, tuple(rest))
+    # the gradient of the logits is rounded to bfloat16, 2^-9 of each, before the two products
+    error = (w.main_grad.double() - before - 2 * d_weight).norm() / (2 * d_weight).norm()  # type: ignore[attr-defined]
+    assert error < 2e-3
+    assert (x.grad.double() - d_hidden).norm() / d_hidden.norm() < 4e-3
+
+
+def test_upstream_scale() -> None:
+    """Without a main gradient it scales; with one, which already has it, it must be 1."""
+    hidden, weight, *rest = draw(9)
+    x, w = leaf(hidden), leaf(weight)
+    run("fused", x, w, tuple(rest), scale=3.0)
+    _, _, d_hidden, d_weight = oracle(hidden, weight, tuple(rest))
+    torch.testing.assert_close(x.grad.double(), 3 * d_hidden, atol=2e-5, rtol=2e-6)
+    torch.testing.assert_close(w.grad.double(), 3 * d_weight, atol=2e-5, rtol=2e-6)
+    w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="must reach backward\\(\\) unscaled"):
+        run("fused", x, w, tuple(rest), scale=3.0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_that_nobody_wants(method: str, frozen: str) -> None:
+    hidden, weight, *rest = draw(9)
+    x = hidden if frozen != "weight" else leaf(hidden)
+    w = weight if frozen != "hidden" else leaf(weight)
+    if frozen == "both":
+        with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+            run(method, x, w, tuple(rest))
+        return
+    run(method, x, w, tuple(rest))
+    _, _, d_hidden, d_weight = oracle(hidden, weight, tuple(rest))
+    grad, wanted = (w.grad, d_weight) if frozen == "hidden" else (x.grad, d_hidden)
+    torch.testing.assert_close(grad.double(), wanted, atol=5e-6, rtol=2e-6)
+
+
+def test_scoring_and_training_agree_to_the_bit() -> None:
+    """The ratio before the first step is exactly 1."""
+    hidden, weight, *rest = draw(21)
+    kept = (rest[0] >= 0).nonzero()[:, 0]  # the fused way drops ignored rows before chunking
+    some, hidden = tuple(x[kept] for x in rest), hidden[kept]
+    with torch.no_grad():
+        scored, entropy = linear_logprob(
+            hidden, weight, some[0], group=None, vocab_size=REAL, temperature=some[1], chunk=7
+        )
+    for method in ("fused", "linear"):
+        found = run(method, leaf(hidden), leaf(weight), some)
+        assert torch.equal(found[0], scored) and torch.equal(found[1], entropy)
+
+
+@pytest.mark.parametrize(
+    ("method", "ignored", "idle", "products"),
+    [
+        ("fused", 0.0, 0.0, 3.0),
+        ("fused", 0.5, 0.0, 1.5),  # never projected
+        ("fused", 0.0, 0.5, 2.0),  # projected, and no more
+        ("fused", 0.0, 1.0, 1.0),
+        ("linear", 0.0, 0.0, 4.0),
+        ("linear", 0.0, 0.5, 3.0),
+    ],
+)
+def test_matrix_products(method: str, ignored: float, idle: float, products: float) -> None:
+    """Counted by PyTorch, in units of the projection of all rows."""
+    rows = 32
+    hidden, weight, targets, tau, a, b = draw(rows)
+    targets, a, b = targets.clamp(min=0), a + 9, b + 9
+    targets[: int(ignored * rows)] = -1
+    a[int((1 - idle) * rows) :] = b[int((1 - idle) * rows) :] = 0.0
+    with FlopCounterMode(display=False) as counter:
+        run(method, leaf(hidden), leaf(weight), (targets, tau, a, b), chunk=8)
+    assert counter.get_total_flops() / (2 * rows * HIDDEN * PADDED) == products
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter copies tensors as bytes")
+@pytest.mark.parametrize("method", ["fused", "linear"])
+def test_logits_exist_for_a_chunk_only(method: str) -> None:
+    hidden, weight, *rest = draw(400)
+    with Largest() as largest:
+        run(method, leaf(hidden), leaf(weight), tuple(rest), chunk=5)
+    # the hidden states, or four numbers for each of eight blocks; all logits would be 25 600
+    assert largest.elements == {"fused": 400 * HIDDEN, "linear": 400 * 4 * 8}[method]
+
+
+def test_rounded_logits() -> None:
+    """``logits=bfloat16``: the softmax sees what an engine with such a head sees."""
+    hidden, weight, *rest = draw(9, torch.bfloat16)
+    targets, tau, a, b = rest
+    rounded = (hidden.float() @ weight.float().t()).bfloat16()
+    wanted = exact(rounded, targets, tau, REAL, a, b)
+    for method in METHODS:
+        x = leaf(hidden)
+        found = run(method, x, leaf(weight), tuple(rest), logits=torch.bfloat16)
+        for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+            torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=0)
+        d_hidden = wanted[2] @ weight.double()
+        assert (x.grad.double() - d_hidden).norm() / d_hidden.norm() < 5e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_rows(method: str) -> None:
+    hidden, weight, *rest = draw(4)
+    x, w = leaf(hidden[:0]), leaf(weight)
+    logp, entropy, loss = run(method, x, w, tuple(v[:0] for v in rest))
+    assert logp.shape == entropy.shape == (0,) and loss == 0
+    assert x.grad.shape == (0, HIDDEN) and not w.grad.any()
+
+
+def of_rank(method: str, dtype: torch.dtype) -> list[Tensor]:
+    dist.init_process_group("gloo")
+    hidden, weight, *rest = draw(21, dtype)
+    x = leaf(hidden)
+    w = leaf(weight.chunk(dist.get_world_size())[dist.get_rank()])
+    logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
+    dist.all_reduce(x.grad)  # what copy_to_tensor_model_parallel_region does
+    return [logp, entropy, x.grad, w.grad, loss]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "method"), [(2, "linear"), (2, "logits"), (4, "fused")])
+def test_real_ranks(ranks: int, method: str) -> None:
+    found = run_ranks(ranks, of_rank, method, torch.float32)
+    hidden, weight, *rest = draw(21)
+    wanted = oracle(hidden, weight, tuple(rest))
+    whole = [*found[0][:3], torch.cat([rank[3] for rank in found])]
+    for ours, theirs in zip(whole, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=2e-6)
+    for rank in found:
+        assert torch.equal(rank[0], found[0][0]) and torch.equal(rank[1], found[0][1])
+        assert torch.equal(rank[4], found[0][4])
+
+
+def test_active_first_has_no_hazard_in_place() -> None:
+    assert active_first(torch.tensor([0, 1, 0, 0, 1, 1]) > 0).tolist() == [4, 1, 5]
+    generator = torch.Generator().manual_seed(0)
+    for size in range(12):
+        for _ in range(20):
+            active = torch.rand(size, generator=generator) < 0.5
+            source = active_first(active)
+            assert sorted(source.tolist()) == active.nonzero()[:, 0].tolist()
+            for row, origin in enumerate(source.tolist()):
+                # what is read from elsewhere lies behind everything that is written
+                assert origin == row or origin >= len(source)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is only a Triton form")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "size", "width", "valid"), [(3, 72, 600, 590), (130, 64, 40, 40)])
+def test_tiled(rows: int, size: int, width: int, valid: int, dtype: torch.dtype) -> None:
+    from peergrad.kernels.tiled import tiled_linear_logprob
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, size, generator=generator).to(dtype)
+    weight = (0.5 * torch.randn(width, size, generator=generator)).to(dtype)
+    targets = torch.randint(0, valid, (rows,), generator=generator)
+    targets[1] = -100
+    tau = 0.5 + torch.rand(rows, generator=generator)
+    options: dict[str, Any] = {"group": None, "vocab_size": valid, "temperature": tau}
+    found = tiled_linear_logprob(hidden, weight, targets, **options)
+    wanted = exact(hidden.double() @ weight.double().t(), targets, tau, valid)
+    for ours, theirs in zip(found, wanted[:2], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs bfloat16 or float16"):
+        tiled_linear_logprob(hidden.float(), weight.float(), targets, **options)
