@@ -227,6 +227,34 @@ def test_rounded_logits() -> None:
         assert (x.grad.double() - d_hidden).norm() / d_hidden.norm() < 5e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1000, 1003])
+def test_what_lies_between_rows_is_not_used(width: int, dtype: torch.dtype) -> None:
+    """A bfloat16 product of 32 x 1000 by 1000 x 32 reads up to column 1008."""
+    torch.set_num_threads(1)  # with two another product is chosen
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, 32, generator=generator).to(dtype)
+    weight = torch.randn(width, 32, generator=generator).to(dtype)
+    targets, ones = torch.arange(32), torch.ones(32)
+    wanted = exact(hidden.double() @ weight.double().t(), targets, 1.0, width, ones)
+    d_hidden = wanted[2] @ weight.double()
+    for chunk in (32, 16):
+        x = leaf(hidden)
+        loss, *_ = fused_linear_grpo(
+            x,
+            weight,
+            targets,
+            lambda logp, entropy, rows: (logp.sum(), torch.ones_like(logp), None),
+            group=None,
+            vocab_size=width,
+            temperature=1.0,
+            chunk=chunk,
+        )
+        loss.backward()
+        assert x.grad is not None
+        assert (x.grad.double() - d_hidden).norm() / d_hidden.norm() < 5e-3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_rows(method: str) -> None:
     hidden, weight, *rest = draw(4)

@@ -44,9 +44,14 @@ class Head:
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised ``[rows, w]``, each row on a multiple of 16 elements: kernels then load 16
-        bytes at a time, whatever the vocabulary."""
+        bytes at a time, whatever the vocabulary.
+
+        What lies between the rows is 0: oneDNN's bfloat16 product reads it, and 0 times NaN is NaN.
+        """
         width = self.shard.width
-        return self.weight.new_empty(rows, -(-width // 16) * 16, dtype=dtype)[:, :width]
+        whole = self.weight.new_empty(rows, -(-width // 16) * 16, dtype=dtype)
+        whole[:, width:] = 0
+        return whole[:, :width]
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``hidden @ weight.T`` into ``out``, accumulated in float32 and rounded to its dtype."""

@@ -110,8 +110,9 @@ def vocab_parallel_logprob(
         plain: PyTorch where Triton would run.
 
     Returns:
-        ``(logp [R], entropy [R] or None)``, float32, bit-equal on every rank and for every number
-        of ranks that divides 8; 0 for ignored rows. Differentiable both, together or alone.
+        ``(logp [R], entropy [R] or None)``, float32, 0 for ignored rows; differentiable both,
+        together or alone. Bit-equal on every rank, and for every number of ranks that divides 8 if
+        8 divides the padded vocabulary.
     """
     if logits.stride(-1) != 1:
         raise ValueError(f"logits must be dense in the vocabulary, got strides {logits.stride()}")

@@ -30,21 +30,21 @@ def partials(
     ``logits`` ``[R, w]`` in any floating dtype, ``targets`` ``[R]`` global ids (negative: ignored),
     ``temperature`` ``[R]`` float32. Without ``entropy`` s is 0.
     """
-    found = logits.new_empty(shard.blocks, logits.shape[0], 4, dtype=torch.float32)
-    for block, (m, d, s, t) in enumerate(part.unbind(1) for part in found):
-        start, end = shard.bounds(block)
-        x = logits[:, start:end].float().clamp(min=FLOOR)
-        peak = x.amax(1) if end > start else x.new_full(m.shape, FLOOR)
-        z = (x - peak[:, None]) * (LOG2E / temperature)[:, None]
-        e = z.exp2()
-        m.copy_(peak)
-        d.copy_(e.sum(1))
-        s.copy_((e * z).sum(1) if entropy else 0.0)
-        column = targets - shard.first
-        here = (column >= start) & (column < end)
-        mine = logits.gather(1, column.clamp(0, shard.width - 1)[:, None])[:, 0]
-        t.copy_(torch.where(here, mine.float(), -torch.inf))
-    return found
+    x = logits.float().clamp(min=FLOOR)
+    x[:, shard.valid :] = FLOOR
+    x = x.reshape(len(x), shard.blocks, shard.width // shard.blocks)
+    m = x.amax(2)
+    z = x.sub_(m[:, :, None]).mul_((LOG2E / temperature)[:, None, None])
+    e = z.exp2()
+    d = e.sum(2)
+    s = e.mul_(z).sum(2) if entropy else torch.zeros_like(d)
+    column = targets - shard.first
+    here = (column >= 0) & (column < shard.valid)
+    column = column.clamp(0, shard.width - 1)[:, None]
+    mine = torch.where(here[:, None], logits.gather(1, column).float(), -torch.inf)
+    block = column // (shard.width // shard.blocks)
+    t = torch.full_like(m, -torch.inf).scatter(1, block, mine)
+    return torch.stack((m, d, s, t), -1).transpose(0, 1).contiguous()
 
 
 def merge(

@@ -9,9 +9,9 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 BLOCKS = 8
-"""Parts of the vocabulary that are reduced on their own and merged in order. Every tensor-parallel
-size that divides it adds up the same numbers in the same order: the same bits. 32 kB of bfloat16
-each at 128k columns, enough for a GPU's memory to stream."""
+"""Equal parts of the vocabulary that are reduced on their own and merged in order. Every
+tensor-parallel size that divides it adds up the same numbers in the same order: the same bits. At
+128k columns of bfloat16 a part is 32 kB, enough for a GPU's memory to stream."""
 
 
 @dataclass(frozen=True)
@@ -19,29 +19,23 @@ class Shard:
     """One rank's columns of the padded vocabulary.
 
     Example:
-        Vocabulary 21, padded to 32, rank 1 of 2: ``Shard(width=16, valid=5, first=16, blocks=4)``,
-        whose blocks are columns 0-4, 4-8, 8-12, 12-16 of its own, of which 0-4 and 4-5 are real.
+        Vocabulary 21, padded to 32, rank 1 of 2: ``Shard(width=16, valid=5, first=16, blocks=4)``.
     """
 
     width: int  # columns, padding included
     valid: int  # real ones, in front
     first: int  # place of column 0 in the vocabulary
-    blocks: int  # of this rank
+    blocks: int  # of this rank, equal in width
     group: dist.ProcessGroup | None = None
 
     @staticmethod
     def of(group: dist.ProcessGroup | None, width: int, vocab_size: int) -> "Shard":
         """The shard of this rank of ``group`` (None: of the whole vocabulary), ranks in order."""
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-        first = rank * width
-        blocks = BLOCKS // ranks if BLOCKS % ranks == 0 else 1
+        first, blocks = rank * width, max(1, BLOCKS // ranks)
+        if BLOCKS % ranks or width % blocks:
+            blocks = 1
         return Shard(width, max(0, min(width, vocab_size - first)), first, blocks, group)
-
-    def bounds(self, block: int) -> tuple[int, int]:
-        """First column of a block and the end of its real ones. A block's start does not depend on
-        how many ranks share the vocabulary, if the padded width is the same."""
-        start, end = (i * self.width // self.blocks for i in (block, block + 1))
-        return start, max(start, min(end, self.valid))
 
     def gather(self, parts: Tensor) -> Tensor:
         """``[blocks, R, 4]`` of every rank as ``[all blocks, R, 4]``, in the vocabulary's order on

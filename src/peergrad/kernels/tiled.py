@@ -44,8 +44,8 @@ def linear_partials_kernel(
     # Neighbouring programs share a block of the weight: it is read from memory once, then from L2.
     block = tl.program_id(0) // tiles
     top = tl.program_id(0) % tiles * ROWS
-    start = block * width // BLOCKS
-    end = tl.maximum(start, tl.minimum((block + 1) * width // BLOCKS, valid))
+    start = block * (width // BLOCKS)
+    end = tl.maximum(start, tl.minimum(start + width // BLOCKS, valid))
     left = tl.make_tensor_descriptor(hidden, [rows, size], [hidden_stride, 1], [ROWS, DEPTH])
     right = tl.make_tensor_descriptor(weight, [width, size], [weight_stride, 1], [COLUMNS, DEPTH])
     row = top + tl.arange(0, ROWS)

@@ -18,6 +18,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NAN = tl.constexpr(float("nan"))
 ALL = tl.constexpr(tl.PropagateNan.ALL)
+# How a program is cut: benchmarks/logprob.py --sweep tries others. Results change in the last bits.
+LANES, TILES, WARPS = 256, 4, 4
 VECTOR = tl.constexpr(8)  # neighbouring bfloat16 of one thread: 16 bytes, one load or store
 
 
@@ -57,9 +59,10 @@ def partials_kernel(
     are 16 bytes: a lane's elements must be one thread's."""
     row = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    start = block * width // BLOCKS
-    end = tl.minimum((block + 1) * width // BLOCKS, valid)
-    if ALIGNED:  # without these the loads are two bytes wide
+    step = width // BLOCKS
+    start = block * step
+    end = tl.minimum(start + step, valid)
+    if ALIGNED:  # without these the loads are narrow
         start = tl.multiple_of(start, 8)
         end = tl.multiple_of(end, 8)
     k = LOG2E / tl.load(temperature + row)
@@ -187,13 +190,9 @@ def dlogits_kernel(
 
 def _aligned(shard: Shard, *tensors: Tensor) -> bool:
     """Whether every block and row starts and ends on a multiple of a thread's vector."""
-    vector, step = VECTOR.value, shard.width // shard.blocks
-    rows = all(t.stride(0) % vector == 0 and t.data_ptr() % 16 == 0 for t in tensors)
-    return (
-        rows
-        and shard.width % shard.blocks == 0
-        and step % vector == 0
-        and shard.valid % vector == 0
+    sizes = (shard.width // shard.blocks, shard.valid, *(t.stride(0) for t in tensors))
+    return all(size % VECTOR.value == 0 for size in sizes) and all(
+        t.data_ptr() % 16 == 0 for t in tensors
     )
 
 
@@ -208,7 +207,7 @@ def partials(
             logits, targets, temperature, out,
             logits.stride(0), rows, shard.first, shard.width, shard.valid,
             BLOCKS=shard.blocks, ALIGNED=_aligned(shard, logits), ENTROPY=entropy,
-            LANES=256, WIDE=16 // logits.element_size(), num_warps=4,
+            LANES=LANES, WIDE=16 // logits.element_size(), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -240,13 +239,12 @@ def dlogits(
     entropy: bool,
 ) -> Tensor:
     """See ``reference.dlogits``; last dimensions must be dense."""
-    rows, lanes, tiles = out.shape[0], 256, 4
-    parts = triton.cdiv(shard.width, lanes * VECTOR.value * tiles)
+    rows, parts = out.shape[0], triton.cdiv(shard.width, LANES * VECTOR.value * TILES)
     if rows:
         dlogits_kernel[(rows * parts,)](
             logits, out, source, targets, temperature, *saved, *factors,
             logits.stride(0), out.stride(0), shard.first, shard.width, shard.valid, parts,
             COMPACT=source is not None, ALIGNED=_aligned(shard, logits, out), ENTROPY=entropy,
-            LANES=lanes, TILES=tiles, num_warps=4,
+            LANES=LANES, TILES=TILES, num_warps=WARPS,
         )  # fmt: skip
     return out
