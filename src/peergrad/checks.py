@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from peergrad.config import Config, OldPolicy, require
+from peergrad.config import Config, Dtype, OldPolicy, require
 
 NEEDED = (
     "num_attention_heads",
@@ -32,6 +32,7 @@ def check(config: Config, *, world: int) -> None:
     _check_batch(config, world)
     _check_lengths(config, model)
     _check_objective(config)
+    _check_kernels(config)
     _check_sources(config)
 
 
@@ -172,6 +173,17 @@ def _check_lengths(config: Config, model: dict[str, Any]) -> None:
         f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's "
         f"context of {limit} tokens",
         "lower one of the two",
+    )
+
+
+def _check_kernels(config: Config) -> None:
+    logits, weights = config.kernels.logits, config.model.dtype
+    require(
+        logits in (Dtype.float32, weights),
+        "kernels.logits",
+        logits.name,
+        f"rounds what a model in {weights.name} (model.dtype) computes more exactly",
+        "set kernels.logits=float32",
     )
 
 

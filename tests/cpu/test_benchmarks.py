@@ -1,5 +1,10 @@
 """The arithmetic behind the benchmarks' figures, by hand."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks.flops import forward_flops, layer_weights, mfu, peak_tflops
@@ -71,3 +76,22 @@ def test_peak_goes_by_the_most_special_name() -> None:
     assert peak_tflops("NVIDIA H200") == peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
     assert peak_tflops("NVIDIA H100 PCIe") == 756.0
     assert peak_tflops("Some Other Device") is None
+
+
+def test_logprob_benchmark_runs_and_is_right(tmp_path: Path) -> None:
+    """Small sizes on the CPU: what can run does, what cannot says why, and none is wrong."""
+    script, out = Path(__file__).parents[2] / "benchmarks" / "logprob.py", tmp_path / "out.json"
+    command = [sys.executable, str(script), "--tiny", "--warmup=1", "--repeats=2"]
+    subprocess.run([*command, f"--out={out}"], check=True, capture_output=True)
+    records = json.loads(out.read_text())["records"]
+    assert records[0]["floors"].keys() == {"bytes_per_second", "flops_per_second"}
+    measured = [r for r in records if "seconds" in r]
+    assert {r["method"].split(",")[0].split()[0] for r in measured} >= {"peergrad", "megatron"}
+    for record in records[1:]:
+        if record["method"].startswith(("peergrad", "torch eager", "megatron")):
+            assert "seconds" in record or "need a GPU" in record["missing"], record
+    ours = [r for r in measured if r["method"].startswith("peergrad")]
+    for record in ours:
+        rounded = record["sizes"]["hidden"] and "float32" not in record["method"]
+        assert record["errors"]["logp"] < (3e-2 if rounded else 2e-6), record
+        assert record["errors"].get("gradient", 0) < 5e-3, record

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peergrad.checks import check
-from peergrad.config import Config, OldPolicy
+from peergrad.config import Config, Dtype, OldPolicy
 
 SHAPE = {
     "num_attention_heads": 8,
@@ -129,6 +129,15 @@ def test_prompt_and_answer_fit_the_context(config: Config) -> None:
         "rollout.max_new_tokens = 401: with data.max_prompt_tokens (112) exceeds the model's "
         "context of 512 tokens; "
     )
+
+
+def test_logits_are_not_coarser_than_the_model(config: Config) -> None:
+    config.kernels.logits, config.model.dtype = Dtype.bfloat16, Dtype.float32
+    assert refusal(config).startswith(
+        "kernels.logits = 'bfloat16': rounds what a model in float32 (model.dtype) computes"
+    )
+    config.model.dtype = Dtype.bfloat16
+    check(config, world=1)
 
 
 @pytest.mark.parametrize("key", ["path", "reference"])

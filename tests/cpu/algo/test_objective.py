@@ -614,3 +614,67 @@ def test_shapes_are_checked_in_tests() -> None:
     """The pytest flag --jaxtyping-packages is at work: a wrong shape would broadcast otherwise."""
     with pytest.raises(TypeCheckError):
         objective()(torch.zeros(3), torch.zeros(1), new_batch([1.0] * 3))
+
+
+# --- in parts ------------------------------------------------------------------------------------
+
+CORRECTIONS: list[dict[str, Any]] = [
+    {},
+    *(
+        {"kind": kind, "level": level, "low": 0.5, "high": 2.0}
+        for kind in ("tis", "mis")
+        for level in ("token", "sequence", "geometric")
+    ),
+    {"kind": "icepop", "level": "token", "low": 0.5, "high": 2.0},
+    {"kind": "seq_mask_tis", "level": "geometric", "low": 0.9, "high": 1.1},
+    {"dppo": 0.1},
+    {"opsm": 0.05},
+]
+
+
+def in_parts(
+    subject: Objective, logp: Tensor, entropy: Tensor, batch: MicroBatch, parts: list[slice]
+) -> dict[str, Tensor]:
+    """Loss, both gradients and the sums of all metrics, with the batch given in parts."""
+    leaves = logp.clone().requires_grad_(), entropy.clone().requires_grad_()
+    total: dict[str, Tensor] = {"loss": f64(0.0)}
+    for part in parts:
+        loss, metrics = subject(leaves[0][part], leaves[1][part], batch.part(part))
+        total["loss"] = total["loss"] + loss
+        for key, (value, count) in metrics.items():
+            pair = torch.stack([value.double(), torch.as_tensor(count).double()])
+            total[key] = total.get(key, torch.zeros(2, dtype=torch.float64)) + pair
+    gradients = torch.autograd.grad(total["loss"], leaves, allow_unused=True)
+    zero = torch.zeros_like(logp)
+    found = {"d_logp": gradients[0], "d_entropy": gradients[1]}
+    return total | {key: zero if value is None else value for key, value in found.items()}
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("kind", [kind.name for kind in SurrogateKind])
+def test_parts_add_up_if_and_only_if_it_says_so(kind: str, correction: dict[str, Any]) -> None:
+    """Two answers of 30 tokens, cut in the middle of each; what the halves have drifted cancels."""
+    old = {"old_policy": OldPolicy.engine} if kind == "icepop" else {}
+    options = {"surrogate": {"kind": kind}, "correction": correction, "kl": {"coef": 0.1}, **old}
+    try:
+        subject = objective(entropy_coef=0.01, **options)
+    except ValueError:
+        pytest.skip("no legal combination")
+    generator = torch.Generator().manual_seed(0)
+
+    def near(x: Tensor, by: float) -> Tensor:
+        return x + by * torch.randn(60, generator=generator, dtype=torch.float64)
+
+    logp, drift = near(f64([-2.0] * 60), 0.5), f64(([0.3] * 15 + [-0.3] * 15) * 2)
+    batch = replace(
+        new_batch([1.0] * 30 + [-1.0] * 30, sequence=[0] * 30 + [1] * 30),
+        logp_old=near(logp + drift, 0.1),
+        logp_engine=near(logp, 0.1),
+        logp_ref=near(logp, 0.3),
+        weight=torch.rand(60, generator=generator, dtype=torch.float64),
+    )
+    entropy = near(f64([1.0] * 60), 0.1)
+    whole = in_parts(subject, logp, entropy, batch, [slice(0, 60)])
+    parts = in_parts(subject, logp, entropy, batch, [slice(0, 17), slice(17, 45), slice(45, 60)])
+    equal = all(torch.allclose(parts[key], whole[key], rtol=1e-12, atol=1e-14) for key in whole)
+    assert equal == subject.per_token
