@@ -88,6 +88,7 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
         Config,
         Dtype,
         KernelsConfig,
+        Logprob,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
@@ -106,7 +107,9 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
             micro_batch_tokens=budget,
             distributed_optimizer=sections.get("distributed", True),
         ),
-        kernels=KernelsConfig(chunk=7),
+        kernels=KernelsConfig(
+            chunk=7, logprob=Logprob.fused_linear if dtype == "bfloat16" else Logprob.auto
+        ),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=OptimConfig(lr=1e-2, clip_grad=1.0),
     )

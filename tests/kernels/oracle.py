@@ -34,7 +34,7 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits ``[rows, width]``, targets, temperatures, and two upstream gradients. Every fourth row
     from the second on is ignored, every fourth from the third on has no gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     logits = (spread * torch.randn(rows, width, generator=generator)).to(dtype)
     targets = torch.randint(0, valid, (rows,), generator=generator)
     temperature = 0.5 + torch.rand(rows, generator=generator)

@@ -27,7 +27,7 @@ METHODS = ["fused", "linear", "logits"]
 def draw(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """hidden, weight, targets, temperature and two upstream gradients; rows 1, 5, 9 .. are ignored,
     2, 6, 10 .. have no gradient."""
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(rows)
     hidden = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(PADDED, HIDDEN, generator=generator)).to(dtype)
     targets = torch.randint(0, REAL, (rows,), generator=generator)
@@ -232,7 +232,7 @@ def test_rounded_logits() -> None:
 def test_what_lies_between_rows_is_not_used(width: int, dtype: torch.dtype) -> None:
     """A bfloat16 product of 32 x 1000 by 1000 x 32 reads up to column 1008."""
     torch.set_num_threads(1)  # with two another product is chosen
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     hidden = torch.randn(32, 32, generator=generator).to(dtype)
     weight = torch.randn(width, 32, generator=generator).to(dtype)
     targets, ones = torch.arange(32), torch.ones(32)
@@ -290,7 +290,7 @@ def test_real_ranks(ranks: int, method: str) -> None:
 
 def test_active_first_has_no_hazard_in_place() -> None:
     assert active_first(torch.tensor([0, 1, 0, 0, 1, 1]) > 0).tolist() == [4, 1, 5]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     for size in range(12):
         for _ in range(20):
             active = torch.rand(size, generator=generator) < 0.5
@@ -307,7 +307,7 @@ def test_active_first_has_no_hazard_in_place() -> None:
 def test_tiled(rows: int, size: int, width: int, valid: int, dtype: torch.dtype) -> None:
     from peergrad.kernels.tiled import tiled_linear_logprob
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     hidden = torch.randn(rows, size, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(width, size, generator=generator)).to(dtype)
     targets = torch.randint(0, valid, (rows,), generator=generator)

@@ -134,8 +134,8 @@ def test_impossible_rows() -> None:
 
 def test_rows_more_than_2_to_the_31_apart() -> None:
     far = torch.empty(0, dtype=torch.bfloat16)
-    # untouched pages of this storage never exist
-    storage = torch.UntypedStorage((2**31 + 4096) * 2)
+    # pages of this storage that nobody touches never exist (on a GPU they do: 4 GB)
+    storage = torch.UntypedStorage((2**31 + 4096) * 2, device=far.device)
     far = far.set_(storage, 0, (2, 2048), (2**31, 1))  # type: ignore[call-overload]
     near = draw(2, 2048, 2048, torch.bfloat16)[0]
     far.copy_(near)
