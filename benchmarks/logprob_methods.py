@@ -75,7 +75,8 @@ def eager(*, entropy: bool) -> FromLogits:
 
 
 def compiled(*, entropy: bool) -> FromLogits:
-    function: Any = torch.compile(_torch_both if entropy else _torch_logp)
+    torch._dynamo.reset()  # or the second width would get a kernel for every width
+    function: Any = torch.compile(_torch_both if entropy else _torch_logp, dynamic=False)
 
     def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         found = function(logits, targets)
@@ -112,8 +113,7 @@ def megatron(*, fused: bool) -> FromLogits:
         loss = (
             fused_vocab_parallel_cross_entropy(x, y, group)
             if fused
-            # it subtracts the maximum from the logits it is given, in place
-            else vocab_parallel_cross_entropy(x.clone(), y)
+            else vocab_parallel_cross_entropy(x, y)
         )
         return Outputs([loss], [-d_logp[:, None]], -loss[:, 0])
 

@@ -16,7 +16,7 @@ from peergrad.kernels import (
     vocab_parallel_logprob,
 )
 from peergrad.kernels.gradient import active_first
-from tests.kernels.conftest import INTERPRETED
+from tests.kernels.conftest import INTERPRETED, TRITON
 from tests.kernels.oracle import exact
 from tests.spawn import run_ranks
 
@@ -134,6 +134,67 @@ def test_upstream_scale() -> None:
     w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="must reach backward\\(\\) unscaled"):
         run("fused", x, w, tuple(rest), scale=3.0)
+
+
+def test_without_gradients_main_gradient_is_left_alone() -> None:
+    hidden, weight, targets, tau, a, _ = draw(9)
+    w = leaf(weight)
+    w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
+
+    def derivative(logp: Tensor, entropy: Tensor, rows: Any) -> Any:
+        return (a[rows] * logp).sum(), a[rows], None
+
+    options: dict[str, Any] = {"group": None, "vocab_size": REAL, "temperature": tau, "chunk": 4}
+    with torch.no_grad():
+        loss, logp, _ = fused_linear_grpo(leaf(hidden), w, targets, derivative, **options)
+    assert not loss.requires_grad and not w.main_grad.any()  # type: ignore[attr-defined]
+    assert loss == pytest.approx(float(a @ logp), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "logits"])
+def test_two_backward_passes_of_one_graph(method: str) -> None:
+    """Each gives its own gradient, and the second leaves the first as it was."""
+    hidden, weight, targets, tau, *_ = draw(9)
+    w = leaf(weight)
+    options: dict[str, Any] = {"group": None, "temperature": tau}
+    if method == "linear":
+        logp, _ = linear_logprob(hidden, w, targets, vocab_size=REAL, chunk=4, **options)
+    else:
+        logits = linear_logits(hidden, w, dtype=torch.float32)
+        logp, _ = vocab_parallel_logprob(
+            logits, targets, valid_vocab=REAL, with_entropy=False, **options
+        )
+    found = [
+        torch.autograd.grad(logp[part].sum(), w, retain_graph=True)[0]
+        for part in (slice(0, 3), slice(3, 9))
+    ]
+    for part, ours in zip((slice(0, 3), slice(3, 9)), found, strict=True):
+        a = torch.zeros(9)
+        a[part] = 1.0
+        wanted = oracle(hidden, weight, (targets, tau, a, torch.zeros(9)))[3]
+        torch.testing.assert_close(ours.double(), wanted, atol=5e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives_are_refused(method: str) -> None:
+    hidden, weight, targets, tau, *_ = draw(5)
+    x, w = leaf(hidden), leaf(weight)
+    if method == "fused":
+        value = fused_linear_grpo(
+            x, w, targets, lambda logp, h, rows: (logp.sum(), torch.ones_like(logp), None),
+            group=None, vocab_size=REAL, temperature=tau, chunk=4,
+        )[0]  # fmt: skip
+    elif method == "linear":
+        value = linear_logprob(
+            x, w, targets, group=None, vocab_size=REAL, temperature=tau, chunk=4
+        )[0].sum()
+    else:
+        value = vocab_parallel_logprob(
+            x @ w.t(), targets, group=None, temperature=tau, valid_vocab=REAL, with_entropy=False
+        )[0].sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), x)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
@@ -301,7 +362,7 @@ def test_active_first_has_no_hazard_in_place() -> None:
                 assert origin == row or origin >= len(source)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is only a Triton form")
+@pytest.mark.skipif(not TRITON, reason="there is only a Triton form")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "size", "width", "valid"), [(3, 72, 600, 590), (130, 64, 40, 40)])
 def test_tiled(rows: int, size: int, width: int, valid: int, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from peergrad.kernels import vocab_parallel_logprob
 from peergrad.kernels.backend import stages
 from peergrad.kernels.gradient import row_factors
 from peergrad.kernels.shard import BLOCKS, Shard
-from tests.kernels.conftest import INTERPRETED
+from tests.kernels.conftest import TRITON
 from tests.kernels.oracle import draw, exact
 from tests.spawn import run_ranks
 
@@ -238,6 +238,28 @@ def test_in_place_only_once() -> None:
         torch.autograd.grad(logp, x, a)
 
 
+def test_in_place_is_noticed_by_whoever_saved_the_logits() -> None:
+    """A soft cap's derivative needs its result, which is no longer there."""
+    raw, targets, tau, a, _ = draw(3, 90, 90, torch.float32)
+    raw.requires_grad_()
+    logp, _ = vocab_parallel_logprob(
+        raw.tanh(), targets, group=None, temperature=tau, valid_vocab=90, with_entropy=False,
+        inplace=True,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.backward(a)
+
+
+def test_targets_and_temperatures_of_any_layout() -> None:
+    logits, targets, tau, *upstream = draw(6, 90, 90, torch.float32)
+    expected = run(logits, targets, tau, 90, *upstream)
+    strided = torch.stack([targets, targets * 0 + 5], 1)[:, 0]
+    for ours, theirs in zip(
+        run(logits, strided, tau.double(), 90, *upstream), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_no_rows_and_strides() -> None:
     logits = torch.zeros(0, 32, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -256,7 +278,7 @@ def test_no_rows_and_strides() -> None:
     assert all(map(torch.equal, found, again))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: compares both stages")
+@pytest.mark.skipif(not TRITON, reason="compares the Triton kernels with PyTorch")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_is_the_reference(dtype: torch.dtype) -> None:
     logits, targets, tau, *upstream = draw(6, 1000, 990, dtype)

@@ -107,7 +107,14 @@ def _instructions(listing: str) -> list[tuple[int, str]]:
 
 def partials(folder: Path, dtype: str, **changed: Any) -> Compiled:
     wide = 4 if dtype == "fp32" else 8
-    constants = {"BLOCKS": 8, "ALIGNED": True, "ENTROPY": True, "LANES": 256, "WIDE": wide}
+    constants = {
+        "BLOCKS": 8,
+        "ALIGNED": True,
+        "EVEN": True,
+        "ENTROPY": True,
+        "LANES": 256,
+        "WIDE": wide,
+    }
     return build(
         folder,
         kernels.partials_kernel,
@@ -121,7 +128,8 @@ def partials(folder: Path, dtype: str, **changed: Any) -> Compiled:
 def dlogits(folder: Path, dtype: str, *, compact: bool) -> Compiled:
     rows = ["temperature", "peak", "log2d", "factor0", "factor1", "factor2"]
     pointers = {"logits": f"*{dtype}", "out": "*bf16", "targets": IDS} | dict.fromkeys(rows, FLOAT)
-    constants = {"COMPACT": compact, "ALIGNED": True, "ENTROPY": True, "LANES": 256, "TILES": 4}
+    constants = {"COMPACT": compact, "ALIGNED": True, "EVEN": True, "ENTROPY": True}
+    constants |= {"LANES": 256, "TILES": 4}
     return build(
         folder,
         kernels.dlogits_kernel,
@@ -184,7 +192,7 @@ def test_partials_without_entropy_are_cheaper(tmp_path: Path) -> None:
 
 def test_the_gate_sees_narrow_loads(tmp_path: Path) -> None:
     """It is no use if it cannot fail: without the promise of alignment the loads are narrow."""
-    loop = hot_loop(partials(tmp_path, "bf16", ALIGNED=False))
+    loop = hot_loop(partials(tmp_path, "bf16", ALIGNED=False, EVEN=False))
     loads = [code for _, code in loop if code.startswith("LDG")]
     assert len(loads) > 2 and not any(code.startswith("LDG.E.128") for code in loads)
 
@@ -202,14 +210,22 @@ def test_dlogits(tmp_path: Path, dtype: str, loads: int, compact: bool) -> None:
     assert made.resources["REG"] <= 48
 
 
-def test_merge(tmp_path: Path) -> None:
+def test_an_odd_vocabulary_costs_its_end_only(tmp_path: Path) -> None:
+    """50257 real columns in aligned rows: the loop is as wide as ever."""
+    loop = hot_loop(partials(tmp_path, "bf16", EVEN=False))
+    assert [code[:9] for _, code in loop if code.startswith("LDG")] == ["LDG.E.128"] * 2
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_merge(tmp_path: Path, one_row: bool) -> None:
+    """A single row is a case of its own: Triton turns an argument of 1 into a constant."""
     results = ["logp", "entropy", "peak", "log2d"]
     made = build(
         tmp_path,
         kernels.merge_kernel,
         {"parts": FLOAT, "targets": IDS, "temperature": FLOAT} | dict.fromkeys(results, FLOAT),
-        "rows",
-        {"ALL_BLOCKS": 8, "LANES": 128},
+        "step" if one_row else "rows step",
+        {"ALL_BLOCKS": 8, "LANES": 128} | ({"rows": 1} if one_row else {}),
         divisible="",
     )
     assert_lean(made)

@@ -101,10 +101,10 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
     5. ``precision``: up to ``noise^2`` a token, of which one token counts ``9 noise^2`` at most.
     6. ``unexplained``.
 
-    An effect within three standard errors (in 1 and 2 of the mean and of the rank sum), or in 3 and
-    4 one of fewer than 50 tokens, is chance: estimate 1, and the energy is left to 5 and 6. Errors
-    are estimated from the tokens' own deviations, so one wild token is about one error whatever its
-    size.
+    An effect within three standard errors (in 1 and 2 of the mean; of fewer than 50 suspects, of the
+    rank sum as well), or in 3 and 4 one of fewer than 50 tokens, is chance: estimate 1, and the
+    energy is left to 5 and 6. Errors are estimated from the tokens' own deviations, so one wild
+    token among many is about one error whatever its size.
     """
     gap, fresh = tokens.gap, tokens.lag == 0
     if not gap.size:
@@ -147,7 +147,8 @@ def _above(cause: str, suspects: np.ndarray, others: np.ndarray, noise: float) -
         return {cause: float(a.sum())}
     above = float(a.size * max(a.mean() - b.mean(), 0.0))
     beyond_chance = above > a.size * _ERRORS * np.sqrt(a.var() / a.size + b.var() / b.size)
-    if beyond_chance or _rank_higher(a, b):
+    # Of many suspects the mean would tell, unless all its excess is a wild token's.
+    if beyond_chance or (a.size < _FEWEST and _rank_higher(a, b)):
         return {cause: above}
     rounding = min(above, _rounding(suspects, noise))
     return {"precision": rounding, "unexplained": above - rounding}
@@ -157,7 +158,8 @@ def _rank_higher(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether the ``a`` are larger than the ``b`` as a whole: Mann and Whitney's rank sum, 1947.
 
     The errors of a mean are blind where gaps are as uneven as they are large: eight lagged tokens
-    with gaps up to 1 among fresh ones at 1e-6. To ranks a wild token is one token.
+    with gaps up to 1 among fresh ones at 1e-6. To ranks a wild token is one token; but when the
+    others are higher, its energy goes with theirs.
     """
     ordered = np.sort(b)
     wins = (np.searchsorted(ordered, a, "left") + np.searchsorted(ordered, a, "right")).sum() / 2

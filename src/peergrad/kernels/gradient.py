@@ -40,5 +40,9 @@ def active_first(active: Tensor) -> Tensor:
     """
     count = int(active.sum())
     rows = torch.arange(count, device=active.device)
-    rows[~active[:count]] = count + active[count:].nonzero()[:, 0]
-    return rows
+    if count in (0, active.numel()):
+        return rows
+    hole = ~active[:count]
+    behind = count + torch.argsort((~active[count:]).int(), stable=True)  # the active ones first
+    nth = (hole.cumsum(0) - 1).clamp(min=0)
+    return torch.where(hole, behind[nth], rows)

@@ -119,24 +119,17 @@ def add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
 
 
 class WeightGradient:
-    """Where the head's gradient is added up, in float32: Megatron's ``main_grad`` of the parameter,
-    where it has one, and autograd is then given none; a buffer elsewhere."""
+    """Where the head's gradient is added up in one pass, in float32: Megatron's ``main_grad`` of
+    the parameter, where it has one, and autograd is then given none; a new buffer elsewhere."""
 
-    def __init__(self, weight: Tensor, *, needed: bool = True) -> None:
+    def __init__(self, weight: Tensor, *, needed: bool) -> None:
         main: Tensor | None = getattr(weight, "main_grad", None)
         self.direct = needed and main is not None and main.dtype == torch.float32
-        self._main, self._like, self._needed = main, weight.detach(), needed
-        self._total: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor | None:
-        """``[w, H]`` float32, None if no gradient is asked for."""
-        if self._total is None and self._needed:
-            like = self._like
-            self._total = self._main if self.direct else torch.zeros_like(like, dtype=torch.float32)
-        return self._total
+        self.dtype = weight.dtype
+        self.total: Tensor | None = None  # [w, H] float32, if any is asked for
+        if needed:
+            self.total = main if self.direct else torch.zeros_like(weight, dtype=torch.float32)
 
     def for_autograd(self) -> Tensor | None:
         """In the parameter's dtype; None if it went elsewhere or none is asked for."""
-        total = self.total
-        return None if self.direct or total is None else total.to(self._like.dtype)
+        return None if self.direct or self.total is None else self.total.to(self.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peergrad.kernels.gradient import row_factors
 from peergrad.kernels.head import Head, WeightGradient
@@ -39,14 +40,16 @@ class _LinearLogprob(torch.autograd.Function):
         whole = head.shard.gather(torch.cat(found, 1))
         logp, entropy, saved = head.stages.merge(whole, targets, temperature)
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.weight = head, WeightGradient(weight, needed=ctx.needs_input_grad[1])
+        ctx.head, ctx.weight = head, weight
         ctx.save_for_backward(hidden, targets, temperature, entropy, *saved)
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, temperature, entropy, *saved = ctx.saved_tensors
         head: Head = ctx.head
+        gradient = WeightGradient(ctx.weight, needed=ctx.needs_input_grad[1])
         factors = row_factors(grads[0], grads[1], entropy, temperature, targets)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         rows = (targets, temperature, *saved)
@@ -59,9 +62,9 @@ class _LinearLogprob(torch.autograd.Function):
                 tuple(factor[part] for factor in factors),  # type: ignore[arg-type]
                 entropy=grads[1] is not None,
                 d_hidden=None if d_hidden is None else d_hidden[part],
-                d_weight=ctx.weight.total,
+                d_weight=gradient.total,
             )
-        return d_hidden, ctx.weight.for_autograd(), None, None, None
+        return d_hidden, gradient.for_autograd(), None, None, None
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -74,11 +77,11 @@ class _FusedLinear(torch.autograd.Function):
         temperature: Tensor,
         head: Head,
         derivative: Derivative,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.shape[0]
-        wanted = any(ctx.needs_input_grad[:2])
-        gradient = WeightGradient(weight, needed=ctx.needs_input_grad[1])
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = WeightGradient(weight, needed=wanted and ctx.needs_input_grad[1])
+        d_hidden = torch.zeros_like(hidden) if wanted and ctx.needs_input_grad[0] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         logp, entropy = hidden.new_empty(2, rows, dtype=torch.float32)
         buffer = head.buffer(min(rows, head.chunk), head.dtype)
@@ -102,22 +105,24 @@ class _FusedLinear(torch.autograd.Function):
                 )
         ctx.mark_non_differentiable(logp, entropy)
         ctx.set_materialize_grads(False)
-        ctx.d_hidden, ctx.weight = d_hidden, gradient
+        ctx.d_hidden, ctx.d_weight, ctx.direct = d_hidden, gradient.for_autograd(), gradient.direct
         return loss, logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 6
-        if ctx.weight.direct:  # it is in main_grad already, as if the loss were what is minimised
+            return (None,) * 7
+        if ctx.direct:  # it is in main_grad already, as if the loss were what is minimised
             torch._assert_async(
                 upstream == 1,
                 "fused_linear_grpo: the loss must reach backward() unscaled; scale it in the "
                 "derivative, or give the weight no main_grad",
             )
-        d_hidden = None if ctx.d_hidden is None else ctx.d_hidden * upstream.to(ctx.d_hidden.dtype)
-        d_weight = ctx.weight.for_autograd()
-        return d_hidden, None if d_weight is None else d_weight * upstream, None, None, None, None
+        scaled = [
+            None if x is None else x * upstream.to(x.dtype) for x in (ctx.d_hidden, ctx.d_weight)
+        ]
+        return *scaled, None, None, None, None, None
 
 
 def linear_logprob(
@@ -155,7 +160,7 @@ def linear_logprob(
     head = Head.of(weight, group, vocab_size, dtype=logits, chunk=chunk, plain=plain)
     rows = per_row(temperature, hidden)
     found: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, rows, head
+        hidden, weight, targets.contiguous(), rows, head
     )
     return found
 
@@ -196,8 +201,11 @@ def fused_linear_grpo(
         return derivative(logp, entropy, kept[part])
 
     head = Head.of(weight, group, vocab_size, dtype=logits, chunk=chunk, plain=plain)
+    given = derivative if whole else of_kept
+    # Asked here: inside, gradients are always off.
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, *scores = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, tau, head, derivative if whole else of_kept
+        hidden, weight, targets.contiguous(), tau, head, given, wanted
     )
     if not whole:
         scores = [x.new_zeros(rows).index_copy(0, kept, x) for x in scores]

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from peergrad.kernels.backend import stages
 from peergrad.kernels.gradient import row_factors
@@ -33,6 +35,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return logp, h if entropy else None
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logp, d_entropy = grads
         if ctx.spent:
@@ -52,24 +55,28 @@ class _VocabParallelLogprob(torch.autograd.Function):
             out=(out := logits.detach() if ctx.inplace else torch.empty_like(logits)),
             entropy=d_entropy is not None,
         )
+        if ctx.inplace:  # whoever else saved the logits is to be told: a kernel does not
+            increment_version(logits)
         return out, None, None, None, None, None, None
 
 
 class _LinearLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-        ctx.head, ctx.weight = head, WeightGradient(weight, needed=ctx.needs_input_grad[1])
+        ctx.head, ctx.weight = head, weight
         ctx.save_for_backward(hidden)
         return head.project(hidden, head.buffer(hidden.shape[0], head.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,), head = ctx.saved_tensors, ctx.head
+        gradient = WeightGradient(ctx.weight, needed=ctx.needs_input_grad[1])
         d_logits = d_logits.to(head.weight.dtype)
-        if ctx.weight.total is not None:
-            add_outer(ctx.weight.total, d_logits, hidden)
+        if gradient.total is not None:
+            add_outer(gradient.total, d_logits, hidden)
         d_hidden = d_logits @ head.weight if ctx.needs_input_grad[0] else None
-        return d_hidden, ctx.weight.for_autograd(), None
+        return d_hidden, gradient.for_autograd(), None
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -106,7 +113,8 @@ def vocab_parallel_logprob(
         temperature: positive; one for all, or ``[R]``.
         valid_vocab: real columns of the whole vocabulary; those behind are padding.
         with_entropy: whether to compute it.
-        inplace: overwrite ``logits`` with their gradient in the backward pass, once.
+        inplace: overwrite ``logits`` with their gradient in the backward pass, once; whatever made
+            them must not need them then (a product does not, a soft cap does).
         plain: PyTorch where Triton would run.
 
     Returns:
@@ -119,6 +127,6 @@ def vocab_parallel_logprob(
     shard = Shard.of(group, logits.shape[1], valid_vocab)
     rows = per_row(temperature, logits)
     found: tuple[Tensor, Tensor | None] = _VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
-        logits, targets, rows, shard, with_entropy, inplace, plain
+        logits, targets.contiguous(), rows, shard, with_entropy, inplace, plain
     )
     return found

@@ -49,4 +49,4 @@ class Shard:
 
 def per_row(temperature: float | Tensor, like: Tensor) -> Tensor:
     """A temperature for every row of ``like``, ``[R]`` float32."""
-    return torch.ones(like.shape[0], dtype=torch.float32, device=like.device) * temperature
+    return torch.ones(like.shape[0], dtype=torch.float32, device=like.device).mul_(temperature)

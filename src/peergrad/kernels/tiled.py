@@ -102,7 +102,7 @@ def tiled_linear_logprob(
     if rows:
         triton.set_allocator(_scratch)
         linear_partials_kernel[(triton.cdiv(rows, tile) * shard.blocks,)](
-            hidden.contiguous(), weight.contiguous(), targets, tau, parts,
+            hidden.contiguous(), weight.contiguous(), targets.contiguous(), tau, parts,
             size, size, rows, size, shard.first, shard.width, shard.valid,
             BLOCKS=shard.blocks, ROWS=tile, COLUMNS=256, DEPTH=64, num_warps=8, num_stages=4,
         )  # fmt: skip

@@ -51,8 +51,8 @@ def _merge_lanes(m, d, s, k):
 def partials_kernel(
     logits, targets, temperature, out,
     stride, rows, first, width, valid,
-    BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, ENTROPY: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, ENTROPY: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program reduces one block of one row. Every lane keeps an (m, d, s) of its own, so that the
     loop has neither a barrier nor a shuffle; the lanes are merged once, at the end. WIDE neighbours
@@ -62,14 +62,16 @@ def partials_kernel(
     step = width // BLOCKS
     start = block * step
     end = tl.minimum(start + step, valid)
-    if ALIGNED:  # without these the loads are narrow
-        start = tl.multiple_of(start, 8)
+    if EVEN:
         end = tl.multiple_of(end, 8)
     k = LOG2E / tl.load(temperature + row)
     target = tl.load(targets + row)
     ignored = target < 0
     target = (target - first).to(tl.int32)
-    logits += row.to(tl.int64) * stride + start
+    origin = row.to(tl.int64) * stride + start
+    if ALIGNED:  # without it the loads are narrow
+        origin = tl.multiple_of(origin, 8)
+    logits += origin
     here = (target >= start) & (target < end) & (not ignored)
     t = tl.load(logits + (target - start), mask=here, other=-float("inf")).to(tl.float32)
 
@@ -97,7 +99,7 @@ def partials_kernel(
 
 @triton.jit
 def merge_kernel(
-    parts, targets, temperature, logp, entropy, peak, log2d, rows,
+    parts, targets, temperature, logp, entropy, peak, log2d, rows, step,
     ALL_BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A lane merges one row's blocks, in order."""
@@ -112,7 +114,7 @@ def merge_kernel(
     s = tl.load(at + 2, mask=mask, other=0.0)
     t = tl.load(at + 3, mask=mask, other=0.0)
     for _ in range(1, ALL_BLOCKS):
-        at += rows.to(tl.int64) * 4
+        at += step
         other_m = tl.load(at, mask=mask, other=0.0)
         other_d = tl.load(at + 1, mask=mask, other=1.0)
         other_s = tl.load(at + 2, mask=mask, other=0.0)
@@ -147,14 +149,13 @@ def _gradient(x, columns, target, m, bits, k, c0, c1, c2, ENTROPY: tl.constexpr)
 def dlogits_kernel(
     logits, out, source, targets, temperature, peak, log2d, factor0, factor1, factor2,
     stride, out_stride, first, width, valid, parts,
-    COMPACT: tl.constexpr, ALIGNED: tl.constexpr, ENTROPY: tl.constexpr, LANES: tl.constexpr,
-    TILES: tl.constexpr,
+    COMPACT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, ENTROPY: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A program writes TILES tiles of one row. It reads nothing that another one writes."""
     row = tl.program_id(0) // parts
     start = tl.program_id(0) % parts * (TILES * LANES * VECTOR)
-    if ALIGNED:
-        width = tl.multiple_of(width, 8)
+    if EVEN:
         valid = tl.multiple_of(valid, 8)
     c0 = tl.load(factor0 + row)
     c1 = tl.load(factor1 + row)
@@ -166,8 +167,14 @@ def dlogits_kernel(
     origin = row.to(tl.int64)
     if COMPACT:
         origin = tl.load(source + row)
-    logits += origin * stride
-    out += row.to(tl.int64) * out_stride
+    origin *= stride
+    place = row.to(tl.int64) * out_stride
+    if ALIGNED:
+        origin = tl.multiple_of(origin, 8)
+        place = tl.multiple_of(place, 8)
+        width = tl.multiple_of(width, 8)
+    logits += origin
+    out += place
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     idle = (c0 == 0) & (c1 == 0) & (c2 == 0)
     # An idle row is not even read: what is NaN there stays there.
@@ -188,12 +195,13 @@ def dlogits_kernel(
             tl.store(out + columns, g.to(out.dtype.element_ty), mask=columns < width)
 
 
-def _aligned(shard: Shard, *tensors: Tensor) -> bool:
-    """Whether every block and row starts and ends on a multiple of a thread's vector."""
-    sizes = (shard.width // shard.blocks, shard.valid, *(t.stride(0) for t in tensors))
-    return all(size % VECTOR.value == 0 for size in sizes) and all(
-        t.data_ptr() % 16 == 0 for t in tensors
-    )
+def _promises(shard: Shard, *tensors: Tensor) -> dict[str, bool]:
+    """Whether every block of every row starts on a multiple of a thread's vector, and whether the
+    real columns end on one."""
+    sizes = (shard.width // shard.blocks, *(t.stride(0) for t in tensors))
+    addresses = all(t.data_ptr() % 16 == 0 for t in tensors)
+    aligned = addresses and all(size % VECTOR.value == 0 for size in sizes)
+    return {"ALIGNED": aligned, "EVEN": aligned and shard.valid % VECTOR.value == 0}
 
 
 def partials(
@@ -206,7 +214,7 @@ def partials(
         partials_kernel[(rows * shard.blocks,)](
             logits, targets, temperature, out,
             logits.stride(0), rows, shard.first, shard.width, shard.valid,
-            BLOCKS=shard.blocks, ALIGNED=_aligned(shard, logits), ENTROPY=entropy,
+            BLOCKS=shard.blocks, ENTROPY=entropy, **_promises(shard, logits),
             LANES=LANES, WIDE=16 // logits.element_size(), num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -220,7 +228,7 @@ def merge(
     logp, entropy, peak, log2d = parts.new_empty(4, rows)
     if rows:
         merge_kernel[(triton.cdiv(rows, 128),)](
-            parts, targets, temperature, logp, entropy, peak, log2d, rows,
+            parts, targets, temperature, logp, entropy, peak, log2d, rows, parts.stride(0),
             ALL_BLOCKS=blocks, LANES=128, num_warps=4,
         )  # fmt: skip
     return logp, entropy, (peak, log2d)
@@ -244,7 +252,7 @@ def dlogits(
         dlogits_kernel[(rows * parts,)](
             logits, out, source, targets, temperature, *saved, *factors,
             logits.stride(0), out.stride(0), shard.first, shard.width, shard.valid, parts,
-            COMPACT=source is not None, ALIGNED=_aligned(shard, logits, out), ENTROPY=entropy,
+            COMPACT=source is not None, ENTROPY=entropy, **_promises(shard, logits, out),
             LANES=LANES, TILES=TILES, num_warps=WARPS,
         )  # fmt: skip
     return out

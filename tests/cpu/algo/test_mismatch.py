@@ -165,6 +165,16 @@ def test_few_lagged_tokens_of_uneven_gaps() -> None:
     assert shares(row)["version"] > 0.99
 
 
+def test_a_wild_token_among_many_lagged_ones() -> None:
+    """The lagged tokens are a little higher by rank, but what they have more is one token's."""
+    rng = np.random.default_rng(3)
+    gap = np.concatenate([rng.normal(scale=1e-3, size=4000), rng.normal(scale=1.3e-3, size=1000)])
+    gap[-1] = 5.0
+    logp = np.full(5000, -2.0)
+    row = attribute(tiny(list(logp), list(logp - gap), [0] * 4000 + [1] * 1000), noise=1e-3)
+    assert shares(row)["version"] < 0.01 and shares(row)["unexplained"] > 0.99
+
+
 def test_a_temperature_is_not_the_lag() -> None:
     """Lagged tokens at the level of the fresh ones are divided as those are."""
     logits = new_logits()
