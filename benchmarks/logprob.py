@@ -8,9 +8,9 @@ Times are medians with the 10th and 90th percentile. Before each, inputs are res
 is overwritten; the clock is the GPU's own, started behind a wait so that the host is ahead of it.
 "Share" is the floor over the time: bytes that must move at the speed of a copy, or multiplications
 that must be made at the speed of one large product, both measured in the same run. Memory is what a
-call allocates beyond its inputs, gradients included but for the head's float32 main gradient, which a
-trainer holds anyway and peergrad adds to (others return one in the head's dtype). Errors are the largest of 64 rows against
-float64: of logp, and of the gradient relative to its norm.
+call allocates beyond its inputs, gradients included but for the head's float32 main gradient, which
+a trainer holds anyway and peergrad adds to (others return one in the head's dtype). Errors are the
+largest of 64 rows against float64: of logp, and of the gradient relative to its norm.
 
 On a GPU machine that has PyTorch, Triton, NumPy and rich but no network, fetch elsewhere (here for
 Python 3.12), with what the peers need; all are optional:

@@ -101,8 +101,8 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
     5. ``precision``: up to ``noise^2`` a token, of which one token counts ``9 noise^2`` at most.
     6. ``unexplained``.
 
-    An effect within three standard errors (in 1 and 2 of the mean; of fewer than 50 suspects, of the
-    rank sum as well), or in 3 and 4 one of fewer than 50 tokens, is chance: estimate 1, and the
+    An effect within three standard errors (in 1 and 2 of the mean; of fewer than 50 suspects, of
+    the rank sum as well), or in 3 and 4 one of fewer than 50 tokens, is chance: estimate 1, and the
     energy is left to 5 and 6. Errors are estimated from the tokens' own deviations, so one wild
     token among many is about one error whatever its size.
     """
