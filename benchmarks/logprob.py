@@ -1,6 +1,6 @@
 """Log probabilities and their gradients, from logits and from hidden states, ours and others'.
 
-    python benchmarks/logprob.py            # one GPU: the sizes of an 8B model's head, 5 minutes
+    python benchmarks/logprob.py            # one GPU: the sizes of an 8B model's head
     python benchmarks/logprob.py --tiny     # seconds on a CPU: shows that the script works
     python benchmarks/logprob.py --sweep    # one GPU: how the Triton kernels are best cut
 
