@@ -245,7 +245,7 @@ def test_workers_end_with_their_parent(module: str, tmp_path: Path, signum: int)
     workers = [child.pid for child in psutil.Process(parent.pid).children()]
     assert len(workers) == 2
     os.killpg(parent.pid, signum)
-    # Ctrl-C may find a worker still starting: its answer is then waited for, reward.timeout (10 s)
+    # That it ends is the point, not how soon: on a machine under load ten seconds were too few.
     _, errors = parent.communicate(timeout=60)
     assert all(map(ends, workers))
     assert "peergrad/rewards/worker.py" not in errors
