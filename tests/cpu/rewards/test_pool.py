@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,14 +240,15 @@ def test_workers_end_with_their_parent(module: str, tmp_path: Path, signum: int)
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,
+        # a test run in the background of a shell ignores Ctrl-C, and its children inherit that
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert parent.stdout is not None
     assert [parent.stdout.readline() for _ in range(2)] == ["False\n", "ready\n"]
     workers = [child.pid for child in psutil.Process(parent.pid).children()]
     assert len(workers) == 2
     os.killpg(parent.pid, signum)
-    # That it ends is the point, not how soon: on a machine under load ten seconds were too few.
-    _, errors = parent.communicate(timeout=60)
+    _, errors = parent.communicate(timeout=10)
     assert all(map(ends, workers))
     assert "peergrad/rewards/worker.py" not in errors
 
