@@ -200,25 +200,24 @@ class Clock:
     def __init__(self) -> None:
         self.cache = torch.empty(2**28 if GPU else 2**16, dtype=torch.int8, device=DEVICE)
 
-    def time(self, *parts: Callable[[], Any]) -> tuple[list[float], list[Any]]:
-        """Seconds from the start to the end of each part, and what the parts return."""
+    def time(self, *parts: Callable[[], Any]) -> list[float]:
+        """Seconds from the start to the end of each part."""
         self.cache.zero_()
         if not GPU:
-            begin, ends, results = perf_counter(), [], []
+            begin, ends = perf_counter(), []
             for part in parts:
-                results.append(part())
+                part()
                 ends.append(perf_counter() - begin)
-            return ends, results
+            return ends
         torch.cuda._sleep(3_000_000)  # type: ignore[no-untyped-call]  # about 2 ms
         event = partial(torch.cuda.Event, enable_timing=True)
         marks = [event() for _ in range(len(parts) + 1)]
         marks[0].record()
-        results = []
         for part, mark in zip(parts, marks[1:], strict=True):
-            results.append(part())
+            part()
             mark.record()
         torch.cuda.synchronize()
-        return [marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:]], results
+        return [marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:]]
 
 
 def measure(bench: Bench, name: str, method: Any, *, warmup: int, repeats: int) -> dict[str, Any]:
@@ -233,7 +232,7 @@ def measure(bench: Bench, name: str, method: Any, *, warmup: int, repeats: int) 
         if GPU:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        times.append(clock.time(*parts)[0])
+        times.append(clock.time(*parts))
     found: dict[str, Any] = {
         "seconds": {
             kind: spread([t[i] for t in times[warmup:]])
@@ -259,8 +258,8 @@ def floors(tiny: bool) -> dict[str, float]:
     source = torch.ones(2**18 if tiny else 2**30, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     left, right = torch.randn(2, size, size, device=DEVICE).to(BF16)
-    copy = spread([clock.time(lambda: target.copy_(source))[0][0] for _ in range(12)][2:])
-    product = spread([clock.time(lambda: left @ right)[0][0] for _ in range(12)][2:])
+    copy = spread([clock.time(lambda: target.copy_(source))[0] for _ in range(12)][2:])
+    product = spread([clock.time(lambda: left @ right)[0] for _ in range(12)][2:])
     return {
         "bytes_per_second": 2 * source.numel() / copy.median,
         "flops_per_second": 2 * size**3 / product.median,

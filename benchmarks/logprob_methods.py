@@ -7,6 +7,7 @@ cannot run on this machine raises ``Missing`` with the reason, and is listed wit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -98,46 +99,44 @@ def _group() -> dist.ProcessGroup:
 
 
 def megatron(*, fused: bool) -> FromLogits:
-    try:
-        from megatron.core import parallel_state
-        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-    except ImportError as error:
-        raise Missing(f"megatron-core: {error}") from error
+    parallel_state = _peer("megatron.core.parallel_state")
+    loss_of = (
+        _peer("megatron.core.fusions.fused_cross_entropy").fused_vocab_parallel_cross_entropy
+        if fused
+        else _peer("megatron.core.tensor_parallel").vocab_parallel_cross_entropy
+    )
     group = _group()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1)
 
     def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         x, y = logits[:, None], targets[:, None]
-        loss = (
-            fused_vocab_parallel_cross_entropy(x, y, group)
-            if fused
-            else vocab_parallel_cross_entropy(x, y)
-        )
+        loss = loss_of(x, y, group) if fused else loss_of(x, y)
         return Outputs([loss], [-d_logp[:, None]], -loss[:, 0])
 
     return run
 
 
-def _on_gpu(package: str) -> None:
-    if not torch.cuda.is_available():
+def _peer(module: str, *, gpu: bool = False) -> Any:
+    """A module of another project. Raises Missing if it, or the GPU it needs, is not here."""
+    package = module.partition(".")[0].replace("_", "-")
+    if gpu and not torch.cuda.is_available():
         raise Missing(f"{package}: its Triton kernels need a GPU")
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise Missing(f"{package}: {error}") from error
 
 
 def liger(*, vocab_parallel: bool) -> FromLogits:
-    _on_gpu("liger-kernel")
-    try:
-        from liger_kernel.ops import LigerVocabParallelCEFunction
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError as error:
-        raise Missing(f"liger-kernel: {error}") from error
+    whole = _peer("liger_kernel.transformers.functional", gpu=True).liger_cross_entropy
+    per_token = _peer("liger_kernel.ops", gpu=True).LigerVocabParallelCEFunction
 
     def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         if not vocab_parallel:  # one number flows in, not one per token
-            loss = liger_cross_entropy(logits, targets, reduction="sum")
+            loss = whole(logits, targets, reduction="sum")
             return Outputs([loss], [torch.ones_like(loss)], None)
-        loss = LigerVocabParallelCEFunction.apply(
+        loss = per_token.apply(
             logits[:, None], targets[:, None], None, -100, 0.0, "pytorch", "global"
         )
         return Outputs([loss], [-d_logp[:, None]], -loss[:, 0])
@@ -188,11 +187,10 @@ def linear(chunk: int, logits: torch.dtype) -> FromHidden:
 
 
 def tiled() -> FromHidden:
-    _on_gpu("tiled_linear_logprob")
-    from peergrad.kernels.tiled import tiled_linear_logprob
+    score = _peer("peergrad.kernels.tiled", gpu=True).tiled_linear_logprob
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
-        logp, _ = tiled_linear_logprob(
+        logp, _ = score(
             hidden, weight, targets, group=None, vocab_size=weight.shape[0], temperature=1.0
         )
         return Outputs([logp], [d_logp], logp)
@@ -206,11 +204,9 @@ def eager_head(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) 
 
 
 def liger_head() -> FromHidden:
-    _on_gpu("liger-kernel")
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError as error:
-        raise Missing(f"liger-kernel: {error}") from error
+    liger_fused_linear_cross_entropy = _peer(
+        "liger_kernel.transformers.functional", gpu=True
+    ).liger_fused_linear_cross_entropy
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         loss = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
@@ -220,11 +216,7 @@ def liger_head() -> FromHidden:
 
 
 def cut_cross_entropy() -> FromHidden:
-    _on_gpu("cut-cross-entropy")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Missing(f"cut-cross-entropy: {error}") from error
+    linear_cross_entropy = _peer("cut_cross_entropy", gpu=True).linear_cross_entropy
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         loss = linear_cross_entropy(hidden, weight, targets, reduction="none")
@@ -234,11 +226,9 @@ def cut_cross_entropy() -> FromHidden:
 
 
 def verl() -> FromHidden:
-    _on_gpu("verl")
-    try:
-        from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Missing(f"verl: {error}") from error
+    linear_cross_entropy = _peer(
+        "verl.utils.kernel.linear_cross_entropy", gpu=True
+    ).linear_cross_entropy
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         logp, entropy = linear_cross_entropy(hidden, weight, targets, 1.0, "none", None)

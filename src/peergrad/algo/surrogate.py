@@ -35,11 +35,19 @@ def sequence_sum(
     In a fixed order of addition on a GPU too (``index_add`` gives other bits every time there), and
     without a wait for the host (as ``bincount``).
     """
+    order, starts = _in_order(sequence, sequences)
+    return _sums(value, order, starts)[sequence]
+
+
+def _in_order(sequence: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Tokens by sequence ``[S]``, and where each sequence starts among them ``[sequences + 1]``."""
     order = torch.argsort(sequence, stable=True)
     bounds = torch.arange(sequences + 1, device=sequence.device)
-    starts = torch.searchsorted(sequence[order], bounds)
-    total = torch.segment_reduce(value[order], "sum", offsets=starts, unsafe=True)
-    return total[sequence]
+    return order, torch.searchsorted(sequence[order], bounds)
+
+
+def _sums(value: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return torch.segment_reduce(value[order], "sum", offsets=starts, unsafe=True)
 
 
 def sequence_mean(
@@ -50,8 +58,8 @@ def sequence_mean(
     Of log ratios it is the logarithm of GSPO's ratio, their geometric mean (arXiv:2507.18071):
     every token of a sequence gets the same value and a share of its gradient.
     """
-    count = sequence_sum(torch.ones_like(value), sequence, sequences)
-    return sequence_sum(value, sequence, sequences) / count
+    order, starts = _in_order(sequence, sequences)
+    return _sums(value, order, starts)[sequence] / starts.diff()[sequence]
 
 
 def sequence_token_log_ratio(

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peergrad.kernels import reference
+from peergrad.kernels import shard as constants
 from peergrad.kernels.shard import Shard
 
-FLOOR = tl.constexpr(-1e30)  # stands for -inf, see reference.py
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(reference.FLOOR)
+LOG2E = tl.constexpr(constants.LOG2E)
+LN2 = tl.constexpr(constants.LN2)
 NAN = tl.constexpr(float("nan"))
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 # How a program is cut: benchmarks/logprob.py --sweep tries others. Results change in the last bits.
