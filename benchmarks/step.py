@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from summary import Spread, as_json, phase_seconds, summarise, write_result
 
-from peergrad.compose import compose_config
-from peergrad.metrics import read_metrics
+from peergrad.observing.metrics import read_metrics
+from peergrad.running.compose import compose_config
 
 INTERRUPTED = 130
 SIZES = {"tp": "tensor", "pp": "pipeline", "dp": "data"}

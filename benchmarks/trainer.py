@@ -61,7 +61,7 @@ from peergrad.config import (
     RunConfig,
     Spec,
 )
-from peergrad.metrics import Metrics
+from peergrad.observing.metrics import Metrics
 
 if TYPE_CHECKING:
     from peergrad.parallel.policy import Policy, Scorer

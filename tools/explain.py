@@ -8,7 +8,7 @@ import sys
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse
-from peergrad.compose import chosen_keys, compose_config
+from peergrad.running.compose import chosen_keys, compose_config
 
 UNSET = ("model.path", "data.source")  # mandatory in a run, without a say in its objective
 

@@ -17,7 +17,7 @@ from peergrad.algo.report import rollout_statistics
 from peergrad.algo.samples import make_samples, with_logp
 from peergrad.config import Config
 from peergrad.learning import learn, old_policy, renew_reference
-from peergrad.metrics import Metrics
+from peergrad.observing.metrics import Metrics
 from peergrad.stages import check_gap, evaluate, mean_metrics, stop_if_nonfinite, sync_weights
 
 if TYPE_CHECKING:

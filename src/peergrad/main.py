@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse
 from peergrad.checks import check
-from peergrad.compose import chosen_keys, compose_config
 from peergrad.config import Config, ServerMode
-from peergrad.console import ConsoleSink
-from peergrad.lifetime import die_with_parent
-from peergrad.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
-from peergrad.rundir import RunDir, check_run_dir, log_to
+from peergrad.observing.console import ConsoleSink
+from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
+from peergrad.running.compose import chosen_keys, compose_config
+from peergrad.running.lifetime import die_with_parent
+from peergrad.running.rundir import RunDir, check_run_dir, log_to
 
 if TYPE_CHECKING:
     from peergrad.algo.grading import AlgoState
@@ -265,7 +265,7 @@ def collector_parts(config: Config, *, attempt: Path) -> "Parts":
 
 def finish(config: Config, directory: RunDir, seconds: float) -> None:
     """Draw the curve, mark the run as done, say where everything is."""
-    from peergrad.curve import draw_curve
+    from peergrad.observing.curve import draw_curve
 
     draw_curve(directory.metrics, directory.curve)
     rows = read_metrics(directory.metrics)

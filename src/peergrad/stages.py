@@ -11,7 +11,7 @@ import numpy as np
 from peergrad.algo.mismatch import USUAL_NOISE, attribute, gap_tokens, worst_tokens
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
-from peergrad.metrics import Metrics
+from peergrad.observing.metrics import Metrics
 
 if TYPE_CHECKING:
     from peergrad.parallel.policy import Policy, Scores, Update

@@ -389,8 +389,11 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("config, peergrad.checks, peergrad.compose", {"torch"}),
-        ("data, peergrad.metrics, peergrad.console, peergrad.rundir", {"torch"}),
+        ("config, peergrad.checks, peergrad.running.compose", {"torch"}),
+        (
+            "data, peergrad.observing.metrics, peergrad.observing.console, peergrad.running.rundir",
+            {"torch"},
+        ),
         (
             "algo, peergrad.algo.objective, peergrad.algo.report, peergrad.stages, peergrad.loop",
             set(),

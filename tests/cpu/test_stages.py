@@ -13,7 +13,7 @@ import pytest
 from peergrad.algo.samples import make_samples
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group, Prompt, Rollout
-from peergrad.metrics import Metrics
+from peergrad.observing.metrics import Metrics
 from peergrad.stages import (
     check_gap,
     evaluate,

@@ -60,7 +60,7 @@ LAYOUTS: dict[int, list[Layout]] = {
 
 
 def configure(path: str, name: str) -> Any:
-    from peergrad.compose import compose_config
+    from peergrad.running.compose import compose_config
 
     config, _ = compose_config(
         [

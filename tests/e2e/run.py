@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from peergrad.data import Group, read_groups
-from peergrad.metrics import read_metrics
-from peergrad.rundir import RunDir
+from peergrad.observing.metrics import read_metrics
+from peergrad.running.rundir import RunDir
 from tests.e2e.rewards import HOLD
 from tests.spawn import free_port, run_ranks
 

@@ -20,11 +20,11 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
-from peergrad.lifetime import die_with_parent
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.model import PolicyModel
+from peergrad.running.lifetime import die_with_parent
 
 FORMAT = 1
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol, cast
 from peergrad.algo.sampling import selects
 from peergrad.config import Config
 from peergrad.data import Prompt, Rollout
-from peergrad.lifetime import die_with_parent
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
+from peergrad.running.lifetime import die_with_parent
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0

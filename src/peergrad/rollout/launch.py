@@ -6,7 +6,7 @@ The servers are started through it, so that a killed trainer leaves none behind.
 import os
 import sys
 
-from peergrad.lifetime import die_with_parent
+from peergrad.running.lifetime import die_with_parent
 
 
 def main(arguments: list[str]) -> None:

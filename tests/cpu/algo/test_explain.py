@@ -23,7 +23,6 @@ from peergrad.algo.packing import pack
 from peergrad.algo.plan import make_plan
 from peergrad.algo.samples import make_samples, with_logp
 from peergrad.algo.sampling import selects
-from peergrad.compose import chosen_keys, compose_config, config_dir
 from peergrad.config import (
     Aggregation,
     AlgoConfig,
@@ -41,6 +40,7 @@ from peergrad.config import (
 )
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.learning import learn, old_policy, renew_reference
+from peergrad.running.compose import chosen_keys, compose_config, config_dir
 
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted(path.stem for path in (config_dir() / "algo").glob("*.yaml"))

@@ -3,7 +3,7 @@
 import pytest
 
 from peergrad.algo.plan import Old, Plan, make_plan
-from peergrad.compose import compose_config
+from peergrad.running.compose import compose_config
 
 ONE = ["algo=dr_grpo"]  # no KL, one optimizer step, no correction
 KL = "algo.kl.coef=0.1"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from peergrad.compose import chosen_keys, compose_config, config_dir
 from peergrad.config import Aggregation, Config, Dtype, RewardKind, ServerMode
+from peergrad.running.compose import chosen_keys, compose_config, config_dir
 
 MODEL = "model.path=models/tiny"
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peergrad.config import RunConfig
-from peergrad.rundir import RunDir, check_run_dir, log_to
+from peergrad.running.rundir import RunDir, check_run_dir, log_to
 
 
 def test_a_new_run(tmp_path: Path) -> None:

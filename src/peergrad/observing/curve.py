@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peergrad.metrics import read_metrics
+from peergrad.observing.metrics import read_metrics
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:

@@ -19,7 +19,7 @@ from peergrad.config import AlgoConfig, Config
 def config_dir() -> Path:
     """The folder of YAML files: inside the installed package, or ``conf/`` of a source checkout."""
     inside = Path(str(files("peergrad"))) / "conf"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[3] / "conf"
 
 
 def compose_config(overrides: Sequence[str]) -> tuple[Config, str]:

@@ -12,9 +12,17 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peergrad.config import LoggerConfig
-from peergrad.console import COLUMNS, ConsoleSink
-from peergrad.curve import draw_curve
-from peergrad.metrics import JsonLines, Metrics, Row, Sink, TensorBoard, WandB, read_metrics
+from peergrad.observing.console import COLUMNS, ConsoleSink
+from peergrad.observing.curve import draw_curve
+from peergrad.observing.metrics import (
+    JsonLines,
+    Metrics,
+    Row,
+    Sink,
+    TensorBoard,
+    WandB,
+    read_metrics,
+)
 
 
 class Memory:
@@ -37,7 +45,9 @@ class Memory:
 def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # step begins at 0, rollout 1..4, sync 4..5, rollout 6..10, step ends at 16
     ticks = iter([0.0, 1.0, 4.0, 4.0, 5.0, 6.0, 10.0, 16.0])
-    monkeypatch.setattr("peergrad.metrics.time", SimpleNamespace(perf_counter=ticks.__next__))
+    monkeypatch.setattr(
+        "peergrad.observing.metrics.time", SimpleNamespace(perf_counter=ticks.__next__)
+    )
     memory = Memory()
     metrics = Metrics([memory])
     with metrics.step(3):

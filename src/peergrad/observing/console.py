@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from peergrad.metrics import Row
+from peergrad.observing.metrics import Row
 
 COLUMNS = {  # heading -> (metric, format)
     "reward": ("reward/mean", ".3f"),

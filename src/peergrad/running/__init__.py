@@ -1,0 +1,1 @@
+"""A run as a process: what was asked for, where it lives, how it ends."""
