@@ -18,7 +18,14 @@ from peergrad.algo.samples import make_samples, with_logp
 from peergrad.config import Config
 from peergrad.learning import learn, old_policy, renew_reference
 from peergrad.observing.metrics import Metrics
-from peergrad.stages import check_gap, evaluate, mean_metrics, stop_if_nonfinite, sync_weights
+from peergrad.stages import (
+    check_gap,
+    evaluate,
+    mean_metrics,
+    stop_if_nonfinite,
+    sync_weights,
+    warn_of_lost_step,
+)
 
 if TYPE_CHECKING:
     from peergrad.parallel.checkpoint import Checkpoints
@@ -37,18 +44,23 @@ def train(
     checkpoints: Checkpoints,
     metrics: Metrics,
 ) -> None:
-    """Run steps ``start + 1`` to ``run.steps``. ``reference`` is there iff ``algo.kl.coef > 0``."""
+    """Run steps ``start + 1`` to ``run.steps``. ``reference`` is there iff ``algo.kl.coef > 0``;
+    the engine holds the policy's weights as version ``start``."""
     algo, last = config.algo, config.run.steps
     plan, objective = make_plan(config), Objective(algo)
-    sync_weights(config, rollouts, policy, version=start)
-    if start == 0 and config.evaluation.every:
+    if start == 0 and config.evaluates:
         evaluate(rollouts, metrics, step=0)
     for step in range(start + 1, last + 1):
         with metrics.step(step):
             with metrics.time("rollout"):
                 taken = rollouts.take(step - 1)
             groups = taken.groups
-            metrics.log(rollout_statistics(groups, dropped=taken.dropped, version=step - 1))
+            metrics.log(
+                numbers := rollout_statistics(
+                    groups, dropped=taken.dropped, failed=taken.failed, version=step - 1
+                )
+            )
+            warn_of_lost_step(config, numbers, step=step)
             samples = make_samples(groups)
             if reference is not None:
                 with metrics.time("reference"):
@@ -69,8 +81,9 @@ def train(
             state = renew_reference(config, reference, policy, state, step=step)
             with metrics.time("sync"):
                 metrics.log(sync_weights(config, rollouts, policy, version=step))
-        if config.evaluation.every and (step % config.evaluation.every == 0 or step == last):
+        if config.evaluates and (step % config.evaluation.every == 0 or step == last):
             evaluate(rollouts, metrics, step=step)
         if checkpoints.due(step, last):
             renewed = reference if state.reference_step else None
-            checkpoints.save(policy, rollouts.state(), state.to_json(), renewed, step=step)
+            with metrics.event("checkpoint", step):
+                checkpoints.save(policy, rollouts.state(), state.to_json(), renewed, step=step)

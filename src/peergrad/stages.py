@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,16 +58,38 @@ def sync_weights(
 
 
 def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
-    """Answer the held-out prompts, if there are any, and log the result apart. Collective."""
-    result = rollouts.evaluate(step)
-    if result is not None:
-        row = {
+    """Answer the held-out prompts and log the result apart. Collective."""
+    with metrics.event("eval", step) as row:
+        result = rollouts.evaluate(step)
+        assert result is not None, "see Config.evaluates"
+        row |= {
             "pass@1": result.pass_rate,
             "reward": result.mean_reward,
             "length": result.mean_length,
             "truncated": result.truncated,
         }
-        metrics.log_evaluation(step, row)
+
+
+def warn_of_lost_step(config: Config, numbers: Mapping[str, float], *, step: int) -> None:
+    """Say so if a step's rollouts, described by ``numbers``, can teach nothing, and where to
+    look."""
+    where = f"look at rollouts/step_{step:06d}.jsonl.zst" if config.rollout.dump else "record them"
+    if numbers["reward/failed"] == 1:
+        log.warning(
+            "step %d: every reward failed and counts as 0; see logs/latest/collector.log", step
+        )
+    elif numbers["reward/flat_groups"] == 1:
+        log.warning(
+            "step %d: the answers of each group have equal rewards (mean %.3g), so there is "
+            "nothing to learn; %s: is the reward right, are the prompts too hard or too easy?",
+            step, numbers["reward/mean"], where,
+        )  # fmt: skip
+    if numbers["response/truncated"] == 1:
+        log.warning(
+            "step %d: every answer was cut off at rollout.max_new_tokens = %d; raise it, or %s: "
+            "does the model end its answers with its end token?",
+            step, config.rollout.max_new_tokens, where,
+        )  # fmt: skip
 
 
 def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
@@ -122,16 +144,29 @@ def stop_if_nonfinite(
 ) -> None:
     """Dump the groups of a step whose loss or gradient was not finite; warn or raise as configured.
 
-    The weights are those before the offending update in any case.
+    The weights are those before the offending update in any case. If these are at fault, no other
+    batch would do better, and the run stops whatever is configured.
     """
-    bad = [update.metrics for update in updates if not update.finite]
+    bad = [update for update in updates if not update.finite]
     if not bad:
         return
     where = rollouts.dump(groups, step - 1)
+    numbers = bad[0].metrics
     message = (
-        f"step {step}: loss {bad[0]['loss/total']} with gradient norm {bad[0]['optim/grad_norm']} "
-        f"is not finite; the update was not applied; the rollouts are in {where}"
+        f"step {step}: loss {numbers['loss/total']} with gradient norm "
+        f"{numbers['optim/grad_norm']} is not finite; the update was not applied; the rollouts are "
+        f"in {where}"
     )
+    if not _scores_anything(bad[0]):
+        raise RuntimeError(
+            f"{message}; no token has a finite logprob, so the weights themselves are broken: "
+            "lower optim.lr, and start from the model or from an earlier checkpoint"
+        )
     if config.optim.on_nonfinite is OnNonfinite.stop:
         raise RuntimeError(f"{message}; set optim.on_nonfinite=skip to go on without it")
     log.warning("%s", message)
+
+
+def _scores_anything(update: Update) -> bool:
+    """Whether the policy gives any answer token a finite logprob."""
+    return any(np.isfinite(logp).any() for logp in update.scores.logp)

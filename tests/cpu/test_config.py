@@ -390,10 +390,8 @@ def loaded_by(statement: str) -> set[str]:
     ("modules", "absent"),
     [
         ("config, peergrad.checks, peergrad.running.compose", {"torch"}),
-        (
-            "data, peergrad.observing.metrics, peergrad.observing.console, peergrad.running.rundir",
-            {"torch"},
-        ),
+        ("data, peergrad.observing.metrics, peergrad.observing.screen", {"torch"}),
+        ("main", {"torch"}),
         (
             "algo, peergrad.algo.objective, peergrad.algo.report, peergrad.stages, peergrad.loop",
             set(),

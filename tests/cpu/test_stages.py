@@ -20,6 +20,7 @@ from peergrad.stages import (
     mean_metrics,
     stop_if_nonfinite,
     sync_weights,
+    warn_of_lost_step,
 )
 
 
@@ -29,8 +30,11 @@ def new_group(name: str, rewards: list[float]) -> Group:
     return Group(name, Prompt(name, np.array([3], np.int32), "", ""), rollouts)
 
 
-def update(finite: bool = True, refusal: str | None = None, **metrics: float) -> Any:
-    return SimpleNamespace(metrics=metrics, finite=finite, refusal=refusal)
+def update(
+    finite: bool = True, refusal: str | None = None, logp: float = -1.0, **metrics: float
+) -> Any:
+    scores = SimpleNamespace(logp=[np.array([math.nan, logp])])  # the first was not asked for
+    return SimpleNamespace(metrics=metrics, finite=finite, refusal=refusal, scores=scores)
 
 
 def test_mean_metrics(caplog: pytest.LogCaptureFixture) -> None:
@@ -81,6 +85,39 @@ def test_nonfinite_updates_can_be_skipped(caplog: pytest.LogCaptureFixture) -> N
     recorder = stop(OnNonfinite.skip, update(False, **BAD), update(**FINE))
     assert recorder.dumped == [(["a"], 4)]  # recorded after 4 steps: the file of step 5
     assert "step 5: loss nan" in caplog.text
+
+
+@pytest.mark.parametrize("action", OnNonfinite)
+def test_broken_weights_stop_the_run_whatever_is_configured(action: OnNonfinite) -> None:
+    """To skip would help no step that follows."""
+    with pytest.raises(RuntimeError, match=r"^step 5: .*the weights themselves are broken"):
+        stop(action, update(False, logp=math.nan, **BAD))
+
+
+NUMBERS = {
+    **{"reward/failed": 0.0, "reward/flat_groups": 0.5, "reward/mean": 0.25},
+    "response/truncated": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({}, []),
+        ({"reward/flat_groups": 1.0}, ["equal rewards (mean 0.25)", "rollouts/step_000003.jsonl"]),
+        ({"reward/failed": 1.0, "reward/flat_groups": 1.0}, ["every reward failed", "collector.l"]),
+        (
+            {"response/truncated": 1.0},
+            ["every answer was cut off at rollout.max_new_tokens = 1024"],
+        ),
+    ],
+)
+def test_a_step_that_teaches_nothing_is_said(
+    numbers: dict[str, float], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_lost_step(Config(), NUMBERS | numbers, step=3)
+    assert len(caplog.records) == bool(said)
+    assert all(part in caplog.text for part in said)
 
 
 class Engine:
@@ -158,24 +195,24 @@ def test_sync_warns_of_unusual_gaps(
 
 
 class Log(Metrics):
-    """Keeps evaluations."""
+    """Keeps rows."""
 
     def __init__(self) -> None:
         super().__init__([])
-        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.rows: list[tuple[str, int, dict[str, float]]] = []
 
-    def log_evaluation(self, step: int, row: Any) -> None:
-        self.evaluations.append((step, dict(row)))
+    def write(self, kind: str, step: int, row: Any) -> None:
+        self.rows.append((kind, step, dict(row)))
 
 
-def test_evaluations_are_logged_if_there_are_any() -> None:
+def test_evaluations_have_rows_of_their_own() -> None:
     result = SimpleNamespace(pass_rate=0.5, mean_reward=0.6, mean_length=7.0, truncated=0.1)
     log = Log()
-    for step, answer in ((10, result), (20, None)):
-        rollouts: Any = SimpleNamespace(evaluate=lambda version, answer=answer: answer)
-        evaluate(rollouts, log, step=step)
-    row = {"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1}
-    assert log.evaluations == [(10, row)]
+    rollouts: Any = SimpleNamespace(evaluate=lambda version: result)
+    evaluate(rollouts, log, step=10)
+    ((kind, step, row),) = log.rows
+    assert (kind, step) == ("eval", 10) and row.pop("time/eval") >= 0
+    assert row == {"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1}
 
 
 def gap(tmp_path: Path, size: float, **options: Any) -> Log:

@@ -8,12 +8,13 @@ from peergrad.data import Group
 
 
 def rollout_statistics(
-    groups: Sequence[Group], *, dropped: Sequence[float] = (), version: int
+    groups: Sequence[Group], *, dropped: Sequence[float] = (), failed: int = 0, version: int
 ) -> dict[str, float]:
     """Reward, length and age of one step's rollouts; ``version`` is the trainer's weight version.
 
     ``dropped`` are the mean rewards of the groups that dynamic sampling turned away: ``sampling/*``
-    counts them too, everything else is about what is trained on.
+    counts them too, everything else is about what is trained on. ``failed``: rewards that could not
+    be computed and count as 0, also of groups that later steps train on.
 
     A flat group (all rewards equal) teaches nothing; their fraction says how much of the batch is
     wasted. Lengths are in tokens, staleness in weight versions, of the oldest token of each
@@ -30,6 +31,7 @@ def rollout_statistics(
         "sampling/reward": float(np.mean(drawn)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
+        "reward/failed": min(1.0, failed / (len(rollouts) * len(drawn) / len(groups))),
         "reward/flat_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups])),
         "response/length": float(lengths.mean()),
         "response/length_max": float(lengths.max()),

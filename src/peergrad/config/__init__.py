@@ -121,3 +121,9 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out prompts are answered: some are there, an engine is, and it is wanted."""
+        live = self.rollout.replay is None
+        return self.evaluation.every > 0 and self.data.held_out is not None and live

@@ -9,7 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ Row = Mapping[str, float]
 
 
 class Sink(Protocol):
-    """Takes the numbers of one step; ``kind`` is ``train`` or ``eval``."""
+    """Takes the numbers of one step; ``kind`` is ``train``, or what else was measured: ``start``,
+    ``eval``, ``checkpoint``, ``export``."""
 
     def write(self, kind: str, step: int, row: Row) -> None: ...
 
@@ -27,7 +28,8 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, flushed at once; NaN and infinities become null (strict JSON).
+    """One JSON object a line, flushed at once, with a timestamp; NaN and infinities become null
+    (strict JSON).
 
     Opening cuts off what a resumed run does again: the rows beyond step ``start``, or all of them
     if it begins anew, since step 0 has an evaluation.
@@ -41,7 +43,9 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, row: Row) -> None:
-        self._file.write(json.dumps(_strict({"kind": kind, "step": step, **row})) + "\n")
+        # Seconds since 1970: phases tell durations, only this tells when.
+        record = {"kind": kind, "step": step, "timestamp": round(time.time(), 3), **row}
+        self._file.write(json.dumps(_strict(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -113,6 +117,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+WAITS = {
+    "rollout": "the rollouts of step {}",
+    "reference": "the reference's logprobs in step {}",
+    "old_logprobs": "the old policy's logprobs in step {}",
+    "update": "the update of step {}",
+    "sync": "the weight sync of step {}",
+    "eval": "the evaluation after step {}",
+    "checkpoint": "the checkpoint of step {}",
+    "export": "the export of the model after step {}",
+}
+"""What a phase or an event is called while it is waited for."""
+
+
+class Waiting(Protocol):
+    """Tells a person what the block is waiting for, if it takes long."""
+
+    def __call__(self, what: str, /) -> AbstractContextManager[object]: ...
+
+
 class Metrics:
     """Collects a step's numbers and phase times.
 
@@ -122,17 +145,21 @@ class Metrics:
         ...     metrics.log({"reward/mean": 0.5})
     """
 
-    def __init__(self, sinks: list[Sink], folder: Path | None = None) -> None:
+    def __init__(
+        self, sinks: list[Sink], folder: Path | None = None, *, waiting: Waiting = nullcontext
+    ) -> None:
         """``folder``: where ``record`` writes; None on the ranks that do not."""
         self._sinks = sinks
         self._folder = folder
+        self._waiting = waiting
         self._row: dict[str, float] = {}
+        self._step = 0
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Everything logged inside is one row. It is written when the block ends, and when it fails
         once the step has been trained: the row of the step that stops a run is the one to read."""
-        self._row = {}
+        self._row, self._step = {}, step
         start = time.perf_counter()
         try:
             yield
@@ -146,23 +173,30 @@ class Metrics:
         self._row["time/step"] = seconds = time.perf_counter() - start
         if "tokens/total" in self._row:
             self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
-        self._write("train", step, self._row)
+        self.write("train", step, self._row)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Add the block's seconds to ``time/<phase>`` of the current step."""
         start = time.perf_counter()
-        yield
+        with self._waiting(WAITS.get(phase, phase).format(self._step)):
+            yield
         key = f"time/{phase}"
         self._row[key] = self._row.get(key, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def event(self, kind: str, step: int) -> Iterator[dict[str, float]]:
+        """Something between the steps, with a row of its own: what the block puts into the
+        dictionary, and its seconds as ``time/<kind>``."""
+        row: dict[str, float] = {}
+        start = time.perf_counter()
+        with self._waiting(WAITS.get(kind, kind).format(step)):
+            yield row
+        self.write(kind, step, {**row, f"time/{kind}": time.perf_counter() - start})
 
     def log(self, row: Row) -> None:
         """Add numbers to the current step; a name said twice keeps the last value."""
         self._row.update(row)
-
-    def log_evaluation(self, step: int, row: Row) -> None:
-        """Write an evaluation, apart from the training rows."""
-        self._write("eval", step, row)
 
     def record(self, name: str, records: Iterable[Mapping[str, Any]]) -> str:
         """Write records that are no metrics as JSON lines, complete or not at all; the file's
@@ -175,7 +209,8 @@ class Metrics:
             partial.replace(path)
         return name
 
-    def _write(self, kind: str, step: int, row: Row) -> None:
+    def write(self, kind: str, step: int, row: Row) -> None:
+        """A whole row for every sink."""
         for sink in self._sinks:
             sink.write(kind, step, row)
 

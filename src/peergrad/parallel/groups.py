@@ -1,9 +1,9 @@
 """Process groups: who shares what with whom, and the few object collectives of the loop."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from peergrad.config import ParallelConfig
 from peergrad.parallel.device import set_up_device
+from peergrad.parallel.job import Job, OtherRankFailed
 
 Result = TypeVar("Result")
 
@@ -24,6 +25,7 @@ class Groups:
     ``control`` spans all ranks over gloo whatever the device: it carries objects and small numbers.
     """
 
+    job: Job
     device: torch.device
     rank: int
     world: int
@@ -43,10 +45,10 @@ class Groups:
         return self.is_last_stage and self.tensor.rank() == 0
 
     def share(self, function: Callable[[], Result]) -> Result:
-        """Run ``function`` on rank 0 and return its result on every rank.
+        """Run ``function`` on rank 0, however long it takes, and return its result on every rank.
 
-        If it raises, rank 0 raises the error itself and every other rank a RuntimeError that quotes
-        it, so that no rank waits for a broadcast that never comes.
+        If it raises, rank 0 raises the error itself and every other rank OtherRankFailed, so that
+        no rank waits for a broadcast that never comes.
         """
         box: list[Any] = [None, None]
         error: BaseException | None = None
@@ -55,13 +57,16 @@ class Groups:
                 box[0] = function()
             except BaseException as caught:
                 error, box[1] = caught, f"{type(caught).__name__}: {caught}"
+            self.job.done()
+        else:
+            self.job.await_zero()
         try:
             dist.broadcast_object_list(box, src=0, group=self.control)
         finally:
             if error is not None:
                 raise error  # even if the others are gone, perhaps for the same reason
         if box[1] is not None:
-            raise RuntimeError(f"rank 0 failed: {box[1]}")
+            raise OtherRankFailed(f"rank 0 failed: {box[1]}")
         result: Result = box[0]
         return result
 
@@ -75,19 +80,21 @@ class Groups:
         dist.barrier(group=self.control)
 
 
-def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
-    """Join the job (``torchrun`` sets the environment; without it, a job of one process), build
-    Megatron's groups and seed its generators. Order of ranks: tensor, data, pipeline."""
+def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) -> Groups:
+    """Build Megatron's groups over the ranks of ``job`` (default: join it) and seed its generators.
+    Order of ranks: tensor, data, pipeline."""
     device = set_up_device()
     timeout = timedelta(minutes=config.timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_initialized():
-        pass  # a job may change its layout: see leave_layout
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    job = job or _joined(config.timeout_minutes)
+    if not dist.is_initialized():  # a job may change its layout: see leave_layout
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("groups", job.store),  # type: ignore[attr-defined]
+            rank=job.rank,
+            world_size=job.world,
+            timeout=timeout,
+        )
     control = dist.new_group(backend="gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         config.tensor,
@@ -100,6 +107,7 @@ def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
     )
     torch.manual_seed(seed)
     return Groups(
+        job=job,
         device=device,
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -108,6 +116,12 @@ def init_groups(config: ParallelConfig, *, seed: int) -> Groups:
         data=parallel_state.get_data_parallel_group(),
         control=control,
     )
+
+
+@cache
+def _joined(minutes: float) -> Job:
+    """The job of a program that has not joined one itself, once: nobody arrives twice."""
+    return Job.join(minutes=minutes)
 
 
 def leave_layout() -> None:
@@ -120,3 +134,4 @@ def close_groups() -> None:
     if dist.is_initialized():
         leave_layout()
         dist.destroy_process_group()
+    _joined.cache_clear()

@@ -6,14 +6,16 @@ tokens of JSON in the trainer's process would stall its kernel launches.
 
 import asyncio
 import atexit
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
-import traceback
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, cast
 
@@ -22,16 +24,22 @@ from peergrad.config import Config
 from peergrad.data import Prompt, Rollout
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
+from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
 from peergrad.running.lifetime import die_with_parent
 
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.5
+PROGRESS_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 
 
 class Scorer(Protocol):
-    """Grades answers; several at a time."""
+    """Grades answers; several at a time. ``failures`` counts those that it could not, by kind."""
+
+    failures: Counter[str]
 
     async def score(self, prompt: Prompt, rollout: Rollout) -> float: ...
 
@@ -51,8 +59,11 @@ class Parts:
 class Collector:
     """The trainer's handle on the collector process; used by global rank 0 only.
 
-    Every verb blocks. An error in the process is raised here with its message and traceback. The
-    process ends with this one, however this one ends. Start it from the main thread.
+    Every verb blocks. An error in the process is raised here: a ValueError if it was one, else a
+    RuntimeError, with its message; its traceback goes to the log of both. ``heard`` is given each
+    word on how far a verb is. Warnings of the process come here, so that one process alone writes
+    to the screen. The process ends with this one, however this one ends. Start it from the main
+    thread.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Collector:
         """Returns at once. ``build`` runs in the new process: a top-level function of a module that
         is quick to import. ``state``: what ``state()`` returned in an earlier run.
         """
+        self.heard: Callable[[str], None] = lambda text: None
         context = multiprocessing.get_context("spawn")  # fork would copy CUDA and its threads
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, and rewards run in processes of their own.
@@ -103,22 +115,36 @@ class Collector:
             self._process.kill()
             self._process.join()
 
+    def ready(self) -> None:
+        """Wait until the parts are built. Raises what building them raised."""
+        self._call("ready")
+
     def _call(self, verb: str, *arguments: Any) -> Any:
         with suppress(BrokenPipeError):  # ended already: its last words are still in the pipe
             self._connection.send((verb, arguments))
+        while True:
+            kind, content = self._receive()
+            if kind == "result":
+                return content
+            if kind == "error":
+                raise_here(*content)
+            elif kind == "progress":
+                self.heard(content)
+            else:
+                log.warning(content)  # a message of its own, not one of many
+
+    def _receive(self) -> tuple[str, Any]:
         while not self._connection.poll(POLL_SECONDS):
             if not self._process.is_alive() and not self._connection.poll():
                 break
         try:
-            error, result = self._connection.recv()
+            return cast(tuple[str, Any], self._connection.recv())
         except (EOFError, OSError) as end:
             self._process.join(GRACE_SECONDS)
             raise RuntimeError(
-                f"the collector process ended with exit code {self._process.exitcode}"
+                f"the collector process ended with exit code {self._process.exitcode}; a negative "
+                "one is a signal (-9: perhaps out of memory); see collector.log"
             ) from end
-        if error is not None:
-            raise RuntimeError(error)
-        return result
 
 
 class _Worker:
@@ -129,6 +155,8 @@ class _Worker:
     ) -> None:
         rollout, choice = config.rollout, config.algo.sampling
         self._evaluation = config.evaluation
+        self._failed = 0  # rewards, until the last take
+        self.progress: Callable[[], str] = str  # of the verb at work
         self._parts = parts
         self._engine = SGLangEngine(
             urls,
@@ -155,30 +183,50 @@ class _Worker:
             state=restored,
         )
 
+    async def ready(self) -> None:
+        """Answers once it can: see ``Collector.ready``."""
+
     async def set_version(self, version: int) -> None:
+        log.info("the servers hold weights of version %d", version)
         self._stream.set_version(version)
 
     async def take(self, version: int) -> Taken:
-        return await self._stream.take(version)
+        self.progress = self._stream.progress
+        began = time.monotonic()
+        taken = await self._stream.take(version)
+        failures = sum(self._parts.scorer.failures.values())
+        taken = replace(taken, failed=failures - self._failed)
+        self._failed = failures
+        log.info(
+            "step %d: %d groups after %.1f s (%d dropped, %d rewards failed)",
+            version + 1, len(taken.groups), time.monotonic() - began, len(taken.dropped),
+            taken.failed,
+        )  # fmt: skip
+        return taken
 
     async def evaluate(self, version: int) -> EvaluationResult | None:
         prompts = self._parts.held_out[: self._evaluation.prompts]
         if not prompts:
             return None
+        answered = Counter[str]()
+        self.progress = lambda: f"{answered.total()} of {len(prompts)} prompts"
         sampling = Sampling(
             n=self._evaluation.samples,
             temperature=self._evaluation.temperature,
             max_new_tokens=self._sampling.max_new_tokens,
             stop_token_ids=self._sampling.stop_token_ids,
         )
-        return await evaluate(
+        result = await evaluate(
             self._engine,
             prompts,
             self._parts.scorer.score,
             sampling,
             version=version,
             pass_reward=self._evaluation.pass_reward,
+            answered=answered,
         )
+        log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
+        return result
 
     async def state(self) -> bytes:
         return pickle.dumps(self._stream.state())
@@ -202,19 +250,25 @@ def _run(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     die_with_parent(parent)
+    outbox = Outbox(connection)
     try:
         parts = build(config)
+        logging.getLogger().addHandler(outbox)
         try:
-            asyncio.run(_serve(connection, config, urls, parts, state))
+            asyncio.run(_serve(connection, outbox, config, urls, parts, state))
         finally:
             parts.scorer.close()
     except Exception as error:
-        with suppress(OSError):
-            connection.send((_describe(error), None))
+        outbox.put_error(error)
 
 
 async def _serve(
-    connection: Connection, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+    connection: Connection,
+    outbox: Outbox,
+    config: Config,
+    urls: Sequence[str],
+    parts: Parts,
+    state: bytes | None,
 ) -> None:
     """Answer one request after the other. The trainer waits for each answer, so that whatever comes
     before it can only be the end of the pipe: a trainer interrupted while it waited.
@@ -224,14 +278,26 @@ async def _serve(
     while request := await incoming:
         verb, arguments = request
         incoming = _next_request(connection)
+        worker.progress = str
         call = asyncio.create_task(getattr(worker, verb)(*arguments))
-        await asyncio.wait((call, incoming), return_when=asyncio.FIRST_COMPLETED)
+        while not await _first(call, incoming):
+            outbox.put("progress", worker.progress())
         if not call.done():
             call.cancel()
             break
-        error = call.exception()
-        connection.send((_describe(error), None) if error else (None, call.result()))
+        if error := call.exception():
+            outbox.put_error(error)
+        else:
+            outbox.put("result", call.result())
     await worker.aclose()
+
+
+async def _first(*tasks: asyncio.Task[Any]) -> set[asyncio.Task[Any]]:
+    """Which of ``tasks`` are done, after one is or a moment has passed."""
+    done, _ = await asyncio.wait(
+        tasks, timeout=PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED
+    )
+    return done
 
 
 def _next_request(connection: Connection) -> asyncio.Task[tuple[str, tuple[Any, ...]] | None]:
@@ -244,8 +310,3 @@ def _next_request(connection: Connection) -> asyncio.Task[tuple[str, tuple[Any, 
             return None
 
     return asyncio.create_task(asyncio.to_thread(receive))
-
-
-def _describe(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
-    return f"{error}\n--- {type(error).__name__} in the collector process ---\n{text}"

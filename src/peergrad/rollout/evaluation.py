@@ -1,6 +1,7 @@
 """Pass rate on held-out prompts."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,13 +37,15 @@ async def evaluate(
     *,
     version: int,
     pass_reward: float,
+    answered: Counter[str],
 ) -> EvaluationResult:
-    """Answer and grade all prompts at once."""
+    """Answer and grade all prompts at once; ``answered`` gets the id of each that is done."""
 
     async def answer(prompt: Prompt) -> list[tuple[Rollout, float]]:
         request = f"evaluation/{version}/{prompt.id}"
         rollouts = await engine.generate(prompt.tokens, sampling, request_id=request)
         rewards = await asyncio.gather(*(score(prompt, rollout) for rollout in rollouts))
+        answered[prompt.id] += 1
         return list(zip(rollouts, rewards, strict=True))
 
     answers = await asyncio.gather(*map(answer, prompts))

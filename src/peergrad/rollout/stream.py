@@ -32,14 +32,16 @@ class PromptSource(Protocol):
 @dataclass(frozen=True)
 class Taken:
     """What a step trains on, and the mean raw rewards of the groups that were dropped on the way:
-    those of the prompts before its last one and after the last one of the step before.
+    those of the prompts before its last one and after the last one of the step before. ``failed``
+    rewards count as 0: all since the step before, also those of groups for later steps.
 
     Example:
-        ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0))``
+        ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0), failed=2)``
     """
 
     groups: list[Group]
     dropped: tuple[float, ...] = ()
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class Stream:
             [self._finished.pop(sequence) for sequence in wanted],
             tuple(self._dropped.pop(sequence) for sequence in dropped),
         )
+
+    def progress(self) -> str:
+        """How far the next batch is, in words."""
+        done = len(self._finished.keys() & set(self._wanted()))
+        return f"{done} of {self._batch} groups, {len(self._tasks)} in flight"
 
     def state(self) -> StreamState:
         return StreamState(

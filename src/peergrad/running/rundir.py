@@ -1,8 +1,7 @@
 """The folder of a run: what is where, and that nothing in it is ever overwritten by accident."""
 
-import logging
 import os
-import sys
+import secrets
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +24,7 @@ class RunDir:
         self.hf = path / "hf"
         self.curve = path / "curve.png"
         self.done = path / "DONE"
+        self.lock = path / "holder.json"
 
     @property
     def started(self) -> bool:
@@ -32,6 +32,23 @@ class RunDir:
         that failed before its first result leaves nothing."""
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or self.checkpoints.exists()
+
+    def identity(self) -> str:
+        """Names this run to servers that others may use as well; the same after every resume."""
+        file = self.path / "identity"
+        if not file.is_file():
+            partial = file.with_name(".identity.partial")
+            partial.write_text(f"{self.path.name}-{secrets.token_hex(4)}")
+            partial.replace(file)
+        return file.read_text()
+
+    def how_to_resume(self) -> str:
+        """What a run that has been interrupted can do."""
+        latest = self.checkpoints / "latest"
+        if not latest.is_file():
+            return "run.resume=true begins again: there is no checkpoint yet"
+        step = latest.read_text().strip().removeprefix("step_").lstrip("0")
+        return f"run.resume=true continues from step {step}"
 
     def new_attempt(self) -> Path:
         """A fresh log folder for this start of the run; ``logs/latest`` points to it."""
@@ -54,21 +71,3 @@ def check_run_dir(config: RunConfig) -> RunDir:
             "continue it, or choose a new run.name to start anew"
         )
     return run
-
-
-def log_to(folder: Path, name: str, *, screen: bool) -> None:
-    """Send this process's log to ``folder/<name>.log``, and its warnings to stderr if
-    ``screen``."""
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"{name}.log")]
-    if screen:
-        handlers.append(logging.StreamHandler(sys.stderr))
-        handlers[-1].setLevel(logging.WARNING)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=handlers,
-        force=True,
-    )
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # libraries' deprecations
-    logging.getLogger("httpx").setLevel(logging.WARNING)

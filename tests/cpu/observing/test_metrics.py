@@ -3,7 +3,8 @@
 import json
 import math
 import os
-import warnings
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peergrad.config import LoggerConfig
-from peergrad.observing.console import COLUMNS, ConsoleSink
-from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import (
     JsonLines,
     Metrics,
@@ -44,18 +43,26 @@ class Memory:
 
 def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # step begins at 0, rollout 1..4, sync 4..5, rollout 6..10, step ends at 16
-    ticks = iter([0.0, 1.0, 4.0, 4.0, 5.0, 6.0, 10.0, 16.0])
+    ticks = iter([0.0, 1.0, 4.0, 4.0, 5.0, 6.0, 10.0, 16.0, 20.0, 23.0])
     monkeypatch.setattr(
         "peergrad.observing.metrics.time", SimpleNamespace(perf_counter=ticks.__next__)
     )
     memory = Memory()
-    metrics = Metrics([memory])
+    waited: list[str] = []
+
+    def waiting(what: str) -> nullcontext[None]:
+        waited.append(what)
+        return nullcontext()
+
+    metrics = Metrics([memory], waiting=waiting)
     with metrics.step(3):
         for phase in ("rollout", "sync", "rollout"):
             with metrics.time(phase):
                 pass
         metrics.log({"tokens/total": 64.0, "reward/mean": 0.25})
         metrics.log({"reward/mean": 0.5})
+    with metrics.event("eval", 3) as row:
+        row["pass@1"] = 0.25
     assert memory.rows == [
         (
             "train",
@@ -68,8 +75,11 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
                 "tokens/per_second": 4.0,
                 "reward/mean": 0.5,
             },
-        )
+        ),
+        ("eval", 3, {"pass@1": 0.25, "time/eval": 3.0}),
     ]
+    rollout, sync = "the rollouts of step 3", "the weight sync of step 3"
+    assert waited == [rollout, sync, rollout, "the evaluation after step 3"]
 
 
 def test_a_step_starts_anew_and_a_failed_one_is_not_written() -> None:
@@ -80,7 +90,7 @@ def test_a_step_starts_anew_and_a_failed_one_is_not_written() -> None:
         raise RuntimeError
     with metrics.step(2):
         metrics.log({"b": 2.0})
-    metrics.log_evaluation(2, {"pass@1": 0.5})
+    metrics.write("eval", 2, {"pass@1": 0.5})
     assert [(kind, step, set(row)) for kind, step, row in memory.rows] == [
         ("train", 2, {"b", "time/step"}),
         ("eval", 2, {"pass@1"}),
@@ -117,6 +127,7 @@ def test_rows_are_strict_json_at_once(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     row = json.loads(path.read_text(), parse_constant=refuse)
+    assert abs(row.pop("timestamp") - time.time()) < 60
     assert row == {"kind": "train", "step": 1, "a": 1e-7, "b": None, "c": None, "d": None}
     sink.close()
 
@@ -233,57 +244,3 @@ def test_records_beside_the_metrics(tmp_path: Path) -> None:
         {"gap": -0.5, "group": "3/é"},
         {"gap": None},
     ]
-
-
-# --- for a person --------------------------------------------------------------------------------
-
-
-def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    sink = ConsoleSink(steps=40)
-    row = {metric: 123456.789 for metric, _ in COLUMNS.values()}
-    sink.write("train", 7, row)
-    sink.write("train", 8, {"reward/mean": 0.12345})
-    evaluation = {"pass@1": 1 / 3, "reward": 0.25, "length": 12345.678, "truncated": 0.0}
-    sink.write("eval", 8, evaluation | {f"long_name_{i}": 1.0 for i in range(9)})
-    sink.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3  # not wrapped at 80 columns
-    assert lines[0].startswith("step 7/40  reward 123456.789  length 123456.8  KL 123456.7890")
-    assert lines[1].startswith("step 8/40  reward 0.123  length -  KL -")
-    assert lines[2].startswith("evaluation after step 8: pass@1 0.333  reward 0.250  length 12345.")
-
-
-def test_a_terminal_gets_a_table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "160")
-    sink = ConsoleSink(steps=40)
-    for step in range(1, 21):
-        sink.write("train", step, {"reward/mean": step / 100})
-    sink.write("eval", 20, {"pass@1": 0.5})
-    sink.close()
-    last = capsys.readouterr().out.rpartition("tok/s")[2]
-    assert "20/40" in last and "0.200" in last
-    assert "9/40" in last and " 8/40" not in last  # the last twelve
-
-
-def picture_of(rows: list[dict[str, object]], folder: Path) -> bytes:
-    path = folder / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of empty legends and the like
-        draw_curve(path, folder / "curve.png")
-    return (folder / "curve.png").read_bytes()
-
-
-def test_curve(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [
-        {"kind": "eval", "step": 0, "pass@1": 0.1},
-        {"kind": "train", "step": 1, "reward/mean": 0.2, "logprob_gap/max": 1e-6},
-        {"kind": "train", "step": 2, "reward/mean": None, "logprob_gap/max": None},
-        {"kind": "train", "step": 3, "reward/mean": -4.0, "logprob_gap/max": 0.0},
-    ]
-    pictures = [picture_of(rows[:n], tmp_path) for n in (0, 3, 4)]
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
-    assert len(set(pictures)) == 3

@@ -1,8 +1,12 @@
 """The collector process against a local stand-in for SGLang."""
 
+import asyncio
+import logging
 import os
+import re
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -33,6 +37,9 @@ class Counting:
 class LastDigit:
     """Rewards answers whose prompt ends in an even token."""
 
+    def __init__(self):
+        self.failures = Counter()
+
     async def score(self, prompt, rollout):
         if prompt.id == "p666":
             raise ValueError("no grade for p666")
@@ -46,6 +53,7 @@ class OddDiffer(LastDigit):
     """Rewards one answer of two if the prompt ends in an odd token, else both."""
 
     def __init__(self):
+        super().__init__()
         self.graded = count()
 
     async def score(self, prompt, rollout):
@@ -143,7 +151,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(start):
 def test_dynamic_sampling_gives_up_at_its_limit(start):
     collector = start(config=sampling_config(dynamic=True, limit=4))
     collector.set_version(0)
-    with pytest.raises(RuntimeError, match=r"^algo\.sampling\.limit = 4: more than 12 groups"):
+    with pytest.raises(ValueError, match=r"^algo\.sampling\.limit = 4: more than 12 groups"):
         collector.take(0)
 
 
@@ -154,23 +162,58 @@ def test_without_it_such_groups_are_left_to_the_trainer(start):
     assert [g.id for g in taken.groups] == ["0/p0", "1/p1", "2/p2"] and taken.dropped == ()
 
 
-def test_an_error_comes_with_its_message_and_traceback(start):
+def test_an_error_comes_with_its_message_and_the_log_has_its_traceback(start, caplog):
+    caplog.set_level("INFO")
     collector = start(build_from_666)
     collector.set_version(0)
-    with pytest.raises(RuntimeError, match=r"(?s)^no grade for p666.*ValueError.*in score"):
+    with pytest.raises(ValueError, match=r"^no grade for p666$"):
         collector.take(0)
+    assert re.search(
+        r"(?s)in the collector process:\n.*in score.*ValueError: no grade", caplog.text
+    )
 
 
 def test_an_error_while_building_comes_with_the_first_call(start):
     collector = start(build_badly)
-    with pytest.raises(RuntimeError, match=r"^no such data set: nowhere\.jsonl"):
-        collector.set_version(0)
+    with pytest.raises(
+        RuntimeError, match=r"^FileNotFoundError: no such data set: nowhere\.jsonl$"
+    ):
+        collector.ready()
 
 
 def test_so_does_a_state_that_cannot_be_restored(start):
     collector = start(state=b"no state")
-    with pytest.raises(RuntimeError, match=r"(?s)UnpicklingError in the collector process"):
-        collector.set_version(0)
+    with pytest.raises(RuntimeError, match=r"^UnpicklingError: "):
+        collector.ready()
+
+
+class Slow(LastDigit):
+    """Half a second for every answer of the second prompt, of which it warns; the third fails."""
+
+    async def score(self, prompt, rollout):
+        if prompt.id == "p1":
+            logging.getLogger("rewards").warning("100 % slow")
+            await asyncio.sleep(1.5)
+        self.failures["error"] += prompt.id == "p2"
+        return 0.0
+
+
+def build_slow(config):
+    return replace(build(config), scorer=Slow())
+
+
+def test_one_hears_how_far_it_is_and_what_is_wrong(start, caplog):
+    """Warnings come through the trainer, which alone writes to the screen."""
+    collector, heard = start(build_slow), []
+    collector.heard = heard.append
+    collector.ready()
+    collector.set_version(0)
+    taken = collector.take(0)
+    assert heard == ["2 of 3 groups, 1 in flight"]
+    assert "100 % slow" in caplog.text
+    assert taken.failed == 2
+    collector.set_version(1)
+    assert collector.take(1).failed == 0
 
 
 def test_a_dead_process_is_noticed(server, start):

@@ -1,14 +1,11 @@
 """A run folder is never taken over by accident."""
 
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from peergrad.config import RunConfig
-from peergrad.running.rundir import RunDir, check_run_dir, log_to
+from peergrad.running.rundir import RunDir, check_run_dir
 
 
 def test_a_new_run(tmp_path: Path) -> None:
@@ -52,32 +49,18 @@ def test_attempts_have_folders_of_their_own(
     )
 
 
-@pytest.fixture
-def restored_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    names = [logging.getLogger(name) for name in ("py.warnings", "httpx")]
-    levels = [logger.level for logger in names]
-    root.handlers = []  # log_to closes what it replaces
-    yield
-    logging.captureWarnings(False)
-    for handler in root.handlers:
-        handler.close()
-    root.handlers, root.level = handlers, level
-    for logger, old in zip(names, levels, strict=True):
-        logger.setLevel(old)
+def test_a_run_has_one_name_for_ever(tmp_path: Path) -> None:
+    """To servers; another run of the same name elsewhere has another."""
+    run, other = RunDir(tmp_path / "x" / "a"), RunDir(tmp_path / "y" / "a")
+    for each in (run, other):
+        each.path.mkdir(parents=True)
+    assert run.identity() == RunDir(tmp_path / "x" / "a").identity()
+    assert run.identity().startswith("a-") and run.identity() != other.identity()
 
 
-@pytest.mark.usefixtures("restored_logging")
-@pytest.mark.parametrize("screen", [True, False])
-def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str], screen: bool) -> None:
-    log_to(tmp_path, "rank_00003", screen=screen)
-    logging.getLogger("peergrad").info("progress")
-    logging.getLogger("peergrad").warning("trouble")
-    logging.getLogger("httpx").info("HTTP Request: 200 OK")
-    warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
-    text = (tmp_path / "rank_00003.log").read_text()
-    assert "INFO peergrad: progress" in text and "WARNING peergrad: trouble" in text
-    assert "HTTP Request" not in text and "deprecated" not in text
-    error = capsys.readouterr().err
-    assert ("trouble" in error) == screen and "progress" not in error
+def test_what_an_interrupted_run_can_do(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    assert run.how_to_resume() == "run.resume=true begins again: there is no checkpoint yet"
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "latest").write_text("step_000120")
+    assert run.how_to_resume() == "run.resume=true continues from step 120"

@@ -1,0 +1,220 @@
+"""The parts of a run, put together: the only file that knows them all."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from peergrad.algo.grading import AlgoState
+from peergrad.config import Config, ServerMode
+from peergrad.inputs import collector_parts
+from peergrad.loop import train
+from peergrad.observing.curve import CurveSink
+from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB
+from peergrad.observing.screen import Screen
+from peergrad.parallel.checkpoint import Checkpoints
+from peergrad.parallel.groups import Groups, close_groups, init_groups
+from peergrad.parallel.job import Job
+from peergrad.parallel.policy import Policy, Scorer
+from peergrad.rollout.collector import Collector
+from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, Rollouts
+from peergrad.rollout.servers import ManagedServers
+from peergrad.rollout.sync import WeightSync
+from peergrad.running.ending import Ending
+from peergrad.running.logs import log_to
+from peergrad.running.rundir import RunDir
+from peergrad.stages import sync_weights
+
+log = logging.getLogger(__name__)
+
+
+class Build:
+    """Builds every part, trains, exports; ``stack`` closes the parts in reverse order."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDir,
+        attempt: Path | None,
+        screen: Screen,
+        stack: ExitStack,
+    ) -> None:
+        """``attempt``: the log folder of this start, on rank 0."""
+        self.config, self.directory, self.attempt = config, directory, attempt
+        self.screen, self.stack = screen, stack
+        self.times = {"start/libraries": _age()}
+
+    def train(self, ending: Ending) -> None:
+        """The whole run on this rank."""
+        config, last = self.config, self.config.run.steps
+        groups = self.join(ending)
+        policy, checkpoints, start = self.load_policy(groups)
+        state = restore_state(config, checkpoints.algo_state(start))
+        reference = self.load_reference(groups, checkpoints, state, start)
+        rollouts = self.start_rollouts(groups, checkpoints.collector_state(start), policy)
+        metrics = self.start_metrics(groups, start)
+        with self.stage("sync", "the first weight sync"):
+            sync_weights(config, rollouts, policy, version=start)
+        metrics.write("start", start, self.start_row())
+        train(
+            config,
+            start=start,
+            state=state,
+            rollouts=rollouts,
+            policy=policy,
+            reference=reference,
+            checkpoints=checkpoints,
+            metrics=metrics,
+        )
+        with metrics.event("export", last):
+            policy.export(self.directory.hf, companions=Path(config.model.path))
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """A part of the start: said on the screen, its seconds kept as ``start/<name>``."""
+        began = time.perf_counter()
+        with self.screen.waiting(what, announce=True):
+            yield
+        self.times[f"start/{name}"] = time.perf_counter() - began
+
+    def start_row(self) -> dict[str, float]:
+        """Seconds from the start of this process, its imports included, and of the stages."""
+        return {"time/start": _age(), **self.times}
+
+    def join(self, ending: Ending) -> Groups:
+        """Find the other ranks, agree on the log folder, lay out the process groups."""
+        parallel = self.config.parallel
+        with self.stage("join", "the other ranks"):
+            job = Job.join(minutes=parallel.timeout_minutes, heard=self.screen.detail)
+            ending.speaker = job
+            self.stack.callback(close_groups)
+            groups = init_groups(parallel, seed=self.config.run.seed, job=job)
+            self.attempt = groups.share(lambda: self.attempt)
+        assert self.attempt is not None
+        if groups.rank > 0:
+            ending.log = log_to(self.attempt, f"rank_{groups.rank:05d}", screen=False)
+        return groups
+
+    def load_policy(self, groups: Groups) -> tuple[Policy, Checkpoints, int]:
+        """The model that learns, at the step that it goes on from."""
+        config = self.config
+        with self.stage("model", f"the model {config.model.path}"):
+            policy = Policy(config, groups)
+        checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint, groups)
+        if not config.run.resume:
+            return policy, checkpoints, 0
+        with self.stage("resume", "the checkpoint to resume from"):
+            start = checkpoints.restore(policy)
+        if start:
+            self.screen.say(f"resumed from step {start}")
+        return policy, checkpoints, start
+
+    def load_reference(
+        self, groups: Groups, checkpoints: Checkpoints, state: AlgoState, start: int
+    ) -> Scorer | None:
+        """The frozen model of the KL term, if there is one."""
+        model = self.config.model
+        if self.config.algo.kl.coef == 0:
+            return None
+        with self.stage("reference", f"the reference model {model.reference or model.path}"):
+            weights = None if model.reference else model.weights
+            path = model.reference or model.path
+            reference = Scorer(self.config, groups, path=path, weights=weights)
+            if state.reference_step:
+                checkpoints.restore_reference(reference, start)
+        return reference
+
+    def start_rollouts(self, groups: Groups, state: bytes | None, policy: Policy) -> Rollouts:
+        """Recorded groups, or on rank 0 servers, collector and weight sync."""
+        rollout = self.config.rollout
+        if rollout.replay is not None:
+            return ReplayRollouts(Path(rollout.replay))
+
+        def start_engine() -> tuple[Collector, WeightSync]:
+            urls = self.start_servers()
+            assert self.attempt is not None
+            parts = partial(collector_parts, attempt=self.attempt)
+            with self.stage("collector", "the prompts and the rewards"):
+                collector = Collector(self.config, urls, parts, state=state)
+                self.stack.callback(collector.close)
+                collector.heard = self.screen.detail
+                collector.ready()
+            sync = WeightSync(
+                urls,
+                vocab_size=policy.shape.vocab,
+                bucket_mb=rollout.bucket_mb,
+                proof=rollout.proof,
+            )
+            self.stack.callback(sync.close)
+            return collector, sync
+
+        collector, sync = on_rank_zero(groups, start_engine) or (None, None)
+        return LiveRollouts(
+            groups.share,
+            collector=collector,
+            sync=sync,
+            run_dir=self.directory.path,
+            dump=rollout.dump,
+        )
+
+    def start_servers(self) -> list[str]:
+        """URLs of the servers, which answer."""
+        config, servers = self.config, self.config.rollout.servers
+        if servers.mode is ServerMode.external:
+            return servers.urls
+        assert self.attempt is not None
+        managed = ManagedServers(
+            servers,
+            model_path=config.model.path,
+            dtype=config.model.dtype,
+            log_dir=self.attempt,
+            seed=config.run.seed,
+        )
+        what = "SGLang to start" if servers.count == 1 else f"{servers.count} SGLang servers"
+        with self.stage("servers", f"{what} ({self.attempt}/server_0.log)"):
+            return self.stack.enter_context(managed).urls
+
+    def start_metrics(self, groups: Groups, start: int) -> Metrics:
+        """Where numbers go; nowhere on ranks other than 0."""
+        sinks = on_rank_zero(groups, lambda: self.sinks(start))
+        folder = self.directory.path if groups.rank == 0 else None
+        metrics = Metrics(sinks or [], folder, waiting=self.screen.waiting)
+        self.stack.callback(metrics.close)
+        return metrics
+
+    def sinks(self, start: int) -> list[Sink]:
+        logger, directory = self.config.logger, self.directory
+        sinks: list[Sink] = [JsonLines(directory.metrics, start), self.screen]
+        if logger.tensorboard:
+            sinks.append(TensorBoard(directory.tensorboard, start))
+        if logger.wandb != "off":
+            sinks.append(WandB(logger, directory.path, asdict(self.config)))
+        return [*sinks, CurveSink(directory.path)]
+
+
+def _age() -> float:
+    """Seconds since this process began."""
+    return time.time() - float(psutil.Process().create_time())
+
+
+def restore_state(config: Config, saved: dict[str, object] | None) -> AlgoState:
+    """What the objective remembers: of the checkpoint, or as configured. A KL coefficient that
+    nothing adapts is the configuration's, also after a resume, and so is one that starts anew."""
+    state = AlgoState(config.algo.kl.coef) if saved is None else AlgoState.from_json(saved)
+    if config.algo.kl.coef == 0:
+        return replace(state, kl_coef=0.0, reference_step=0)  # no reference is loaded or saved
+    adapts = config.algo.kl.target is not None and state.kl_coef > 0
+    return state if adapts else replace(state, kl_coef=config.algo.kl.coef)
+
+
+def on_rank_zero(groups: Groups, function: Callable[[], Any]) -> Any:
+    """``function()`` on rank 0, None elsewhere; every rank waits for it and fails if it does."""
+    kept: list[Any] = []
+    groups.share(lambda: kept.append(function()))
+    return kept[0] if kept else None

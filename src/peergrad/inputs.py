@@ -1,0 +1,32 @@
+"""What a run is fed with: prompts, held-out prompts, rewards.
+
+A module of its own, because the collector process imports it and must not load Megatron.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from peergrad.config import Config
+from peergrad.prompts import Prompts, load_prompts
+from peergrad.rewards import RewardPool
+from peergrad.rollout.collector import Parts
+from peergrad.running.logs import log_to
+
+
+def collector_parts(config: Config, *, attempt: Path) -> Parts:
+    """What the collector process works with; runs in that process."""
+    log_to(attempt, "collector", screen=False)  # warnings reach the screen through the trainer
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    data, seed = config.data, config.run.seed
+    records = load_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)
+    held_out = []
+    if data.held_out is not None:
+        # A seed of its own kind: the held-out order must not change with run.seed.
+        held_out = load_prompts(data, data.held_out, split="test", tokenizer=tokenizer, seed=0)
+    return Parts(
+        prompts=Prompts(records, shuffle=data.shuffle, seed=seed),
+        held_out=held_out,
+        scorer=RewardPool(config.reward),
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )

@@ -1,0 +1,178 @@
+"""One line, a status, the traceback in the log; of many ranks one speaks."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from peergrad.running import ending as module
+from peergrad.running.ending import Ending, is_echo, one_line, refuse
+from peergrad.running.place import Place
+
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+
+class OtherRankFailed(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a.b = 1: must be 2; set it"), "a.b = 1: must be 2; set it"),
+        (RuntimeError("several\n  lines\tand  blanks"), "several lines and blanks"),
+        (OutOfMemoryError("CUDA out"), "out of GPU memory (CUDA out); lower parallel.micro_batch"),
+        (MemoryError(), "out of memory (); lower parallel.micro_batch_tokens"),
+        (OSError(errno.ENOSPC, "No space", "/x"), "[Errno 28] No space: '/x'"),
+        (RuntimeError("Timed out waiting 60000ms for recv"), "parallel.timeout_minutes: another"),
+        (KeyError("x"), "KeyError: 'x' (unforeseen; the traceback is in the log)"),
+        (AssertionError(), "AssertionError:  (unforeseen;"),
+        (RuntimeError(), "RuntimeError:  (unforeseen;"),
+        (RuntimeError("x" * 9000), "x" * 700 + " ..."),
+    ],
+)
+def test_lines(error: BaseException, line: str) -> None:
+    assert one_line(error).startswith(line) and "\n" not in one_line(error)
+
+
+class Store:
+    """The ranks' word, of one process."""
+
+    def __init__(self, first: str | None = None) -> None:
+        self.first, self.log = first, list[str]()
+
+    def failed(self) -> bool:
+        return self.first is not None
+
+    def claim(self) -> bool:
+        self.first = self.first or "me"
+        return self.first == "me"
+
+    def said(self) -> None:
+        self.log.append("said")
+
+    def await_said(self, seconds: float) -> None:
+        self.log.append("waited")
+
+
+def end(error: BaseException, store: Store | None = None, rank: int = 0, **place: Path) -> int:
+    ending = Ending(Place(rank, 2))
+    ending.speaker, ending.log = store, place.get("log")
+    ending.begin(error)
+    return ending.end(error)
+
+
+def test_statuses_and_places(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(ValueError("a = 1: no; b")) == 2
+    assert capsys.readouterr().err == "error: a = 1: no; b\n"
+    assert end(RuntimeError("broken"), Store(), log=Path("logs/rank_00000.log")) == 1
+    assert capsys.readouterr().err == "error: broken (log: logs/rank_00000.log)\n"
+    assert end(RuntimeError("broken"), Store(), rank=1) == 1
+    assert capsys.readouterr().err.startswith("error: broken [rank 1 on ")
+
+
+def test_the_log_has_the_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    try:
+        raise KeyError("deep inside")
+    except KeyError as error:
+        end(error)
+    assert "failed here" in caplog.text and 'raise KeyError("deep inside")' in caplog.text
+
+
+def test_who_is_not_first_keeps_silent_and_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    other, mine = Store("other"), Store()
+    assert end(RuntimeError("broken"), other) == 1
+    assert capsys.readouterr().err == "" and other.log == ["waited"]
+    assert end(RuntimeError("broken"), mine) == 1
+    assert capsys.readouterr().err != "" and mine.log == ["said"]
+
+
+@pytest.mark.parametrize(
+    "echo", [OtherRankFailed("rank 1 failed"), RuntimeError("x: Connection closed by peer [1.2.3]")]
+)
+def test_an_echo_lets_the_other_speak(
+    echo: RuntimeError, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank that failed may be slower than the news of it; if it cannot speak, the echo must."""
+    monkeypatch.setattr(module, "POLITE_SECONDS", 0.5)
+    assert is_echo(echo) and not is_echo(RuntimeError("no"))
+    store = Store()
+    Timer(0.2, lambda: setattr(store, "first", "other")).start()
+    assert end(echo, store) == 1
+    assert capsys.readouterr().err == ""
+    began = time.monotonic()
+    assert end(echo, Store()) == 1
+    assert time.monotonic() - began >= 0.5
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_mistake_that_every_rank_finds_is_said_by_rank_0(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLITE_SECONDS", 0.2)
+    assert refuse(ValueError("a = 1: no"), Place(0, 2)) == 2
+    assert capsys.readouterr().err == "error: a = 1: no\n"
+    began = time.monotonic()
+    assert refuse(ValueError("a = 1: no"), Place(1, 2)) == 2
+    assert time.monotonic() - began >= 0.2
+    assert capsys.readouterr().err.startswith("error: a = 1: no [rank 1 on ")
+
+
+def test_torchrun_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form that its own report reads."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert end(ValueError("a = 1: no; b")) == 2
+    assert "message" in json.loads((tmp_path / "error.json").read_text())
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    assert abs(failure.timestamp - time.time()) < 60
+    assert " : error: a = 1: no; b\n" in str(ChildFailedError("peergrad", {0: failure}))
+
+
+INTERRUPTED = """
+import signal, sys, time
+from peergrad.running.ending import Ending
+from peergrad.running.place import Place
+ending = Ending(Place(int(sys.argv[1]), 2))
+ending.watch_signals()
+try:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except BaseException as error:
+        ending.begin(error)
+        print("cleaning", flush=True)
+        time.sleep(1)
+        raise
+except BaseException as error:
+    sys.exit(ending.end(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "interrupted; nothing was begun yet\n"), ("1", "")]
+)
+def test_signals(rank: str, said: str) -> None:
+    """The first one unwinds, those that torchrun repeats do not disturb the clean-up."""
+    command = [sys.executable, "-c", INTERRUPTED, rank]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for word, number in (("ready", signal.SIGTERM), ("cleaning", signal.SIGINT)):
+            assert process.stdout.readline() == f"{word}\n"
+            os.kill(process.pid, number)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, said)

@@ -1,0 +1,104 @@
+"""Ranks that find each other, wait for rank 0, and tell each other of failures: real gloo ranks."""
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def waits() -> dict[str, Any]:
+    """Rank 0 takes three times as long as a collective may; then one of its tasks fails."""
+    from peergrad.config import ParallelConfig
+    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.job import Job, OtherRankFailed
+
+    heard: list[str] = []
+    job = Job.join(minutes=1, heard=heard.append)
+    groups = init_groups(ParallelConfig(timeout_minutes=0.02), seed=0, job=job)
+
+    def slow() -> int:
+        time.sleep(3.6)
+        return 7
+
+    def fail() -> None:
+        raise KeyError("on rank 0")
+
+    seen: dict[str, Any] = {"slow": groups.share(slow)}
+    seen["many"] = [groups.share(lambda i=i: i) for i in range(250)]  # more than are kept
+    try:
+        groups.share(fail)
+    except (KeyError, OtherRankFailed) as error:
+        seen["error"] = f"{type(error).__name__}: {error}"
+    seen["first"] = [job.claim(), job.claim()]
+    groups.barrier()
+    seen["failed"] = job.failed()
+    began = time.monotonic()
+    job.await_said(0.3)
+    seen["patience"] = time.monotonic() - began
+    if job.rank == 0:
+        job.said()
+    job.await_said(30)
+    return seen
+
+
+def test_waiting_for_rank_0_has_no_limit() -> None:
+    seen = run_ranks(2, waits)
+    assert [each["slow"] for each in seen] == [7, 7]
+    assert all(each["many"] == list(range(250)) for each in seen)
+    assert seen[0]["error"] == "KeyError: 'on rank 0'"
+    assert seen[1]["error"] == "OtherRankFailed: rank 0 failed: KeyError: 'on rank 0'"
+    firsts = [first for each in seen for first in each["first"]]
+    assert sorted(firsts) == [False, False, True, True]  # one rank, also when it asks again
+    assert all(each["failed"] and 0.3 <= each["patience"] < 5 for each in seen)
+
+
+def a_failure_while_others_wait() -> str:
+    from peergrad.parallel.job import Job, OtherRankFailed
+
+    job = Job.join(minutes=1)
+    if job.rank == 1:
+        time.sleep(0.5)
+        assert job.claim()
+        job.await_said(30)
+        return "failed"
+    try:
+        if job.rank == 2:
+            job.await_zero()
+        while True:
+            job.raise_if_failed()
+    except OtherRankFailed as error:
+        return str(error)
+    finally:
+        job.store.add("seen", 1)
+        while job.store.add("seen", 0) < 2:
+            time.sleep(0.01)
+        job.said()
+
+
+def test_a_failure_reaches_those_who_wait() -> None:
+    assert run_ranks(3, a_failure_while_others_wait) == ["rank 1 failed", "failed", "rank 1 failed"]
+
+
+def alone() -> list[Any]:
+    """One of two ranks comes."""
+    import os
+
+    from peergrad.parallel.job import Job
+
+    os.environ["WORLD_SIZE"] = "2"
+    heard: list[str] = []
+    try:
+        Job.join(minutes=0.01, heard=heard.append)
+    except RuntimeError as error:
+        return [heard[0], str(error)]
+    return []
+
+
+def test_a_rank_that_never_comes_is_missed() -> None:
+    ((heard, error),) = run_ranks(1, alone)
+    assert heard == "1 of 2 ranks are there"
+    assert error.startswith("only 1 of 2 ranks have come within parallel.timeout_minutes; ")
