@@ -26,7 +26,7 @@ export GLOO_SOCKET_IFNAME := lo
 
 train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
-	@$(BIN)/torchrun --nproc-per-node $(RANKS) -m peergrad.main $(RUN)
+	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
 # Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
 test: $(READY)

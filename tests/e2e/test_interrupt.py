@@ -133,7 +133,7 @@ def check_end(run: Run, *, inside: str) -> None:
     was met in the function ``inside``; only whole checkpoints are left."""
     run.assert_gone(GRACE_SECONDS)
     assert run.process.returncode != 0
-    assert "interrupted; run.resume=true continues" in run.printed, run.printed
+    assert "interrupted; run.resume=true " in run.printed, run.printed
     log = (run.path / "logs" / "latest" / "rank_00000.log").read_text()
     assert f", in {inside}\n" in log.partition("interrupted here")[2], log
     check_checkpoints(run.checkpoints)
