@@ -3,11 +3,11 @@
     python -m peergrad.main experiment=quickstart_cpu optim.lr=5e-4
     torchrun --nproc-per-node 4 -m peergrad.main parallel.tensor=2 parallel.pipeline=2 ...
 
-``--cfg`` prints the composed configuration and stops; ``--check`` only says what is wrong with it.
+``--cfg`` prints the composed configuration and stops, ``--objective`` the objective; ``--check``
+only says what is wrong with it.
 The only file that knows all parts.
 """
 
-import argparse
 import logging
 import os
 import signal
@@ -29,6 +29,7 @@ from peergrad.checks import check
 from peergrad.config import Config, ServerMode
 from peergrad.observing.console import ConsoleSink
 from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
+from peergrad.running.commandline import parse
 from peergrad.running.compose import chosen_keys, compose_config
 from peergrad.running.lifetime import die_with_parent
 from peergrad.running.rundir import RunDir, check_run_dir, log_to
@@ -46,16 +47,13 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as configured by ``arguments`` (default: the command line); the exit status."""
-    parser = argparse.ArgumentParser(prog="peergrad", description=__doc__, add_help=True)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides: group=option or key=value")
-    parser.add_argument("--cfg", action="store_true", help="print the configuration and stop")
-    parser.add_argument("--check", action="store_true", help="check everything and stop")
-    options = parser.parse_args(arguments)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config, text = compose_config(options.overrides)
-        if options.cfg:
-            print(text, end="")
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        only_shown = options.cfg or options.objective
+        config, text = compose_config(options.overrides, allow_missing=only_shown)
+        if only_shown:
+            print(text if options.cfg else explain(config), end="")
             return 0
         refuse(config, chosen_keys(options.overrides))
         check(config, world=world)
