@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Options:
         if text in FLAGS:
             flags.add(text)
             _check_alone(text, following)
-        elif text[:1] in DASHES:
+        elif text.startswith(tuple(DASHES)):
             raise ValueError(_no_flag(text, following))
         elif _is_override(text, following):
             overrides.append(text)
@@ -101,7 +101,8 @@ def _is_override(text: str, following: Sequence[str]) -> bool:
 
 def _is_word(text: str) -> bool:
     """Whether an argument can only be a part of something that was not quoted."""
-    return (text[:1] not in ("-", "~") and not text.partition("=")[0].strip()) or "=" not in text
+    dashed = text.startswith(("~", *DASHES))
+    return not dashed and ("=" not in text or not text.partition("=")[0].strip())
 
 
 def _check_alone(flag: str, following: Sequence[str]) -> None:

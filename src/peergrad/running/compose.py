@@ -112,7 +112,7 @@ def _one_line(error: Exception) -> str:
     """The line for what only composing shows: mistakes in YAML files, references between keys,
     mandatory values."""
     text = " ".join(str(error).split())
-    found = re.search(r"full_key: ([\w.-]+)", text)
+    found = re.search(r"full_key: ((?!object_type)[\w.-]+)", text)
     key = found[1] if found else ""
     detail = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text).rstrip(".")
     if isinstance(error, InterpolationResolutionError) and key:

@@ -93,8 +93,9 @@ def _attempts(key: str, value: str) -> Iterator[list[str]]:
         return
     if inside:
         yield _by_words(leaf, inside)
-    yield _nearest(leaf, everything, sure=True)
-    yield _by_words(leaf, everything)
+    if not (inside and leaf in BARE):
+        yield _nearest(leaf, everything, sure=True)
+        yield _by_words(leaf, everything)
 
 
 def _starts(key: str) -> list[str]:
@@ -133,7 +134,9 @@ def _nearest(word: str, known: list[str], sure: bool = False) -> list[str]:
         limit = 0 if len(word) < 3 else 1 if len(word) < 7 else 2
     else:
         limit = 1 if len(word) < 5 else 2 if len(word) < 9 else 3
-    away = {k: distance(word, plain(k.rpartition(".")[2])) for k in known}
+    names = {k: k.rpartition(".")[2].lower() for k in known}
+    near = {k: name for k, name in names.items() if abs(len(name) - len(word)) <= limit}
+    away = {k: distance(word, name) for k, name in near.items()}
     least = min(away.values(), default=limit + 1)
     return [k for k, d in away.items() if d == least] if least <= limit else []
 
@@ -154,7 +157,8 @@ def _by_words(leaf: str, known: list[str]) -> list[str]:
 def _alike(word: str, other: str) -> bool:
     if min(len(word), len(other)) < 3:
         return word == other
-    return word.startswith(other) or other.startswith(word) or distance(word, other) == 1
+    begins = word.startswith(other) or other.startswith(word)
+    return begins or (abs(len(word) - len(other)) < 2 and distance(word, other) == 1)
 
 
 def distance(one: str, other: str) -> int:

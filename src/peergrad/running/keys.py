@@ -18,6 +18,7 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).resolve().parents[3] / "conf"
 
 
+@cache
 def groups() -> dict[str, list[str]]:
     """Group -> its options: the folders of ``conf/`` and the YAML files in them."""
     return {

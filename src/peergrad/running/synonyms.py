@@ -180,7 +180,7 @@ algo.shaping.overlong_filter :
     max_len_mask mask_no_eos_with_zero overlong_filtering mask_truncated_completions
 algo.shaping.overlong_tokens :
     overlong_reward_penalty overlong_buffer.len overlong_buffer_len overlong_buffer_length
-    overlong_buffer.enable add_len_reward
+    overlong_buffer.enable add_len_reward reward_shaping
 algo.shaping.overlong_factor :
     overlong_penalty_factor overlong_buffer.penalty_factor penalty_factor overlong_buffer_penalty
 algo.sampling.mean_low : threshold_down
@@ -215,7 +215,8 @@ rollout.max_staleness :
 rollout.max_concurrency (in groups) : max_concurrent_rollouts sglang_server_concurrency
 rollout.servers.tensor :
     rollout.tensor_model_parallel_size rollout_num_gpus_per_engine vllm_tensor_parallel_size
-    generation.tensor_parallel_size rollout.tp rollout.tp_size servers.tp servers.tp_size rollout.tensor_parallel_size gen_tp
+    generation.tensor_parallel_size rollout.tp rollout.tp_size servers.tp servers.tp_size
+    rollout.tensor_parallel_size gen_tp
 rollout.servers.count :
     num_engines num_servers rollout_num_engines rollout.dp rollout.data_parallel_size
 rollout.servers.urls :
