@@ -8,16 +8,14 @@ import sys
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse
+from peergrad.running.commandline import parse
 from peergrad.running.compose import chosen_keys, compose_config
 
-UNSET = ("model.path", "data.source")  # mandatory in a run, without a say in its objective
 
-
-def main(overrides: list[str]) -> int:
-    given = {override.partition("=")[0] for override in overrides}
-    overrides = [*(f"{key}=unset" for key in UNSET if key not in given), *overrides]
+def main(arguments: list[str]) -> int:
     try:
-        config, _ = compose_config(overrides)
+        overrides = parse(arguments).overrides
+        config, _ = compose_config(overrides, allow_missing=True)
         print(explain(config), end="")
         refuse(config, chosen_keys(overrides))
     except ValueError as error:

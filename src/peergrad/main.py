@@ -3,10 +3,10 @@
     python -m peergrad.main experiment=quickstart_cpu optim.lr=5e-4
     python -m peergrad.launch --nproc-per-node 4 parallel.tensor=2 parallel.pipeline=2 ...
 
-``--cfg`` prints the composed configuration and stops; ``--check`` only says what is wrong with it.
+``--cfg`` prints the composed configuration and stops, ``--objective`` the objective; ``--check``
+checks all that needs no start, and says what would run.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,6 +22,7 @@ from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import read_metrics
 from peergrad.observing.screen import Screen
+from peergrad.running.commandline import parse
 from peergrad.running.compose import chosen_keys, compose_config
 from peergrad.running.ending import FINISHED, Ending, refuse
 from peergrad.running.lifetime import die_with_parent
@@ -33,17 +34,14 @@ from peergrad.running.rundir import RunDir, check_run_dir
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as configured by ``arguments`` (default: the command line); the exit status."""
-    parser = argparse.ArgumentParser(prog="peergrad", description=__doc__, add_help=True)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides: group=option or key=value")
-    parser.add_argument("--cfg", action="store_true", help="print the configuration and stop")
-    parser.add_argument("--check", action="store_true", help="check everything and stop")
-    options = parser.parse_args(arguments)
     place = Place(0, 1)
     try:
         place = find_place()
-        config, text = compose_config(options.overrides)
-        if options.cfg:
-            print(text, end="")
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        only_shown = options.cfg or options.objective
+        config, text = compose_config(options.overrides, allow_missing=only_shown)
+        if only_shown:
+            print(text if options.cfg else explain(config), end="")
             return FINISHED
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)

@@ -371,7 +371,7 @@ def test_every_field_is_used() -> None:
     """A knob that nothing reads is ignored in silence. top_p and top_k have one value only."""
     own = Path(config.__file__).parent
     others = [path for path in own.parent.rglob("*.py") if own not in path.parents]
-    code = "\n".join(path.read_text() for path in others)
+    code = "\n".join(path.read_text() for path in others if path.name != "synonyms.py")  # names all
     names = {field.name for section in sections() for field in fields(section)}
     unused = {name for name in names if not re.search(rf"\.{name}\b", code)}
     assert unused == {"top_p", "top_k"}

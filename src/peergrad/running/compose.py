@@ -1,48 +1,48 @@
 """From ``conf/`` and the command line to a checked ``Config``."""
 
-import difflib
 import re
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    InterpolationValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from peergrad.config import AlgoConfig, Config
+from peergrad.running.hints import meant, unknown_key, unknown_option
+from peergrad.running.keys import config_dir, groups, keys, schema
+from peergrad.running.overrides import read_overrides
+from peergrad.running.quoting import argument, escaped
+from peergrad.running.values import wrong_type
+
+UNSET = "unset"
 
 
-def config_dir() -> Path:
-    """The folder of YAML files: inside the installed package, or ``conf/`` of a source checkout."""
-    inside = Path(str(files("peergrad"))) / "conf"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[3] / "conf"
-
-
-def compose_config(overrides: Sequence[str]) -> tuple[Config, str]:
+def compose_config(overrides: Sequence[str], *, allow_missing: bool = False) -> tuple[Config, str]:
     """Compose ``conf/config.yaml`` with Hydra overrides; the checked configuration and its YAML.
+
+    With ``allow_missing`` mandatory values may be absent: ``???`` in the YAML and ``unset`` in the
+    configuration, which then serves to be looked at.
 
     Raises ValueError with one line for an unknown key or option, a wrong type, a missing or an
     out-of-range value.
     """
-    ConfigStore.instance().store(name="schema", node=_schema())
+    composed = _compose(overrides)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-        # "+key=value" adds unknown keys past Hydra's check: merging into the schema refuses them.
-        OmegaConf.merge(_schema(), OmegaConf.to_container(composed))
-        config = OmegaConf.to_object(composed)
-    except OverrideParseException as error:
-        raise ValueError(
-            f"{error.override!r}: cannot be read as an override; write key=value or group=option"
-        ) from error
-    except (HydraException, OmegaConfBaseException) as error:
+        text = _yaml(composed)
+        config = OmegaConf.to_object(_filled(composed) if allow_missing else composed)
+    except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config)
-    return config, OmegaConf.to_yaml(composed, resolve=True)
+    return config, text
 
 
 def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
@@ -51,21 +51,29 @@ def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
 
     ``overrides`` must be such that ``compose_config`` takes them.
     """
-    ConfigStore.instance().store(name="schema", node=_schema())
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = compose("config", overrides=list(overrides), return_hydra_config=True)
+    composed = _compose(overrides, with_choices=True)
     option = composed.hydra.runtime.choices.algo
     preset = OmegaConf.merge(
         OmegaConf.structured(AlgoConfig), OmegaConf.load(config_dir() / f"algo/{option}.yaml")
     )
     assert isinstance(preset, DictConfig)
     ours, theirs = (dict(_values(node, "algo.")) for node in (composed.algo, preset))
-    named = [o.partition("=")[0].lstrip("+") for o in overrides if o.partition("=")[0] != "algo"]
+    named = {override.partition("=")[0].lstrip("+") for override in overrides} - {"algo"}
     return frozenset(
         key
         for key, value in ours.items()
         if value != theirs[key] or any(key == n or key.startswith(f"{n}.") for n in named)
     )
+
+
+def _compose(overrides: Sequence[str], *, with_choices: bool = False) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=schema())
+    readable = read_overrides(overrides)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", overrides=readable, return_hydra_config=with_choices)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(_one_line(error)) from error
 
 
 def _values(node: DictConfig, prefix: str) -> list[tuple[str, Any]]:
@@ -76,53 +84,70 @@ def _values(node: DictConfig, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _schema() -> DictConfig:
-    """The dataclasses as Hydra's schema, with the two free dicts open to any key."""
-    schema = OmegaConf.structured(Config)
-    for free in (schema.parallel.megatron, schema.rollout.servers.args):
-        OmegaConf.set_struct(free, False)
-    assert isinstance(schema, DictConfig)
-    return schema
+def _filled(composed: DictConfig) -> DictConfig:
+    """With something harmless for every mandatory value that is missing."""
+    filled = composed.copy()
+    for key in OmegaConf.missing_keys(composed):
+        node = keys()[key]
+        usual = UNSET if isinstance(node, StringNode) else OmegaConf.select(schema(), key)
+        OmegaConf.update(filled, key, usual)
+    return filled
+
+
+def _yaml(composed: DictConfig) -> str:
+    """References resolved; what then still looks like one is text, and stays so when read back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return escaped(value) if isinstance(value, str) else value
+
+    values = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    return OmegaConf.to_yaml(OmegaConf.create(plain(values)))
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's message without its line breaks, with the nearest known key for a misspelt one."""
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    text = " ".join(str(root).split())
-    unknown = re.search(r"Key '(\w+)' (?:is )?not in '?(\w+)'?", text)
-    full = re.search(r"full_key: ([\w.]+)", text)
-    if unknown:
-        key = full[1] if full else unknown[1]
-        known = [other for other in _known_keys() if not key.startswith(f"{other}.")]
-        deeper = [other for other in known if other.endswith(f".{key}")]
-        near = deeper or difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see conf/ and src/peergrad/config/"
-        return f"{key}: there is no such key in {unknown[2]}; {hint}"
-    missing = re.search(r"missing mandatory value: (\w+)", text)
-    if missing:
-        key = full[1] if full else missing[1]
+    """The line for what only composing shows: mistakes in YAML files, references between keys,
+    mandatory values."""
+    text = " ".join(str(error).split())
+    found = re.search(r"full_key: ((?!object_type)[\w.-]+)", text)
+    key = found[1] if found else ""
+    detail = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text).rstrip(".")
+    if isinstance(error, InterpolationResolutionError) and key:
+        return _reference(key, error, detail)
+    if isinstance(error, MissingMandatoryValue) and key:
         return f"{key} = ???: is mandatory; set it, as in {key}=<value>"
-    option = re.search(
-        r"Could not find '([\w/]+)' Available options in '\w+': (.*?) Config search", text
-    )
-    if option:
-        group, _, name = option[1].rpartition("/")
-        return f"{group} = {name!r}: there is no such option; use one of {option[2]}"
-    detail = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S+", "", text)
-    return f"{full[1]}: {detail.rstrip('.')}; correct it" if full else detail
+    file = re.match(r"In '([\w/-]+)': ", text)
+    where = f" (in conf/{file[1]}.yaml)" if file else ""
+    if isinstance(error, MissingConfigException):
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if group in groups() and option not in groups()[group]:
+            return unknown_option(group, option) + where
+    if isinstance(error, YAMLError):
+        return f"conf/: a file in it is not YAML: {detail}; correct it"
+    if key and "Key '" in detail:
+        return unknown_key(key) + where
+    value = re.search(r"[Vv]alue:? '([^']*)'", detail)
+    if key in keys():
+        return wrong_type(key, value[1] if value else None) + where
+    return f"{key or 'conf/'}: {detail}; correct it"
 
 
-def _known_keys() -> list[str]:
-    def walk(node: DictConfig, prefix: str) -> list[str]:
-        found = []
-        for key in node:
-            value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-            path = f"{prefix}{key!s}"
-            found.append(path)
-            if isinstance(value, DictConfig):
-                found += walk(value, path + ".")
-        return found
-
-    return walk(_schema(), "")
+def _reference(key: str, error: InterpolationResolutionError, detail: str) -> str:
+    """The line for a ``${...}`` that leads nowhere."""
+    typed = str(error.child_node)
+    start, literal = f"{key} = {typed}: ", argument(key, typed)
+    if isinstance(error, InterpolationValidationError):
+        return wrong_type(key, error.value)
+    variable = re.search(r"Environment variable '(\w+)' not found", detail)
+    if variable:
+        return f"{start}the environment variable {variable[1]} is not set; set it"
+    target = re.search(r"Interpolation key '([^']*)' not found", detail)
+    if target:
+        near = meant(target[1])
+        also = f"did you mean {' or '.join(near)}? " if near else ""
+        also += f"for the text itself write {literal}" if literal else "name another"
+        return f"{start}refers to a key that does not exist; {also}"
+    return f"{start}cannot be resolved: {detail}; refer to a key with a value of its own"

@@ -1,13 +1,17 @@
 """From the command line to a Config: what is refused, and how it is said."""
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+import peergrad.running.compose as running_compose
+import peergrad.running.keys as running_keys
 from peergrad.config import Aggregation, Config, Dtype, RewardKind, ServerMode
-from peergrad.running.compose import chosen_keys, compose_config, config_dir
+from peergrad.running.compose import chosen_keys, compose_config
+from peergrad.running.keys import config_dir
 
 MODEL = "model.path=models/tiny"
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
@@ -76,64 +80,133 @@ def test_data_files_must_be_named(data: str) -> None:
     [
         (
             "algo.surrogate.clip_lo=0.1",
-            "algo.surrogate.clip_lo: there is no such key in SurrogateConfig; "
+            "algo.surrogate.clip_lo: there is no such key in algo.surrogate; "
             "did you mean algo.surrogate.clip_low?",
         ),
         (
-            "rollout.servers.cout=3",
-            "rollout.servers.cout: there is no such key in ServersConfig; "
-            "did you mean rollout.servers.count?",
+            "+algo.kl.coeff=0.1",
+            "algo.kl.coeff: there is no such key in algo.kl; did you mean algo.kl.coef?",
         ),
         (
-            "clip_low=0.3",
-            "clip_low: there is no such key in Config; did you mean algo.surrogate.clip_low?",
+            "algo={kl: {cof: 0.1}}",
+            "algo.kl.cof: there is no such key in algo.kl; did you mean algo.kl.coef?",
         ),
-        ("alg=dapo", "alg: there is no such key in Config; did you mean algo?"),
-        ("algo.foo=3", "algo.foo: there is no such key in AlgoConfig; did you mean algo."),
-        ("a.b=3", "a: there is no such key in Config; see conf/ and src/peergrad/config/"),
+        ("clip_low=0.3", "clip_low: there is no such key; did you mean algo.surrogate.clip_low?"),
+        ("a.b=3", "a.b: there is no such key; --cfg prints every key"),
         (
-            "+algo.kl.coeff=0.1",  # Hydra's own check does not look at added keys
-            "algo.kl.coeff: there is no such key in KlConfig; did you mean algo.kl.coef?",
+            "data=json",
+            "data = 'json': must be one of arithmetic, gsm8k, jsonl; did you mean data=jsonl?",
         ),
-        ("+a=3", "a: there is no such key in Config; see conf/ and src/peergrad/config/"),
-        ("algo=dappo", "algo = 'dappo': there is no such option; use one of areal cispo dapo"),
-        ("rollout=x", "rollout = 'x': there is no such option; use one of external managed"),
+        (
+            "model.dtype=bf16",
+            "model.dtype = 'bf16': must be one of float32, bfloat16; did you mean bfloat16?",
+        ),
+        (
+            "run.name=${nope}",
+            "run.name = ${nope}: refers to a key that does not exist; "
+            r"""for the text itself write 'run.name="\${nope}"'""",
+        ),
+        (
+            "run.name=${optim.rl}",
+            "run.name = ${optim.rl}: refers to a key that does not exist; did you mean optim.lr? "
+            r"""for the text itself write 'run.name="\${optim.rl}"'""",
+        ),
+        (
+            "run.name=${oc.env:NO_SUCH}",
+            "run.name = ${oc.env:NO_SUCH}: the environment variable NO_SUCH is not set; set it",
+        ),
+        (
+            "run.name=${run}",
+            "run.name = ${run}: cannot be resolved: Interpolation to parent node detected; "
+            "refer to a key with a value of its own",
+        ),
+        (
+            "optim.lr=${run.name}",
+            "optim.lr = 'run': must be a number; write it as in optim.lr=1e-06",
+        ),
     ],
 )
-def test_unknown_keys_and_options(override: str, message: str) -> None:
-    assert refusal(MODEL, override).startswith(message)
+def test_refusals(override: str, message: str) -> None:
+    assert refusal(MODEL, override) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {stepz: 3}", "run.stepz: there is no such key in run; did you mean run.steps?"),
+        (
+            "run: {steps: x}",
+            "run.steps = 'x': must be a whole number; write it as in run.steps=100",
+        ),
+        (
+            "model: {dtype: fp32}",
+            "model.dtype = 'fp32': must be one of float32, bfloat16; did you mean float32?",
+        ),
+        ("defaults: [override /algo: dappo]", "algo = 'dappo': must be one of areal, "),
+        ("run: [steps", "conf/: a file in it is not YAML: while parsing a flow sequence in "),
+        ("- 3", "conf/: "),
+    ],
+)
+def test_mistakes_in_an_experiment(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the user's own; the line says which it is."""
+    shutil.copytree(config_dir(), tmp_path / "conf")
+    file = tmp_path / "conf/experiment/mine.yaml"
+    file.write_text(f"# @package _global_\n{text}\n")
+    for module in (running_compose, running_keys):
+        monkeypatch.setattr(module, "config_dir", lambda: tmp_path / "conf")
+    running_keys.groups.cache_clear()
+    try:
+        said = refusal(MODEL, "experiment=mine")
+    finally:
+        monkeypatch.undo()
+        running_keys.groups.cache_clear()
+    assert said.startswith(message)
+    assert message.endswith(("of areal, ", "in ", "conf/: ")) or said == (
+        f"{message} (in conf/experiment/mine.yaml)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("run.name=007", "007"),
+        ("run.name=1e3", "1e3"),
+        ("run.name=true", "true"),
+        ("run.name=2024-01-01", "2024-01-01"),
+        ("run.name='null'", "null"),
+        ("++run.name=3.0", "3.0"),
+        ("run.name=s${run.steps}", "s100"),
+        (r"run.name='\${x}'", "${x}"),
+    ],
+)
+def test_texts_stay_what_was_typed(override: str, name: str) -> None:
+    config, text = compose_config([MODEL, override])
+    assert config.run.name == name
+    assert OmegaConf.create(text).run.name == name
+
+
+def test_a_plus_says_nothing_more() -> None:
+    assert compose_config(["+experiment=quickstart_cpu"])[0].run.name == "quickstart_cpu"
+    assert chosen_keys([MODEL, "++algo=dapo"]) == frozenset()
+
+
+def test_missing_values_may_be_allowed() -> None:
+    config, text = compose_config([], allow_missing=True)
+    assert config.model.path == "unset"
+    assert "path: ???\n" in text
+    _, text = compose_config(["data=gsm8k"], allow_missing=True)
+    assert text.count("???") == 2  # model.path and data.source
+    assert compose_config([MODEL], allow_missing=True) == compose_config([MODEL])
+    with pytest.raises(ValueError, match="must be at least 1; raise it"):
+        compose_config(["run.steps=0"], allow_missing=True)
 
 
 def test_an_unknown_experiment() -> None:
     message = refusal("experiment=nope")
-    assert message.startswith("experiment = 'nope': there is no such option; use one of ")
+    assert message.startswith("experiment = 'nope': must be one of ")
     assert all(name in message for name in EXPERIMENTS)
-
-
-@pytest.mark.parametrize(
-    ("override", "start", "detail"),
-    [
-        ("algo.surrogate.clip_low=abc", "algo.surrogate.clip_low: ", "'abc'"),
-        ("run.steps=1.5", "run.steps: ", "1.5"),
-        ("run.steps=true", "run.steps: ", "Integer"),
-        ("algo.kl.coef=null", "algo.kl.coef: ", "not Optional"),
-        ("model.dtype=float16", "model.dtype: ", "[float32, bfloat16]"),
-        ("rollout.stop_token_ids=[a]", "rollout.stop_token_ids: ", "'a'"),
-        ("rollout.servers.urls=abc", "rollout.servers.urls: ", "list"),
-        ("run=3", "run: ", "RunConfig"),
-        ("run.name=${nope}", "run.name: ", "nope"),
-    ],
-)
-def test_wrong_types_name_the_key(override: str, start: str, detail: str) -> None:
-    message = refusal(MODEL, override)
-    assert message.startswith(start) and detail in message and message.endswith("; correct it")
-
-
-@pytest.mark.parametrize("override", ["run.=3", "algo.epochs", "--foo", "a b", "run.name=a=b"])
-def test_what_is_no_override_is_quoted(override: str) -> None:
-    assert refusal(MODEL, override) == (
-        f"{override!r}: cannot be read as an override; write key=value or group=option"
-    )
 
 
 def test_a_missing_value() -> None:

@@ -1,0 +1,47 @@
+"""peergrad.launch reads torchrun's options and peergrad's words, and returns the ranks' status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peergrad.launch import read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "ours"),
+    [
+        (["--nproc-per-node", "2", "a=1", "b=2"], "2", ["a=1", "b=2"]),
+        (["--nproc-per-node=2", "--check", "a=1"], "2", ["a=1", "--check"]),
+        (["--check"], "1", ["--check"]),
+        (["a=1", "--cfg", "b=2"], "1", ["a=1", "b=2", "--cfg"]),
+        (["--rdzv-conf", "timeout=9", "a=1", "-x"], "1", ["a=1", "-x"]),
+        ([], "1", []),
+    ],
+)
+def test_reading(arguments: list[str], ranks: str, ours: list[str]) -> None:
+    options = read(arguments)
+    assert (options.nproc_per_node, options.training_script_args) == (ranks, ours)
+    assert options.training_script == "peergrad.main" and options.module
+
+
+def test_one_line_and_the_status_of_the_ranks(tmp_path: Path) -> None:
+    """Two real ranks find the same mistake."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "peergrad.launch",
+            "--nproc-per-node",
+            "2",
+            f"model.path={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    line = done.stderr
+    assert line.startswith(f"error: model.path = '{tmp_path}': ") and "[rank" not in line
