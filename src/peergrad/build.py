@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -137,14 +137,14 @@ class Build:
             return ReplayRollouts(Path(rollout.replay))
 
         def start_engine() -> tuple[Collector, WeightSync]:
-            urls = self.start_servers()
-            assert self.attempt is not None
-            parts = partial(collector_parts, attempt=self.attempt)
-            with self.stage("collector", "the prompts and the rewards"):
-                collector = Collector(self.config, urls, parts, state=state)
-                self.stack.callback(collector.close)
-                collector.heard = self.screen.detail
-                collector.ready()
+            managed = self.servers()
+            urls = managed.urls if managed else rollout.servers.urls
+            # Before the servers, which take longer to start than a mistake in them to show.
+            collector = self.start_collector(urls, state)
+            if managed:
+                with self.stage("servers", f"SGLang to start ({managed.log(0)})"):
+                    self.stack.enter_context(managed)
+                self.stack.callback(collector.close)  # again: it goes before its servers do
             sync = WeightSync(
                 urls,
                 vocab_size=policy.shape.vocab,
@@ -163,22 +163,30 @@ class Build:
             dump=rollout.dump,
         )
 
-    def start_servers(self) -> list[str]:
-        """URLs of the servers, which answer."""
+    def servers(self) -> ManagedServers | None:
+        """Servers of our own, yet to be started; None if others have started them."""
         config, servers = self.config, self.config.rollout.servers
         if servers.mode is ServerMode.external:
-            return servers.urls
+            return None
         assert self.attempt is not None
-        managed = ManagedServers(
+        return ManagedServers(
             servers,
             model_path=config.model.path,
             dtype=config.model.dtype,
             log_dir=self.attempt,
             seed=config.run.seed,
         )
-        what = "SGLang to start" if servers.count == 1 else f"{servers.count} SGLang servers"
-        with self.stage("servers", f"{what} ({self.attempt}/server_0.log)"):
-            return self.stack.enter_context(managed).urls
+
+    def start_collector(self, urls: Sequence[str], state: bytes | None) -> Collector:
+        """The process that gathers groups, with its prompts and rewards."""
+        assert self.attempt is not None
+        parts = partial(collector_parts, attempt=self.attempt)
+        with self.stage("collector", "the prompts and the rewards"):
+            collector = Collector(self.config, urls, parts, state=state)
+            self.stack.callback(collector.close)
+            collector.heard = self.screen.detail
+            collector.ready()
+        return collector
 
     def start_metrics(self, groups: Groups, start: int) -> Metrics:
         """Where numbers go; nowhere on ranks other than 0."""

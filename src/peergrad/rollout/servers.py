@@ -108,7 +108,7 @@ class ManagedServers:
 
     def _start(self, index: int) -> None:
         launch = [sys.executable, "-m", "peergrad.rollout.launch", str(os.getpid())]
-        with self._log(index).open("wb") as log:
+        with self.log(index).open("wb") as log:
             process = subprocess.Popen(
                 [*launch, *self.command(index)],
                 env=_environment(index, self._config.tensor),
@@ -141,11 +141,12 @@ class ManagedServers:
                     f"{self._log_tail(index)}"
                 )
 
-    def _log(self, index: int) -> Path:
+    def log(self, index: int) -> Path:
+        """What server ``index`` prints."""
         return self._log_dir / f"server_{index}.log"
 
     def _log_tail(self, index: int) -> str:
-        path = self._log(index)
+        path = self.log(index)
         tail = path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         return f"\n--- end of {path} ---\n{tail}"
 

@@ -1,0 +1,63 @@
+"""The program as a user meets it, up to the moment that anything heavy is loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peergrad.running.lock import FolderLock
+from peergrad.running.rundir import RunDir
+from tests.models import make_hf_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_model(tmp_path_factory.mktemp("model"), layers=1)
+
+
+def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "peergrad.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def overrides(model: Path, root: Path, *more: str) -> list[str]:
+    lengths = ["data.max_prompt_tokens=16", "rollout.max_new_tokens=8"]
+    return [f"model.path={model}", f"run.root={root}", "run.name=a", *lengths, *more]
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(model: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    with FolderLock(run.lock, "x"):
+        before = {
+            path: path.stat().st_mtime_ns for path in run.path.rglob("*.*") if path != run.lock
+        }
+        done = start(*overrides(model, tmp_path, "run.resume=true"))
+        after = {
+            path: path.stat().st_mtime_ns for path in run.path.rglob("*.*") if path != run.lock
+        }
+    assert done.returncode == 2
+    line = f"error: run.name = 'a': {run.path} is in use by process {os.getpid()} on "
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert before == after == {}
+
+
+def test_many_processes_that_do_not_know_of_each_other(model: Path, tmp_path: Path) -> None:
+    done = start(*overrides(model, tmp_path), SLURM_STEP_NUM_TASKS="4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: SLURM_STEP_NUM_TASKS = '4': srun has started 4 processes")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("root", ["file/runs", "file"])
+def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, root: str) -> None:
+    (tmp_path / "file").write_text("")
+    done = start(*overrides(model, tmp_path / root))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
