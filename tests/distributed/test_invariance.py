@@ -257,7 +257,7 @@ def expected(
     return {name: oracle(*models, config, *recorded) for name, config in configs.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_gives_the_gradient_of_one_process(
     models: tuple[str, str], configs: Any, recorded: Any, expected: Any, ranks: int
 ) -> None:
