@@ -1,6 +1,7 @@
 """An SGLang server of the tests' own, started once, that runs use as an external one."""
 
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,10 +62,13 @@ class SharedServer:
         """Weight syncs that have begun."""
         return self._log.read_text().count("POST /pause_generation")
 
-    def freeze(self) -> None:
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It does nothing meanwhile, as if its machine were gone, and goes on where it was."""
         for process in self._processes:
             process.suspend()
-
-    def thaw(self) -> None:
-        for process in self._processes:
-            process.resume()
+        try:
+            yield
+        finally:
+            for process in self._processes:
+                process.resume()

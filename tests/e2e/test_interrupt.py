@@ -64,10 +64,9 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
     begun = server.syncs()
     run.start(RESUME, *server.overrides, ranks=2)
     run.wait_until(lambda: server.syncs() == begun + 2, "the weight sync of step 1")
-    server.freeze()  # or it would be over before the signal arrives
-    run.interrupt()
-    time.sleep(1)
-    server.thaw()
+    with server.frozen():  # or it would be over before the signal arrives
+        run.interrupt()
+        time.sleep(1)
     run.interrupt()  # the impatient second time
     check_end(run, inside="load_weights")
     assert not run.checkpoints.exists()
