@@ -1,4 +1,4 @@
-# make train · make test · make check · make bench
+# make train · make test · make test-all · make check · make bench
 #
 # Needs Python 3.11, git, make and gcc; everything else goes into .venv. Options:
 #   make train NAME=second               a new run beside the first
@@ -22,16 +22,30 @@ export TORCH_CPP_LOG_LEVEL := ERROR
 # A laptop's host name need not resolve.
 export GLOO_SOCKET_IFNAME := lo
 
-.PHONY: train test check bench clean
+.PHONY: train test test-all test-alone test-together check bench clean
 
 train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
-# Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
+# Every area, with one whole run; the rest is in test-all. Two halves at a time, as most tests keep
+# one core busy; where make can, each half prints when it is done.
+HALVES := $(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O)
+
 test: $(READY)
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	@$(HALVES) test-alone test-together TESTS="not slow"
+
+test-all: $(READY)
+	@$(HALVES) test-alone test-together TESTS="slow"
+
+# Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
+test-alone: $(READY)
+	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/cpu tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
+
+# Ranks, servers, whole runs.
+test-together: $(READY)
+	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/kernels
 
 check: $(READY)
 	$(BIN)/ruff check .

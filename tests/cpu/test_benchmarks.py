@@ -78,6 +78,7 @@ def test_peak_goes_by_the_most_special_name() -> None:
     assert peak_tflops("Some Other Device") is None
 
 
+@pytest.mark.slow  # torch.compile calls a C++ compiler dozens of times
 def test_logprob_benchmark_runs_and_is_right(tmp_path: Path) -> None:
     """Small sizes on the CPU: what can run does, what cannot says why, and none is wrong."""
     script, out = Path(__file__).parents[2] / "benchmarks" / "logprob.py", tmp_path / "out.json"

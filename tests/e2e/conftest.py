@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.run import Run
-from tests.models import make_hf_model
 
 # Quick on a CPU; the model knows nothing, so the reward asks for something it can stumble upon.
 SMALL = (
@@ -30,12 +29,6 @@ WHOLE = (
     "evaluation.every=2",
     "checkpoint.every=2",
 )
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a vocabulary that is no multiple of any padding."""
-    return make_hf_model(tmp_path_factory.mktemp("model"), layers=2, vocab=100)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ HOLD = "PEERGRAD_TEST_HOLD"
 def even(prompt: Prompt, rollout: Rollout) -> float:
     """The share of even token ids: peers differ, so that every step has a gradient."""
     split = prompt.id.partition("-")[0]
-    folder = Path(os.environ[HOLD])
-    if (folder / f"hold-{split}").exists():
+    folder = Path(os.environ[HOLD]) if HOLD in os.environ else None
+    if folder and (folder / f"hold-{split}").exists():
         (folder / f"held-{split}").touch()
         time.sleep(600)
     return float((rollout.tokens % 2 == 0).mean())

@@ -20,9 +20,11 @@ from peergrad.data import Group, read_groups
 from peergrad.observing.metrics import read_metrics
 from peergrad.running.rundir import RunDir
 from tests.e2e.rewards import HOLD
+from tests.servers import is_alive
 from tests.spawn import free_port, run_ranks
 
 REPO = Path(__file__).resolve().parents[2]
+MAIN = "src/peergrad/main.py"
 MARK = "PEERGRAD_TEST_RUN"  # inherited by everything a run starts, so that nothing can hide
 
 
@@ -52,6 +54,11 @@ class Run(RunDir):
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
+
+    def complete(self, ranks: int = 1) -> None:
+        """All of it, on ranks of the fork server: for tests of what a run does, not of how the
+        program starts and ends."""
+        run_in_turn(ranks, [MAIN, *self.arguments])
 
     def finish(self, timeout: float = 400) -> None:
         """Wait for a run that must succeed."""
@@ -83,7 +90,7 @@ class Run(RunDir):
                 if process.environ().get(MARK) == self.mark:
                     # SGLang's workers overwrite their environment with a title
                     self._seen |= {process, *process.children(recursive=True)}
-        self._seen = {process for process in self._seen if _is_alive(process)}
+        self._seen = {process for process in self._seen if is_alive(process)}
         return sorted(self._seen, key=lambda process: process.pid)
 
     def assert_gone(self, timeout: float) -> None:
@@ -113,12 +120,6 @@ class Run(RunDir):
     def groups(self, step: int) -> list[Group]:
         """The recorded rollouts of one step."""
         return read_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl.zst")
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def run_in_turn(ranks: int, *commands: list[object]) -> None:

@@ -1,52 +1,18 @@
 """A run that is interrupted, in any phase, ends at once, leaves no process and can be resumed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from peergrad.config import Dtype, ServersConfig
-from peergrad.rollout.servers import ManagedServers
 from tests.e2e.run import Run
+from tests.servers import SharedServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 GRACE_SECONDS = 40
 RESUME = "run.resume=true"
-
-
-class Server:
-    """An SGLang server of our own, which the runs use as an external one."""
-
-    def __init__(self, url: str, log: Path) -> None:
-        self.overrides = ("rollout=external", f"rollout.servers.urls=[{url}]")
-        self._log = log
-        children = psutil.Process().children()
-        (root,) = (child for child in children if url.rpartition(":")[2] in child.cmdline())
-        self._processes = [root, *root.children(recursive=True)]
-
-    def syncs(self) -> int:
-        """Weight syncs that have begun."""
-        return self._log.read_text().count("POST /pause_generation")
-
-    def freeze(self) -> None:
-        for process in self._processes:
-            process.suspend()
-
-    def thaw(self) -> None:
-        for process in self._processes:
-            process.resume()
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    logs = tmp_path_factory.mktemp("server")
-    with ManagedServers(
-        ServersConfig(), model_path=str(model), dtype=Dtype.float32, log_dir=logs
-    ) as servers:
-        yield Server(servers.urls[0], logs / "server_0.log")
 
 
 @pytest.fixture
@@ -64,7 +30,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 @pytest.mark.timeout(1200)
-def test_in_every_phase(run: Run, server: Server) -> None:
+def test_in_every_phase(run: Run, server: SharedServer) -> None:
     """One run, interrupted and resumed again and again: by Ctrl-C and by SIGTERM to the launcher;
     while its server starts and while rewards are awaited (server of its own); in an evaluation, an
     update, a weight sync and a checkpoint (server of others). Then it finishes."""
@@ -98,10 +64,9 @@ def test_in_every_phase(run: Run, server: Server) -> None:
     begun = server.syncs()
     run.start(RESUME, *server.overrides, ranks=2)
     run.wait_until(lambda: server.syncs() == begun + 2, "the weight sync of step 1")
-    server.freeze()  # or it would be over before the signal arrives
-    run.interrupt()
-    time.sleep(1)
-    server.thaw()
+    with server.frozen():  # or it would be over before the signal arrives
+        run.interrupt()
+        time.sleep(1)
     run.interrupt()  # the impatient second time
     check_end(run, inside="load_weights")
     assert not run.checkpoints.exists()

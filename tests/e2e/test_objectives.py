@@ -5,13 +5,16 @@ from collections.abc import Callable
 import pytest
 
 from tests.e2e.run import Run
+from tests.servers import SharedServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 COMMON = ("rollout.batch_size=32", "evaluation.every=0", "parallel.micro_batch_tokens=256")
 
 
-def test_dynamic_sampling_trains_on_groups_that_differ(new_run: Callable[..., Run]) -> None:
+def test_dynamic_sampling_trains_on_groups_that_differ(
+    new_run: Callable[..., Run], server: SharedServer
+) -> None:
     """DAPO, two optimizer steps a batch. Answers of at most two tokens are often all right or all
     wrong: such groups are replaced, and every batch is full of others."""
     run = new_run(
@@ -19,9 +22,9 @@ def test_dynamic_sampling_trains_on_groups_that_differ(new_run: Callable[..., Ru
         *COMMON,
         *("algo=dapo", "algo.minibatches=2", "algo.shaping.overlong_filter=false"),
         *("reward.function=tests.e2e.rewards:first_even", "run.steps=3"),
+        *server.overrides,
     )
-    run.start()
-    run.finish()
+    run.complete()
     rows = run.rows("train")
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
@@ -37,7 +40,9 @@ def test_dynamic_sampling_trains_on_groups_that_differ(new_run: Callable[..., Ru
     assert ", 0.8, 1.28) A )" in text and "replaced by other prompts'" in text
 
 
-def test_decoupled_loss_on_rollouts_of_older_weights(new_run: Callable[..., Run]) -> None:
+def test_decoupled_loss_on_rollouts_of_older_weights(
+    new_run: Callable[..., Run], server: SharedServer
+) -> None:
     """AReaL, one version behind: the proximal policy is the step's own forward, so the ratio is 1,
     and what the rollouts lag is a weight. The gap to the engine is put down to the versions."""
     run = new_run(
@@ -45,9 +50,9 @@ def test_decoupled_loss_on_rollouts_of_older_weights(new_run: Callable[..., Run]
         *COMMON,
         *("algo=areal", "rollout.max_staleness=1", "run.steps=4", "optim.lr=3e-3"),
         *("reward.function=tests.e2e.rewards:first_even",),
+        *server.overrides,
     )
-    run.start()
-    run.finish()
+    run.complete()
     rows = run.rows("train")
     assert rows[0]["version/staleness"] == 0
     late = rows[2:]
@@ -63,16 +68,17 @@ def test_decoupled_loss_on_rollouts_of_older_weights(new_run: Callable[..., Run]
     assert max(row["logprob_gap/share_version"] for row in rows[1:]) > 0.9
 
 
-def test_a_wrong_temperature_stops_the_run_and_is_named(new_run: Callable[..., Run]) -> None:
+def test_a_wrong_temperature_stops_the_run_and_is_named(
+    new_run: Callable[..., Run], server: SharedServer
+) -> None:
     """Recorded at temperature 1, trained at 0.8: the gap says so; the worst tokens are there."""
-    recording = new_run("recording", *COMMON, "run.steps=1", "rollout.batch_size=256")
-    recording.start()
-    recording.finish()
+    one_step = (*COMMON, "run.steps=1", "rollout.batch_size=256")
+    recording = new_run("recording", *one_step, *server.overrides)
+    recording.complete()
     (recording.path / "config.yaml").unlink()  # else the two temperatures are compared at once
     run = new_run(
         "wrong_temperature",
-        *COMMON,
-        *(f"rollout.replay={recording.path}", "run.steps=1", "rollout.batch_size=256"),
+        *(*one_step, f"rollout.replay={recording.path}"),
         *("rollout.temperature=0.8", "rollout.max_logprob_gap=0.01"),
     )
     run.start()

@@ -9,11 +9,10 @@ import pytest
 
 from peergrad.data import Group, Prompt, Rollout, write_groups
 from peergrad.rollout.rollouts import recorded
-from tests.e2e.run import Run, assert_same_weights, run_in_turn
+from tests.e2e.run import MAIN, Run, assert_same_weights, run_in_turn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-MAIN = "src/peergrad/main.py"
 LAYOUTS = {  # name -> processes and overrides
     "one": (1, []),
     "one_again": (1, []),

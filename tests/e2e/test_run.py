@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peergrad.main import main
 from tests.e2e.conftest import WHOLE
 from tests.e2e.run import Run, assert_same_weights, run_in_turn
+from tests.servers import SharedServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
 
 TRAIN_KEYS = {
     *("reward/mean", "reward/std", "reward/flat_groups"),
@@ -98,9 +99,13 @@ def test_is_not_overwritten_by_a_second_start(
     assert before == {path: path.stat().st_mtime_ns for path in whole.path.rglob("*")}
 
 
-def test_goes_on_after_a_kill(new_run: Callable[..., Run], whole: Run) -> None:
-    """SIGKILL to what a shell started, right after the checkpoint of step 2: nothing lives on, and
-    the resumed run does steps 3 and 4 on the very prompts of the run that was never killed."""
+@pytest.mark.slow
+def test_goes_on_after_a_kill(
+    new_run: Callable[..., Run], whole: Run, server: SharedServer
+) -> None:
+    """SIGKILL to what a shell started, right after the checkpoint of step 2: nothing lives on. The
+    run goes on, on a server of others, and does steps 3 and 4 on the very prompts of the run that
+    was never killed."""
     run = new_run("killed", *WHOLE)
     run.start(ranks=2)
     run.wait_until((run.checkpoints / "latest").exists, "the checkpoint of step 2")
@@ -108,7 +113,7 @@ def test_goes_on_after_a_kill(new_run: Callable[..., Run], whole: Run) -> None:
     run.alive()
     os.killpg(run.process.pid, signal.SIGKILL)
     run.assert_gone(timeout=15)
-    run.start("run.resume=true", ranks=2)
+    run.start("run.resume=true", *server.overrides, ranks=2)
     run.finish()
     assert [row["step"] for row in run.rows("train")] == [1, 2, 3, 4]
     assert [row["step"] for row in run.rows("eval")] == [0, 2, 4]

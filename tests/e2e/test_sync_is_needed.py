@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from peergrad.config import Dtype, ServersConfig
+from peergrad.config import Dtype
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.servers import ManagedServers
 from peergrad.rollout.sglang import SGLangEngine
 from tests.e2e.run import Run
+from tests.servers import managed
 from tests.spawn import run_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -26,12 +26,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def url(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of what the run exported."""
-    with ManagedServers(
-        ServersConfig(),
-        model_path=str(whole.hf),
-        dtype=Dtype.float32,
-        log_dir=tmp_path_factory.mktemp("export"),
-    ) as servers:
+    with managed(whole.hf, tmp_path_factory.mktemp("export")) as servers:
         yield servers.urls[0]
 
 

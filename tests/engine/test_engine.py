@@ -18,22 +18,17 @@ from peergrad.rollout.sync import WeightSync
 pytestmark = pytest.mark.engine
 
 PROMPTS = [[5, 9, 30], list(range(3, 60)), [70]]
-VOCAB = 100
+VOCAB = 100  # no multiple of 64: the server appends rows
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def url(start):
-    with start() as servers:
-        yield servers.urls[0]
-
-
-@pytest.fixture(scope="module")
-def new_sync(url):
+def new_sync(server):
     made = []
 
     def build(**options) -> WeightSync:
-        made.append(WeightSync([url], vocab_size=VOCAB, bucket_mb=1, timeout=60.0, **options))
+        options = {"vocab_size": VOCAB, "bucket_mb": 1, "timeout": 60.0, **options}
+        made.append(WeightSync([server.url], **options))
         return made[-1]
 
     yield build
@@ -42,7 +37,16 @@ def new_sync(url):
 
 
 @pytest.fixture(scope="module")
-def sync(new_sync):
+def url(server, new_sync, models):
+    """The shared server with the weights A, version 0, whatever its last user left."""
+    sync = new_sync()
+    push(sync, models["A"], 0)
+    sync.close()
+    return server.url
+
+
+@pytest.fixture(scope="module")
+def sync(new_sync, url):
     return new_sync()
 
 

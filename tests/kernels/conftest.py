@@ -11,10 +11,25 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = INTERPRETED or torch.cuda.is_available()
 
+# Four fifths of the interpreter's time. Every kernel is at work in the others, too.
+LONG_WHEN_INTERPRETED = (
+    *("test_linear.py::test_equals_float64", "test_linear.py::test_matrix_products"),
+    *("test_linear.py::test_main_gradient", "test_linear.py::test_what_lies_between_rows"),
+    *("test_linear.py::test_scoring_and_training", "test_linear.py::test_real_ranks"),
+    *("test_logits.py::test_bits_are_equal", "test_logits.py::test_real_ranks"),
+)
+
 if INTERPRETED:
     from tests.kernels.bfloat16 import mend
 
     mend()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if INTERPRETED else []:
+        if any(long in item.nodeid for long in LONG_WHEN_INTERPRETED):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
