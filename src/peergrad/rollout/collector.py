@@ -21,6 +21,7 @@ from peergrad.algo.sampling import selects
 from peergrad.config import Config
 from peergrad.data import Prompt, Rollout
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.errors import ServerError
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
@@ -28,6 +29,7 @@ from peergrad.running.lifetime import die_with_parent
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
+DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 
 
 class Scorer(Protocol):
@@ -62,21 +64,30 @@ class Collector:
         build: Callable[[Config], Parts],
         *,
         state: bytes | None = None,
+        identity: str | None = None,
+        dead: Callable[[float], str | None] = lambda wait: None,
     ) -> None:
         """Returns at once. ``build`` runs in the new process: a top-level function of a module that
-        is quick to import. ``state``: what ``state()`` returned in an earlier run.
+        is quick to import. ``state``: what ``state()`` returned in an earlier run. ``identity``:
+        the run whose weights every answer must be drawn with. ``dead``: what is known of a server
+        that has ended, as ``ManagedServers.dead`` tells it; it ends whatever waits for servers.
         """
+        self._dead = dead
         context = multiprocessing.get_context("spawn")  # fork would copy CUDA and its threads
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, and rewards run in processes of their own.
         self._process = context.Process(
             target=_run,
-            args=(theirs, os.getpid(), config, list(urls), build, state),
+            args=(theirs, os.getpid(), config, list(urls), build, state, identity),
             name="collector",
         )
         self._process.start()
         theirs.close()  # so that the end of the process shows as the end of the pipe
         atexit.register(self.close)  # before multiprocessing's own hook, which would wait for it
+
+    def expect(self, version: int) -> None:
+        """The servers are about to get weights ``version``: answers may be drawn with them."""
+        self._call("expect", version)
 
     def set_version(self, version: int) -> None:
         """The servers hold weights ``version``."""
@@ -109,6 +120,8 @@ class Collector:
         while not self._connection.poll(POLL_SECONDS):
             if not self._process.is_alive() and not self._connection.poll():
                 break
+            if (dead := self._dead(0.0)) is not None:
+                raise ServerError(dead)
         try:
             error, result = self._connection.recv()
         except (EOFError, OSError) as end:
@@ -117,6 +130,8 @@ class Collector:
                 f"the collector process ended with exit code {self._process.exitcode}"
             ) from end
         if error is not None:
+            if (dead := self._dead(DEATH_SECONDS)) is not None:
+                raise ServerError(dead) from RuntimeError(error)
             raise RuntimeError(error)
         return result
 
@@ -125,7 +140,12 @@ class _Worker:
     """The verbs, on the other side of the pipe."""
 
     def __init__(
-        self, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+        self,
+        config: Config,
+        urls: Sequence[str],
+        parts: Parts,
+        state: bytes | None,
+        identity: str | None,
     ) -> None:
         rollout, choice = config.rollout, config.algo.sampling
         self._evaluation = config.evaluation
@@ -135,6 +155,7 @@ class _Worker:
             max_concurrency=rollout.max_concurrency,
             request_timeout=rollout.request_timeout,
             retries=rollout.retries,
+            identity=identity,
         )
         self._sampling = Sampling(
             n=rollout.group_size,
@@ -155,7 +176,11 @@ class _Worker:
             state=restored,
         )
 
+    async def expect(self, version: int) -> None:
+        self._engine.set_version(version)
+
     async def set_version(self, version: int) -> None:
+        self._engine.set_version(version)
         self._stream.set_version(version)
 
     async def take(self, version: int) -> Taken:
@@ -195,6 +220,7 @@ def _run(
     urls: Sequence[str],
     build: Callable[[Config], Parts],
     state: bytes | None,
+    identity: str | None,
 ) -> None:
     """The process: build the parts, answer until the pipe ends.
 
@@ -205,7 +231,7 @@ def _run(
     try:
         parts = build(config)
         try:
-            asyncio.run(_serve(connection, config, urls, parts, state))
+            asyncio.run(_serve(connection, config, urls, parts, state, identity))
         finally:
             parts.scorer.close()
     except Exception as error:
@@ -214,12 +240,17 @@ def _run(
 
 
 async def _serve(
-    connection: Connection, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+    connection: Connection,
+    config: Config,
+    urls: Sequence[str],
+    parts: Parts,
+    state: bytes | None,
+    identity: str | None,
 ) -> None:
     """Answer one request after the other. The trainer waits for each answer, so that whatever comes
     before it can only be the end of the pipe: a trainer interrupted while it waited.
     """
-    worker = _Worker(config, urls, parts, state)
+    worker = _Worker(config, urls, parts, state, identity)
     incoming = _next_request(connection)
     while request := await incoming:
         verb, arguments = request

@@ -1,6 +1,7 @@
 """Managed servers with stand-ins for SGLang: start, failure, stop, command line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,9 +71,46 @@ def test_servers_start_and_leave_nothing_behind(managed, tmp_path):
 
 
 def test_a_server_that_dies_shows_its_last_words(managed):
-    script = "print('x' * 9000); print('no such model'); raise SystemExit(3)"
-    with pytest.raises(RuntimeError, match=r"(?s)server 0 ended with exit code 3.*no such model"):
+    script = "print('x' * 9000); print('[12:00] OSError: no such\\tmodel'); print('Hint'); exit(3)"
+    with pytest.raises(RuntimeError) as error:
         managed(script).__enter__()
+    assert re.fullmatch(
+        r"rollout\.servers: server 0 at http://127\.0\.0\.1:\d+ ended with exit code 3 "
+        r"\(its log says 'OSError: no such model'\); see .*/logs/server_0\.log",
+        str(error.value),
+    )
+
+
+def test_a_server_that_is_killed_is_known_at_once(managed):
+    with managed(HEALTHY) as servers:
+        assert servers.dead() is None and servers.dead(wait=0.1) is None
+        servers._processes[0].send_signal(signal.SIGKILL)
+        words = servers.dead(wait=10.0)
+    assert re.fullmatch(
+        r"rollout\.servers: server 0 at http://\S+ was ended by SIGKILL, perhaps for want of "
+        r"memory; see \S+server_0\.log",
+        words,
+    )
+    assert servers.dead() is None  # stopped, not dead
+
+
+CRASHED = "Subprocess scheduler_0 (pid=1) crashed with exit code -9. Triggering SIGQUIT"
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("ValueError: a\n\nRuntimeError: b\n[1] bye\n", "RuntimeError: b"),
+        ("torch.OutOfMemoryError: no memory\n", "torch.OutOfMemoryError: no memory"),
+        ("usage: x [--port]\nsglang serve: error: no --x\n", "sglang serve: error: no --x"),
+        (f"[2026-11-29] {CRASHED}\n[2] kill_process_tree called", CRASHED),
+        ("[2026] Error rate 3\nall fine\n", None),
+    ],
+)
+def test_the_line_of_a_log_that_tells(tmp_path, log, line):
+    (tmp_path / "log").write_text(log)
+    assert module._decisive_line(tmp_path / "log") == line
+    assert module._decisive_line(tmp_path / "none") is None
 
 
 def test_a_server_that_is_late_is_stopped(managed):
@@ -80,7 +118,7 @@ def test_a_server_that_is_late_is_stopped(managed):
     servers = managed(
         "import time; print('loading', flush=True); time.sleep(600)", count=2, start_timeout=1.0
     )
-    with pytest.raises(RuntimeError, match=r"(?s)start_timeout = 1 s.*loading"):
+    with pytest.raises(RuntimeError, match=r"servers\.start_timeout = 1: server 0.*server_0\.log"):
         servers.__enter__()
     assert set(children()) == before
 
@@ -156,7 +194,7 @@ def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
 
 @pytest.mark.parametrize("option", ["port", "enable_deterministic_inference"])
 def test_options_that_are_ours_or_harmful_are_refused(managed, option):
-    with pytest.raises(ValueError, match=rf"rollout\.servers\.args = .*{option}.*; remove"):
+    with pytest.raises(ValueError, match=rf"rollout\.servers\.args\.{option} = 1: .*; remove"):
         managed(args={option: 1})
 
 
