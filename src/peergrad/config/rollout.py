@@ -85,9 +85,8 @@ class ServersConfig:
 def _base_url(url: str) -> str:
     """``url`` without its trailing slash; ValueError unless it is scheme, host and perhaps port."""
     key = "rollout.servers.urls"
-    require(
-        bool(url) and not re.search(r"\s", url), key, url, "has spaces or is empty", "retype it"
-    )
+    sound = bool(url) and not re.search(r"\s", url)
+    require(sound, key, url, "has spaces or is empty", "write http://host:port")
     require(
         "://" in url, key, url, "has no scheme", f"write http://{url} (https:// if it speaks TLS)"
     )
@@ -100,9 +99,8 @@ def _base_url(url: str) -> str:
     scheme, place = parts.scheme, parts.netloc
     require(scheme in ("http", "https"), key, url, "must be http or https", f"write http://{place}")
     require(bool(parts.hostname), key, url, "names no host", "write http://host:port")
-    require(
-        "@" not in place, key, url, "has a user name, and peergrad does not log in", "remove it"
-    )
+    rule = "has a user name; peergrad does not log in"
+    require("@" not in place, key, place.rpartition("@")[2], rule, "remove it")
     require(port != 0, key, url, "port 0 is no server's", "write the port that it listens on")
     rest = parts.path.strip("/") or parts.query or parts.fragment
     require(not rest, key, url, "must be a base URL", f"write {scheme}://{place}")

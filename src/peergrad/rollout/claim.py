@@ -28,8 +28,10 @@ def refuse_foreign(url: str, spelt: str, identity: str | None, *, takeover: bool
     found = owner(spelt)
     if found is None or found[0] == identity or takeover:
         return
+    run, version = found
+    at = "nothing pushed yet" if version == CLAIMED else f"weight version {version}"
     raise ValueError(
-        f"rollout.servers.urls = {url!r}: belongs to run {found[0]!r} (weight version {found[1]}), "
+        f"rollout.servers.urls = {url!r}: belongs to run {run!r} ({at}), "
         "and a server belongs to one run at a time; end that run, or give this one another server; "
         "if that run is dead, restart the server or set rollout.servers.takeover=true"
     )

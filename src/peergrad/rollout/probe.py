@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,6 +22,7 @@ from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, quote, reason
 from peergrad.rollout.sglang import check, decode
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 KEY = "rollout.servers.urls"
@@ -139,13 +140,12 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
         f"asks for a key ({response.status_code})",
         "start the server without --api-key: peergrad sends none",
     )
-    require(
-        response.status_code != 404,
-        KEY,
-        url,
-        f"has no {path}, so it is no SGLang server of {NEEDED_VERSION} or later",
-        "name the workers themselves, not a router, and upgrade older servers",
-    )
+    if response.status_code == 404:
+        old = _optional(lambda: http.get(f"{url}/get_server_info").json()["version"])
+        what = f"SGLang {old}, too old" if old else f"no SGLang server of {NEEDED_VERSION} or later"
+        rule = f"has no {path}, so it is {what}"
+        remedy = f"name SGLang workers of {NEEDED_VERSION} or later, not a router"
+        require(False, KEY, url, rule, remedy)
     try:
         answer = decode(check(response, url), url)
     except ServerError as error:
@@ -162,7 +162,7 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
     return found
 
 
-def _optional(question: Callable[[], int | None]) -> int | None:
+def _optional(question: Callable[[], T]) -> T | None:
     """What a paused or older server may leave unanswered."""
     try:
         return question()

@@ -223,7 +223,7 @@ class WeightSync:
         urls = self._control.urls
         return ServerError(
             f"rollout.servers.urls = {urls}: not all of them could join this trainer at {address} "
-            f"for weight syncs within {self._timeout.total_seconds():g} s ({said}); every server "
+            f"for weight syncs in {self._timeout.total_seconds():g} s ({said}); every server "
             "must be able to open connections to that address: see routes and firewall, or name "
             "the servers by addresses of a network that they share with the trainer"
         )

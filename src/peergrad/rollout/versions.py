@@ -72,8 +72,12 @@ def not_ours(
             "process of the same run is alive; end one of them"
         )
     else:
+        run, version = found
+        what = f"{does} weights of run {run!r} (version {version})"
+        if version == CLAIMED:
+            what = f"was taken by run {run!r}"
         text = (
-            f"{does} weights of run {found[0]!r} (version {found[1]}) while this run {at}: a "
-            "server belongs to one run at a time; give each run servers of its own"
+            f"{what} while this run {at}: a server belongs to one run at a time; give each run "
+            "servers of its own"
         )
     return ServerError(f"{url}: {text}", url=url)

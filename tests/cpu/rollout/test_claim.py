@@ -1,5 +1,6 @@
 """A server belongs to one run at a time: taking, keeping, losing and leaving stand-ins."""
 
+import re
 import threading
 import time
 
@@ -83,6 +84,12 @@ def test_another_runs_server_is_refused_until_it_is_left(server, claim):
     )
     assert server.mark.version == f"{OTHER}:12"
     assert {path for path, _ in server.requests} == {"/model_info"}
+
+
+def test_a_run_that_has_just_come_is_refused_as_well(server, claim):
+    server.mark.version = f"{OTHER}:-1"
+    with pytest.raises(ValueError, match=r"belongs to run 'runs/b:2-9c0d' \(nothing pushed yet\)"):
+        claim().check(0)
 
 
 def test_a_run_refused_does_not_release_what_it_never_held(server, claim):
@@ -186,7 +193,12 @@ def test_of_two_runs_at_the_same_moment_at_most_one_holds_the_server(server, cla
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(errors) == 1 and "a server belongs to one run at a time" in errors[0]
+    (error,) = errors
+    assert re.fullmatch(
+        rf"{slow.url}: was taken by run '\S+' while this run has pushed none: a server belongs to "
+        "one run at a time; give each run servers of its own",
+        error,
+    )
 
 
 def test_without_identity_nothing_is_asked_or_marked(server, claim):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from peergrad.config import Dtype, ServersConfig
+from peergrad.config import Dtype, ServerMode, ServersConfig
 from peergrad.rollout import servers as module
 from peergrad.rollout.servers import ManagedServers
 
@@ -213,3 +213,59 @@ def test_a_missing_installation_says_what_to_do(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match=r"needs SGLang.*rollout\.servers\.mode=external"):
         module._check_installed()
+
+
+def external(*urls, **options):
+    return ServersConfig(mode=ServerMode.external, urls=list(urls), **options)
+
+
+def test_base_urls_lose_their_slash_and_need_no_port():
+    urls = ["http://node7:30000/", "https://node8", "http://[::1]:1", "http://127.0.0.1:2"]
+    assert external(*urls).urls == ["http://node7:30000", *urls[1:]]
+
+
+@pytest.mark.parametrize(
+    ("urls", "line"),
+    [
+        (["node7:30000"], "'node7:30000': has no scheme; write http://node7:30000 (https:// if it"),
+        (["localhost"], "'localhost': has no scheme; write http://localhost (https:// if"),
+        (["ftp://node7"], "'ftp://node7': must be http or https; write http://node7"),
+        (["http://a:1/v1"], "'http://a:1/v1': must be a base URL; write http://a:1"),
+        (["http://a:1?x=2"], "'http://a:1?x=2': must be a base URL; write http://a:1"),
+        (["http://a:1 "], "'http://a:1 ': has spaces or is empty; write http://host:port"),
+        ([""], "'': has spaces or is empty; write http://host:port"),
+        (["http://"], "'http://': names no host; write http://host:port"),
+        (["http://a:70000"], "cannot be read as a URL (Port out of range 0-65535); write http://"),
+        (["http://a:0"], "'http://a:0': port 0 is no server's; write the port that it listens on"),
+        (["http://me:pw@a:1"], "has a user name; peergrad does not log in; remove it"),
+        (["http://a:1", "http://A:1/"], "names http://a:1 2 times; name every server once"),
+        (["http://a", "http://a:80"], "names http://a 2 times; name every server once"),
+    ],
+)
+def test_addresses_that_cannot_be_are_refused(urls, line):
+    with pytest.raises(ValueError) as error:
+        external(*urls)
+    assert str(error.value).startswith("rollout.servers.urls = ") and line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ({"port": 3}, "rollout.servers.args.port = 3: is peergrad's to set; remove it"),
+        ({"--tp_size": 2}, "args.--tp_size = 2: is peergrad's to set; set rollout.servers.tensor"),
+        ({"dtype": "half"}, "args.dtype = 'half': is peergrad's to set; set model.dtype"),
+        ({"dp-size": 2}, "args.dp-size = 2: cannot take weight updates in SGLang; remove it"),
+        ({"api-key": "x"}, "locks peergrad out, which sends no key; remove it"),
+        ({"a-b": 1, "a_b": 2}, "is there 2 times, spelt with dashes and underscores; keep one"),
+    ],
+)
+def test_options_are_refused_before_anything_starts(args, line):
+    with pytest.raises(ValueError) as error:
+        ServersConfig(args=args)
+    assert line in str(error.value)
+
+
+def test_takeover_of_ones_own_servers_is_refused():
+    assert external("http://a:1", takeover=True).takeover
+    with pytest.raises(ValueError, match=r"takeover = True: has no effect with mode=managed"):
+        ServersConfig(takeover=True)
