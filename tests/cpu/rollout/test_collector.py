@@ -241,9 +241,7 @@ def test_only_answers_with_this_runs_weights_are_taken():
                 collector.take(step)
             version[0] = "b:2"
             collector.set_version(2)
-            with pytest.raises(
-                RuntimeError, match=rf"{server.url}: .*run 'b' \(version 2\)"
-            ):
+            with pytest.raises(RuntimeError, match=rf"{server.url}: .*run 'b' \(version 2\)"):
                 collector.take(2)
         finally:
             collector.close()
