@@ -89,10 +89,11 @@ class Control:
         try:
             response = self._http.request(method, url + path, json=body, timeout=limits)
         except httpx.RequestError as error:
-            late = f" within {seconds:g} s" if isinstance(error, httpx.ReadTimeout) else ""
+            late = isinstance(error, httpx.ReadTimeout)
+            why = f"none within {seconds:g} s" if late else reason(error)
             raise ServerError(
-                f"{url}: no answer to {method} {path}{late} ({reason(error)}); see whether that "
-                "server still runs, and its log",
+                f"{url}: no answer to {method} {path} ({why}); see whether that server still runs, "
+                "and its log",
                 url=url,
             ) from error
         answer = decode(check(response, url), url) if response.content else {}

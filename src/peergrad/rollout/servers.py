@@ -36,7 +36,8 @@ LOG_TAIL_BYTES = 200_000
 # What ends a traceback or argparse's usage text, or tells which worker died; less the time stamp.
 DECISIVE = re.compile(
     r"^(?:\[[^]]*\] *)?"
-    r"((?:[\w.]*(?:Error|Exception)(?::|$)|[\w ./]+: error:|Subprocess \w+ .*crashed).*)$"
+    r"((?:[\w.]*(?:Error|Exception)(?::|$)|ERROR: +\[Errno|[\w ./]+: error:|"
+    r"Subprocess \w+ .*crashed).*)$"
 )
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -234,14 +235,14 @@ def check_args(args: Mapping[str, Any]) -> None:
 def _check_installed() -> None:
     if importlib.util.find_spec("sglang") is None:
         raise RuntimeError(
-            "rollout.servers.mode=managed needs SGLang in this Python environment; install it "
+            "rollout.servers.mode = managed: needs SGLang in this Python environment; install it "
             "(see README.md), or start servers elsewhere and set rollout.servers.mode=external"
         )
     plugins = {point.name for point in entry_points(group="sglang.srt.platforms")}
     if not torch.cuda.is_available() and not plugins:
         raise RuntimeError(
-            "SGLang finds no platform plugin and would not start without a GPU; install peergrad "
-            "as a package (pip install -e .) so that it finds peergrad's"
+            "rollout.servers.mode = managed: SGLang does not start without a GPU unless it finds "
+            "peergrad's platform plugin; install peergrad as a package (pip install -e .)"
         )
 
 

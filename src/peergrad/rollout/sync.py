@@ -168,9 +168,14 @@ class WeightSync:
         try:
             finish(answers)  # first: a server that refused will never join the broadcast
             work.wait()
-        except BaseException:
+        except BaseException as error:
             self._abandon(group)
-            raise
+            if isinstance(error, ServerError) or not isinstance(error, RuntimeError):
+                raise
+            raise ServerError(
+                f"{', '.join(self._control.urls)}: a broadcast of weights broke off "
+                f"({reason(error)}); see whether these servers still run, and their logs"
+            ) from error
 
     def _abandon(self, group: "_Broadcast") -> None:
         """Give up a group in which a broadcast may hang; the next ``load`` makes a new one."""

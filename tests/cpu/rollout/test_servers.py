@@ -104,6 +104,7 @@ CRASHED = "Subprocess scheduler_0 (pid=1) crashed with exit code -9. Triggering 
         ("torch.OutOfMemoryError: no memory\n", "torch.OutOfMemoryError: no memory"),
         ("usage: x [--port]\nsglang serve: error: no --x\n", "sglang serve: error: no --x"),
         (f"[2026-11-29] {CRASHED}\n[2] kill_process_tree called", CRASHED),
+        ("[1] ERROR:    [Errno 98] in use\n[1] bye", "ERROR: [Errno 98] in use"),
         ("[2026] Error rate 3\nall fine\n", None),
     ],
 )

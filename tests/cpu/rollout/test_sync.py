@@ -363,3 +363,15 @@ def test_a_server_that_tells_too_little_is_named():
         pytest.raises(ServerError, match=rf"^{server.url}: /server_info tells no pp_size; use SGL"),
     ):
         WeightSync([server.url], vocab_size=50).load(weights(), 1)
+
+
+def test_a_server_that_hangs_is_named_with_the_time_it_was_given():
+    def hang(_):
+        time.sleep(1.0)
+        return 200, {}
+
+    with (
+        FakeServer(hang) as server,
+        pytest.raises(ServerError, match=rf"^{server.url}: no answer to GET /server_info \(none "),
+    ):
+        WeightSync([server.url], vocab_size=50, timeout=0.3).load(weights(), 1)
