@@ -1,8 +1,10 @@
 """How answers are sampled, by which servers, and how weights reach them."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 from peergrad.config.rules import at_least, optional_positive, positive, require
 
@@ -11,12 +13,34 @@ Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
 
 
+OURS = {
+    **dict.fromkeys(("model", "model-path"), "set model.path"),
+    **dict.fromkeys(("tp", "tp-size", "tensor-parallel-size"), "set rollout.servers.tensor"),
+    "dtype": "set model.dtype",
+    **dict.fromkeys(("host", "port", "weight-version"), "remove it"),
+}
+"""Options of SGLang that peergrad sets, and how a user sets them."""
+REFUSED = {
+    # Every group would be one answer, copied.
+    "enable-deterministic-inference": "seeds all requests alike",
+    "skip-tokenizer-init": "leaves answers without the text that rewards are computed from",
+    **dict.fromkeys(
+        ("dp", "dp-size", "data-parallel-size"), "cannot take weight updates in SGLang"
+    ),
+    **dict.fromkeys(("api-key", "admin-api-key"), "locks peergrad out, which sends no key"),
+}
+"""Options of SGLang that would break training, and why."""
+
+
 @dataclass(kw_only=True)
 class ServersConfig:
     mode: ServerMode = ServerMode.managed
     """``managed`` starts and stops SGLang servers beside rank 0; ``external`` uses ``urls``."""
     urls: list[str] = field(default_factory=list)
     """Base URLs of external servers (the workers themselves, not a router)."""
+    takeover: bool = False
+    """Take external servers that carry the weights of another run. Only if that run is dead: one
+    that ends by itself, also by an error or Ctrl-C, leaves its servers free."""
     count: int = 1
     """Managed servers."""
     tensor: int = 1
@@ -37,6 +61,75 @@ class ServersConfig:
             self.urls,
             "is needed with mode=external and only there",
             "list the servers' base URLs, or set rollout.servers.mode=managed",
+        )
+        require(
+            external or not self.takeover,
+            "rollout.servers.takeover",
+            self.takeover,
+            "has no effect with mode=managed, whose servers are the run's own",
+            "remove it",
+        )
+        self.urls = [_base_url(url) for url in self.urls]
+        places = [_place(url) for url in self.urls]
+        for url, place in zip(self.urls, places, strict=True):
+            require(
+                places.count(place) == 1,
+                "rollout.servers.urls",
+                self.urls,
+                f"names {url} {places.count(place)} times",
+                "name every server once",
+            )
+        _check_args(self.args)
+
+
+def _base_url(url: str) -> str:
+    """``url`` without its trailing slash; ValueError unless it is scheme, host and perhaps port."""
+    key = "rollout.servers.urls"
+    sound = bool(url) and not re.search(r"\s", url)
+    require(sound, key, url, "has spaces or is empty", "write http://host:port")
+    require(
+        "://" in url, key, url, "has no scheme", f"write http://{url} (https:// if it speaks TLS)"
+    )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        rule = f"cannot be read as a URL ({error})"
+        raise ValueError(f"{key} = {url!r}: {rule}; write http://host:port") from error
+    scheme, place = parts.scheme, parts.netloc
+    require(scheme in ("http", "https"), key, url, "must be http or https", f"write http://{place}")
+    require(bool(parts.hostname), key, url, "names no host", "write http://host:port")
+    rule = "has a user name; peergrad does not log in"
+    require("@" not in place, key, place.rpartition("@")[2], rule, "remove it")
+    require(port != 0, key, url, "port 0 is no server's", "write the port that it listens on")
+    rest = parts.path.strip("/") or parts.query or parts.fragment
+    require(not rest, key, url, "must be a base URL", f"write {scheme}://{place}")
+    return f"{scheme}://{place}"
+
+
+def _place(url: str) -> tuple[str, int]:
+    """Host and port: what two spellings of one address share."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def flag(key: str) -> str:
+    """An option of ``rollout.servers.args`` as the command line spells it, without the dashes."""
+    return key.removeprefix("--").replace("_", "-")
+
+
+def _check_args(args: dict[str, Any]) -> None:
+    flags = [flag(key) for key in args]
+    for (key, value), name in zip(args.items(), flags, strict=True):
+        key = f"rollout.servers.args.{key}"
+        require(name not in OURS, key, value, "is peergrad's to set", OURS.get(name, ""))
+        require(name not in REFUSED, key, value, REFUSED.get(name, ""), "remove it")
+        require(
+            flags.count(name) == 1,
+            key,
+            value,
+            f"is there {flags.count(name)} times, spelt with dashes and underscores",
+            "keep one",
         )
 
 

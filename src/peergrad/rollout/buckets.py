@@ -50,8 +50,9 @@ def _bucket(flat: torch.Tensor, entries: list[tuple[str, torch.dtype, list[int]]
     return Bucket(flat, list(names), spelt, list(shapes))
 
 
-def update_payload(bucket: Bucket, group_name: str, version: int | None) -> Json:
-    """Body of /update_weights_from_distributed; ``version`` goes with the last bucket only."""
+def update_payload(bucket: Bucket, group_name: str, version: str | None) -> Json:
+    """Body of /update_weights_from_distributed; ``version``, as the
+    servers are to spell it, goes with the last bucket only."""
     return {
         "names": bucket.names,
         "dtypes": bucket.dtypes,
@@ -59,5 +60,5 @@ def update_payload(bucket: Bucket, group_name: str, version: int | None) -> Json
         "group_name": group_name,
         "load_format": "flattened_bucket",
         "flush_cache": version is not None,
-        "weight_version": None if version is None else str(version),
+        "weight_version": version,
     }

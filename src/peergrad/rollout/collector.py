@@ -23,6 +23,7 @@ from peergrad.algo.sampling import selects
 from peergrad.config import Config
 from peergrad.data import Prompt, Rollout
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.errors import ServerError
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.sglang import SGLangEngine
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 1.0
 GRACE_SECONDS = 10.0
+DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 
 
 class Scorer(Protocol):
@@ -73,22 +75,31 @@ class Collector:
         build: Callable[[Config], Parts],
         *,
         state: bytes | None = None,
+        identity: str | None = None,
+        dead: Callable[[float], str | None] = lambda wait: None,
     ) -> None:
         """Returns at once. ``build`` runs in the new process: a top-level function of a module that
-        is quick to import. ``state``: what ``state()`` returned in an earlier run.
+        is quick to import. ``state``: what ``state()`` returned in an earlier run. ``identity``:
+        the run whose weights every answer must be drawn with. ``dead``: what is known of a server
+        that has ended, as ``ManagedServers.dead`` tells it; it ends whatever waits for servers.
         """
         self.heard: Callable[[str], None] = lambda text: None
+        self._dead = dead
         context = multiprocessing.get_context("spawn")  # fork would copy CUDA and its threads
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, and rewards run in processes of their own.
         self._process = context.Process(
             target=_run,
-            args=(theirs, os.getpid(), config, list(urls), build, state),
+            args=(theirs, os.getpid(), config, list(urls), build, state, identity),
             name="collector",
         )
         self._process.start()
         theirs.close()  # so that the end of the process shows as the end of the pipe
         atexit.register(self.close)  # before multiprocessing's own hook, which would wait for it
+
+    def expect(self, version: int) -> None:
+        """The servers are about to get weights ``version``: answers may be drawn with them."""
+        self._call("expect", version)
 
     def set_version(self, version: int) -> None:
         """The servers hold weights ``version``."""
@@ -127,6 +138,8 @@ class Collector:
             if kind == "result":
                 return content
             if kind == "error":
+                if (dead := self._dead(DEATH_SECONDS)) is not None:
+                    raise ServerError(dead)
                 raise_here(*content)
             elif kind == "progress":
                 self.heard(content)
@@ -137,6 +150,8 @@ class Collector:
         while not self._connection.poll(POLL_SECONDS):
             if not self._process.is_alive() and not self._connection.poll():
                 break
+            if (dead := self._dead(0.0)) is not None:
+                raise ServerError(dead)
         try:
             return cast(tuple[str, Any], self._connection.recv())
         except (EOFError, OSError) as end:
@@ -151,7 +166,12 @@ class _Worker:
     """The verbs, on the other side of the pipe."""
 
     def __init__(
-        self, config: Config, urls: Sequence[str], parts: Parts, state: bytes | None
+        self,
+        config: Config,
+        urls: Sequence[str],
+        parts: Parts,
+        state: bytes | None,
+        identity: str | None,
     ) -> None:
         rollout, choice = config.rollout, config.algo.sampling
         self._evaluation = config.evaluation
@@ -163,6 +183,7 @@ class _Worker:
             max_concurrency=rollout.max_concurrency,
             request_timeout=rollout.request_timeout,
             retries=rollout.retries,
+            identity=identity,
         )
         self._sampling = Sampling(
             n=rollout.group_size,
@@ -186,8 +207,12 @@ class _Worker:
     async def ready(self) -> None:
         """Answers once it can: see ``Collector.ready``."""
 
+    async def expect(self, version: int) -> None:
+        self._engine.set_version(version)
+
     async def set_version(self, version: int) -> None:
         log.info("the servers hold weights of version %d", version)
+        self._engine.set_version(version)
         self._stream.set_version(version)
 
     async def take(self, version: int) -> Taken:
@@ -243,6 +268,7 @@ def _run(
     urls: Sequence[str],
     build: Callable[[Config], Parts],
     state: bytes | None,
+    identity: str | None,
 ) -> None:
     """The process: build the parts, answer until the pipe ends.
 
@@ -255,7 +281,7 @@ def _run(
         parts = build(config)
         logging.getLogger().addHandler(outbox)
         try:
-            asyncio.run(_serve(connection, outbox, config, urls, parts, state))
+            asyncio.run(_serve(connection, outbox, config, urls, parts, state, identity))
         finally:
             parts.scorer.close()
     except Exception as error:
@@ -269,11 +295,12 @@ async def _serve(
     urls: Sequence[str],
     parts: Parts,
     state: bytes | None,
+    identity: str | None,
 ) -> None:
     """Answer one request after the other. The trainer waits for each answer, so that whatever comes
     before it can only be the end of the pipe: a trainer interrupted while it waited.
     """
-    worker = _Worker(config, urls, parts, state)
+    worker = _Worker(config, urls, parts, state, identity)
     incoming = _next_request(connection)
     while request := await incoming:
         verb, arguments = request

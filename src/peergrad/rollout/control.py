@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from peergrad.rollout.sglang import Json, ServerError, check
+from peergrad.rollout.errors import ServerError, reason
+from peergrad.rollout.sglang import Json, check, decode
 
 T = TypeVar("T")
 
@@ -27,21 +28,33 @@ class Control:
         self._http = httpx.Client(trust_env=False)
 
     def post(
-        self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        urls: Sequence[str] | None = None,
     ) -> list[Json]:
-        """POST ``body`` to every server. Raises ServerError if one fails, or takes too long."""
-        return finish(self.start(path, [body or {}] * len(self.urls), timeout=timeout))
+        """POST ``body`` to every server, or to ``urls``. Raises ServerError if one fails, or takes
+        too long."""
+        urls = self.urls if urls is None else urls
+        requests = [self._submit("POST", url, path, body or {}, timeout) for url in urls]
+        return finish(requests)
 
-    def get(self, path: str) -> list[Json]:
+    def get(self, path: str, *, timeout: float | None = None) -> list[Json]:
         """GET ``path`` from every server."""
-        return finish([self._threads.submit(self._request, "GET", u, path) for u in self.urls])
+        return finish([self._submit("GET", url, path, None, timeout) for url in self.urls])
 
-    def start(
-        self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float | None = None
-    ) -> list[Future[Json]]:
+    def answers(self, path: str, *, timeout: float) -> dict[str, Json]:
+        """GET ``path``: the answers of those servers that give one in time, by URL."""
+        requests = {url: self._submit("GET", url, path, None, timeout) for url in self.urls}
+        wait(requests.values())
+        return {url: got.result() for url, got in requests.items() if got.exception() is None}
+
+    def start(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Future[Json]]:
         """Have the k-th body on its way to the k-th server; ``finish`` waits for the answers."""
         return [
-            self._threads.submit(self._request, "POST", url, path, body, timeout)
+            self._submit("POST", url, path, body, None)
             for url, body in zip(self.urls, bodies, strict=True)
         ]
 
@@ -53,20 +66,37 @@ class Control:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
 
+    def _submit(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout: float | None,
+    ) -> Future[Json]:
+        return self._threads.submit(self._request, method, url, path, body, timeout)
+
     def _request(
         self,
         method: str,
         url: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
+        body: Mapping[str, Any] | None,
+        timeout: float | None,
     ) -> Json:
-        limits = httpx.Timeout(timeout or self._timeout, connect=CONNECT_SECONDS)
+        seconds = timeout or self._timeout
+        limits = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
         try:
             response = self._http.request(method, url + path, json=body, timeout=limits)
-        except httpx.TransportError as error:
-            raise ServerError(f"{method} {url}{path} got no answer: {error!r}") from error
-        answer = check(response).json() if response.content else {}
+        except httpx.RequestError as error:
+            late = isinstance(error, httpx.ReadTimeout)
+            why = f"none within {seconds:g} s" if late else reason(error)
+            raise ServerError(
+                f"{url}: no answer to {method} {path} ({why}); see whether that server still runs, "
+                "and its log",
+                url=url,
+            ) from error
+        answer = decode(check(response, url), url) if response.content else {}
         return answer if isinstance(answer, dict) else {"answer": answer}
 
 

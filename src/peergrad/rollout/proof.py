@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from peergrad.data import Group, Prompt, Rollout
-from peergrad.rollout.sglang import Json, parse_scores
 
 CANARY_TOKENS = 64
 VOCABULARY_MULTIPLE = 64  # the server appends rows of zeros up to a multiple of this
@@ -155,15 +154,12 @@ def canary_tokens(vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=CANARY_TOKENS, dtype=np.int32)
 
 
-def canary_group(tokens: np.ndarray, answers: Sequence[Json], version: int) -> Group:
-    """The servers' scores of the canary as a group of one rollout per server.
-
-    ``answers``: each server's answer to ``score_payload(tokens)``.
-    """
+def canary_group(tokens: np.ndarray, scores: Sequence[np.ndarray], version: int) -> Group:
+    """The servers' scores of the canary, [CANARY_TOKENS - 1] each, as a group of one rollout per
+    server."""
     spans = ((version, 0, len(tokens) - 1),)
     rollouts = tuple(
-        Rollout(tokens[1:], parse_scores(answer, len(tokens)), spans, finish="length", text="")
-        for answer in answers
+        Rollout(tokens[1:], logprobs, spans, finish="length", text="") for logprobs in scores
     )
     return Group("canary", Prompt("canary", tokens[:1], text="", answer=""), rollouts)
 

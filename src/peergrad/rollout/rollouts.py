@@ -84,6 +84,8 @@ class LiveRollouts:
         result: Proof | Exception | None = None
         if self._sync is not None:
             try:
+                # Before: requests in flight may end before ``load`` does.
+                self._on_rank_zero().expect(version)
                 result = self._sync.load(stream, version)
             except Exception as error:
                 result = error

@@ -1,12 +1,15 @@
 """SGLang servers that live and die with this process."""
 
 import importlib.util
+import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,17 +20,26 @@ import httpx
 import psutil
 import torch
 
-from peergrad.config import Dtype, ServersConfig
+from peergrad.config import Dtype, ServersConfig, require
+from peergrad.config.rollout import flag
+from peergrad.rollout.arguments import REFUSED_STATUS
+from peergrad.rollout.errors import quote
 
-# Deterministic inference seeds all requests alike: every group would be one answer, copied.
-REFUSED = ("enable-deterministic-inference",)
-OURS = ("model-path", "host", "port", "tp-size", "tp", "tensor-parallel-size", "weight-version")
+log = logging.getLogger(__name__)
+
 # Without them the KV cache takes most of the memory, and an idle server a whole core.
 CPU_OPTIONS = {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
-LOG_TAIL_BYTES = 4000
+LOG_TAIL_BYTES = 200_000
+# What ends a traceback or argparse's usage text, or tells which worker died; less the time stamp.
+DECISIVE = re.compile(
+    r"^(?:\[[^]]*\] *)?"
+    r"((?:[\w.]*(?:Error|Exception)(?::|$)|ERROR: +\[Errno|[\w ./]+: error:|"
+    r"Subprocess \w+ .*crashed).*)$"
+)
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ManagedServers:
@@ -48,12 +60,6 @@ class ManagedServers:
         seed: int = 0,
         weight_version: int = 0,
     ) -> None:
-        refused = sorted({*OURS, *REFUSED} & {_flag(key) for key in config.args})
-        if refused:
-            raise ValueError(
-                f"rollout.servers.args = {config.args}: {refused} are peergrad's to set, or would "
-                "break training; remove them"
-            )
         self._config = config
         self._log_dir = log_dir
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -88,6 +94,19 @@ class ManagedServers:
     ) -> None:
         self.stop()
 
+    def dead(self, wait: float = 0.0) -> str | None:
+        """What is known of the first server that has ended by itself, on one line; None while all
+        run. May be asked at any time. ``wait``: seconds that one whose connections just broke may
+        take to end."""
+        deadline = time.monotonic() + wait
+        while True:
+            for index, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    return self._last_words(index, process.returncode)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+
     def stop(self) -> None:
         """End the servers with all their processes; safe to call again."""
         _end(self._processes)
@@ -98,7 +117,7 @@ class ManagedServers:
         options: dict[str, Any] = {"random-seed": self._seed + index}
         if not torch.cuda.is_available():
             options |= CPU_OPTIONS
-        options |= {_flag(key): value for key, value in self._config.args.items()}
+        options |= {flag(key): value for key, value in self._config.args.items()}
         if torch.cuda.is_available():
             # Behind the GPUs of this node's trainer ranks, unless told otherwise.
             first = int(options.get("base-gpu-id", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -108,51 +127,65 @@ class ManagedServers:
 
     def _start(self, index: int) -> None:
         launch = [sys.executable, "-m", "peergrad.rollout.launch", str(os.getpid())]
-        with self.log(index).open("wb") as log:
+        with self.log(index).open("wb") as output:
             process = subprocess.Popen(
                 [*launch, *self.command(index)],
                 env=_environment(index, self._config.tensor),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         self._processes.append(process)
+        log.info("server %d starts at %s, log %s", index, self.urls[index], self.log(index))
 
     def _wait_healthy(self) -> None:
-        deadline = time.monotonic() + self._config.start_timeout
+        began = time.monotonic()
+        limit = self._config.start_timeout
         with httpx.Client(timeout=5.0, trust_env=False) as http:
             for index, url in enumerate(self.urls):
                 while not _is_healthy(http, url):
-                    self._check_alive()
-                    if time.monotonic() > deadline:
+                    if (dead := self.dead()) is not None:
+                        raise RuntimeError(dead)
+                    if time.monotonic() > began + limit:
                         raise RuntimeError(
-                            f"server {index} was not healthy within "
-                            f"rollout.servers.start_timeout = {self._config.start_timeout:g} s; "
-                            f"raise it, or see what it is doing{self._log_tail(index)}"
+                            f"rollout.servers.start_timeout = {limit:g}: server {index} was not "
+                            "healthy within these seconds; raise it, or see in "
+                            f"{self.log(index)} what the server is doing"
                         )
                     time.sleep(POLL_SECONDS)
+                log.info("server %d healthy after %.0f s", index, time.monotonic() - began)
 
-    def _check_alive(self) -> None:
-        for index, process in enumerate(self._processes):
-            if process.poll() is not None:
-                raise RuntimeError(
-                    f"server {index} ended with exit code {process.returncode} while starting"
-                    f"{self._log_tail(index)}"
-                )
+    def _last_words(self, index: int, status: int) -> str:
+        line = _decisive_line(self.log(index))
+        how = f"ended with exit code {status}"
+        if status < 0:  # SGLang's launcher, too, ends itself so, once a worker has failed
+            how = f"was ended by {signal.Signals(-status).name}"
+        if line is None or "exit code -9" in line:
+            how += ", perhaps for want of memory" * (status == -signal.SIGKILL)
+        log.error("server %d %s", index, how)
+        said = "" if line is None else f" (its log says {line!r})"
+        return (
+            f"rollout.servers: server {index} at {self.urls[index]} {how}{said}; "
+            f"see {self.log(index)}"
+        )
 
     def log(self, index: int) -> Path:
         """What server ``index`` prints."""
         return self._log_dir / f"server_{index}.log"
 
-    def _log_tail(self, index: int) -> str:
-        path = self.log(index)
-        tail = path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-        return f"\n--- end of {path} ---\n{tail}"
 
-
-def _flag(key: str) -> str:
-    return key.removeprefix("--").replace("_", "-")
+def _decisive_line(path: Path) -> str | None:
+    """The last line of a log that looks like an exception or a refused command line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            tail = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    lines = COLOURS.sub("", tail).splitlines()
+    found = [match[1] for line in lines if (match := DECISIVE.match(line))]
+    return quote(found[-1]) if found else None
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
@@ -180,17 +213,37 @@ def _environment(index: int, tensor: int) -> dict[str, str]:
     return env
 
 
+def check_args(args: Mapping[str, Any]) -> None:
+    """Raise ValueError if SGLang's own parser refuses ``rollout.servers.args``.
+
+    Takes about ten seconds, for it imports SGLang in a process of its own; where SGLang cannot be
+    imported nothing is checked.
+    """
+    if not args or importlib.util.find_spec("sglang") is None:
+        return
+    flags = _flags({flag(key): value for key, value in args.items()})
+    done = subprocess.run(
+        [sys.executable, "-m", "peergrad.rollout.arguments", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == REFUSED_STATUS:
+        rule, _, remedy = done.stdout.strip().rpartition("\n")[2].partition("; ")
+        require(False, "rollout.servers.args", dict(args), rule, remedy)
+
+
 def _check_installed() -> None:
     if importlib.util.find_spec("sglang") is None:
         raise RuntimeError(
-            "rollout.servers.mode=managed needs SGLang in this Python environment; install it "
+            "rollout.servers.mode = managed: needs SGLang in this Python environment; install it "
             "(see README.md), or start servers elsewhere and set rollout.servers.mode=external"
         )
     plugins = {point.name for point in entry_points(group="sglang.srt.platforms")}
     if not torch.cuda.is_available() and not plugins:
         raise RuntimeError(
-            "SGLang finds no platform plugin and would not start without a GPU; install peergrad "
-            "as a package (pip install -e .) so that it finds peergrad's"
+            "rollout.servers.mode = managed: SGLang does not start without a GPU unless it finds "
+            "peergrad's platform plugin; install peergrad as a package (pip install -e .)"
         )
 
 

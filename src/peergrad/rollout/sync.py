@@ -4,12 +4,15 @@ The only user of torch.distributed in this package, and only on rank 0 of the tr
 with the servers a process group of its own, apart from the trainer's groups.
 """
 
+import logging
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from itertools import chain
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -21,11 +24,18 @@ import torch.distributed as dist
 from peergrad.config import Proof as ProofMode
 from peergrad.data import Group
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
+from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control, finish
+from peergrad.rollout.errors import ServerError, cannot_connect, reason
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
-from peergrad.rollout.sglang import Json, ServerError, score_payload
+from peergrad.rollout.sglang import Json, parse_scores, score_payload
+from peergrad.rollout.versions import spell
+
+log = logging.getLogger(__name__)
 
 CLEAN_UP_SECONDS = 10.0
+DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
+NEEDED_INFO = ("tp_size", "pp_size", "device", "dtype", "quantization")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,13 +71,24 @@ class WeightSync:
         bucket_mb: int = 512,
         proof: ProofMode = ProofMode.auto,
         timeout: float = 300.0,
+        identity: str | None = None,
+        takeover: bool = False,
+        dead: Callable[[float], str | None] = lambda wait: None,
     ) -> None:
-        """``timeout``: seconds that one bucket, and one control request, may take."""
+        """``timeout``: seconds that one bucket, and one control request, may take.
+
+        ``identity``: the run that the servers must belong to (``claim``); None: to nobody.
+        ``takeover``: take them from another run. ``dead``: what is known of a server that has
+        ended, as ``ManagedServers.dead`` tells it; it explains a request that fails.
+        """
         self._control = Control(urls, timeout=timeout)
         self._limit = bucket_mb << 20
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
         self._canary = canary_tokens(vocab_size)
+        self._identity = identity
+        self._claim = Claim(self._control, identity, takeover=takeover)
+        self._dead = dead
         self._group: _Broadcast | None = None
         self._abandoned: list[_Broadcast] = []  # to free one would wait for its broadcast
         self._servers: list[Json] | None = None
@@ -75,9 +96,22 @@ class WeightSync:
     def load(self, named: NamedTensors, version: int) -> Proof:
         """Broadcast pairs of HF name and full tensor; returns when all servers generate from them.
 
-        Holds one bucket beside what the iterator holds. Raises ServerError if a server fails, and
-        RuntimeError if the servers end up with other weights than were sent.
+        Holds one bucket beside what the iterator holds. Raises ServerError if a server fails or was
+        taken by another run, RuntimeError if the servers end up with other weights than were sent,
+        and ValueError if another run has them at the first call.
         """
+        try:
+            self._claim.check(version)
+            return self._load(named, version)
+        except RuntimeError as error:
+            if (dead := self._dead(DEATH_SECONDS)) is not None:
+                raise ServerError(dead) from error
+            if (theft := self._claim.theft()) is not None:
+                raise theft from error
+            raise
+
+    def _load(self, named: NamedTensors, version: int) -> Proof:
+        began, sent, count = time.monotonic(), 0, 0
         digests = self._new_digests()
         stream = buckets(_observed(named, digests), self._limit)
         first = next(stream, None)
@@ -87,17 +121,26 @@ class WeightSync:
         self._control.post("/pause_generation", {"mode": "retract"})
         with self._update_window():
             for bucket, last in chain([first], stream):
-                self._send(bucket, group, version if last else None)
+                self._send(bucket, group, spell(self._identity, version) if last else None)
+                sent, count = sent + len(bucket.flat), count + 1
+        self._claim.confirm(version)
         counts = self._compare(digests)
         self._control.post("/continue_generation")
-        return Proof(version, *counts, canary=self._score_canary(version))
+        canary = self._score_canary(version)
+        seconds = time.monotonic() - began
+        log.info(
+            "sync of version %d took %.2f s (%d bytes in %d buckets, %d servers)",
+            *(version, seconds, sent, count, len(self._control.urls)),
+        )
+        return Proof(version, *counts, canary=canary)
 
     def close(self) -> None:
-        """Leave the group; the servers may be gone already."""
+        """Leave the group, and the servers to other runs; they may be gone already."""
         if self._group is not None:
             self._destroy(self._group)
             dist.destroy_process_group(self._group.handle)
             self._group = None
+        self._claim.release()
         self._control.close()
 
     @contextmanager
@@ -116,7 +159,7 @@ class WeightSync:
             raise
         self._control.post("/end_weight_update")
 
-    def _send(self, bucket: Bucket, group: "_Broadcast", version: int | None) -> None:
+    def _send(self, bucket: Bucket, group: "_Broadcast", version: str | None) -> None:
         body = update_payload(bucket, group.name, version)
         answers = self._control.start(
             "/update_weights_from_distributed", [body] * len(self._control.urls)
@@ -125,9 +168,14 @@ class WeightSync:
         try:
             finish(answers)  # first: a server that refused will never join the broadcast
             work.wait()
-        except BaseException:
+        except BaseException as error:
             self._abandon(group)
-            raise
+            if isinstance(error, ServerError) or not isinstance(error, RuntimeError):
+                raise
+            raise ServerError(
+                f"{', '.join(self._control.urls)}: a broadcast of weights broke off "
+                f"({reason(error)}); see whether these servers still run, and their logs"
+            ) from error
 
     def _abandon(self, group: "_Broadcast") -> None:
         """Give up a group in which a broadcast may hang; the next ``load`` makes a new one."""
@@ -153,7 +201,9 @@ class WeightSync:
         ranks = [1 + sum(sizes[:k]) for k in range(len(sizes))]
         world = 1 + sum(sizes)
         name = f"peergrad-{uuid4().hex[:8]}"  # unique: servers keep the groups of dead trainers
-        address = local_address(self._control.urls[0])
+        addresses = [local_address(url) for url in self._control.urls]
+        # A server on this machine reaches any of its addresses; one elsewhere not the loopback's.
+        address = next((a for a in addresses if not ip_address(a).is_loopback), addresses[0])
         store = dist.TCPStore(  # type: ignore[attr-defined]  # public, though not in __all__
             address, 0, world, is_master=True, timeout=self._timeout, wait_for_workers=False
         )
@@ -165,12 +215,35 @@ class WeightSync:
         handle = self._control.run(
             lambda: join_group(store, name, 0, world, backend, self._timeout)
         )
-        finish([*answers, cast(Future[Any], handle)])
+        try:
+            finish([*answers, cast(Future[Any], handle)])
+        except RuntimeError as error:  # torch's own errors are of this kind, too
+            raise self._not_joined(error, f"{address}:{store.port}") from error
         return _Broadcast(name, handle.result())
+
+    def _not_joined(self, error: RuntimeError, address: str) -> ServerError:
+        if isinstance(error, ServerError) and cannot_connect(error.__cause__):
+            return error
+        said = str(error) if isinstance(error, ServerError) else reason(error)
+        urls = self._control.urls
+        return ServerError(
+            f"rollout.servers.urls = {urls}: not all of them could join this trainer at {address} "
+            f"for weight syncs in {self._timeout.total_seconds():g} s ({said}); every server "
+            "must be able to open connections to that address: see routes and firewall, or name "
+            "the servers by addresses of a network that they share with the trainer"
+        )
 
     def _server_info(self) -> list[Json]:
         if self._servers is None:
-            self._servers = self._control.get("/server_info")
+            infos = self._control.get("/server_info")
+            for url, info in zip(self._control.urls, infos, strict=True):
+                if missing := [name for name in NEEDED_INFO if name not in info]:
+                    raise ServerError(
+                        f"{url}: /server_info tells no {missing[0]}; use SGLang 0.5.21 or later, "
+                        "and name the workers themselves, not a router",
+                        url=url,
+                    )
+            self._servers = infos
         return self._servers
 
     def _new_digests(self) -> Digests | None:
@@ -187,7 +260,7 @@ class WeightSync:
             return 0, 0
         answers = self._control.post("/weights_checker", {"action": "checksum"})
         held = {
-            url: [rank["checksums"] for rank in answer["ranks"]]
+            url: _checksums(url, answer)
             for url, answer in zip(self._control.urls, answers, strict=True)
         }
         return compare(None if digests is None else digests.result(), held)
@@ -196,7 +269,13 @@ class WeightSync:
         if self._proof is ProofMode.off:
             return None
         answers = self._control.post("/generate", score_payload(self._canary))
-        return canary_group(self._canary, answers, version)
+        scores = [
+            parse_scores(
+                answer, len(self._canary), url=url, identity=self._identity, newest=version
+            )
+            for url, answer in zip(self._control.urls, answers, strict=True)
+        ]
+        return canary_group(self._canary, scores, version)
 
 
 @dataclass(frozen=True)
@@ -233,11 +312,30 @@ def join_group(
 def local_address(url: str) -> str:
     """The address of this machine as the server at ``url`` sees it."""
     parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or 80
-    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # datagram: chooses a route, sends nothing
-        return str(probe.getsockname()[0])
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # datagram: chooses a route, sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ServerError(
+            f"{url}: there is no way there from this machine ({reason(error)}); correct the host "
+            "in rollout.servers.urls",
+            url=url,
+        ) from error
+
+
+def _checksums(url: str, answer: Json) -> list[dict[str, str]]:
+    """The digests of each of a server's ranks."""
+    try:
+        return [dict(rank["checksums"]) for rank in answer["ranks"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ServerError(
+            f"{url}: answered /weights_checker in another form than SGLang's; use the SGLang that "
+            "peergrad pins, or set rollout.proof=canary",
+            url=url,
+        ) from error
 
 
 def _observed(named: NamedTensors, digests: Digests | None) -> Iterator[tuple[str, torch.Tensor]]:

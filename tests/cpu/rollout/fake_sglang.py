@@ -23,6 +23,24 @@ def sample(tokens: list[int], *, version: str = "0", finish: str = "stop") -> di
     }
 
 
+class Mark:
+    """The weight version of a stand-in, and the routes that tell and change it."""
+
+    def __init__(self, version: str = "default") -> None:
+        self.version = version
+
+    def routes(self) -> dict[str, Callable[[dict[str, Any]], Answer]]:
+        return {"model_info": self.model_info, "update_weight_version": self.update}
+
+    def model_info(self, _: dict[str, Any]) -> Answer:
+        return 200, {"weight_version": self.version}
+
+    def update(self, body: dict[str, Any]) -> Answer:
+        assert body["abort_all_requests"] is False
+        self.version = body["new_version"]
+        return 200, {"success": True}
+
+
 def answer_generate(body: dict[str, Any]) -> Answer:
     """Each sample repeats the prompt and ends it with token 1."""
     n = body["sampling_params"]["n"]

@@ -247,6 +247,49 @@ def test_a_server_that_dies_in_the_middle_is_an_error_not_a_hang():
             collector.close()
 
 
+def test_a_managed_server_that_died_ends_the_wait_at_once():
+    words = []
+
+    def slow(body):
+        words.append("server 0 was ended by SIGKILL")  # from now on
+        time.sleep(3)
+        return 200, [sample([7])] * 2
+
+    with FakeServer(slow) as server:
+        dead = lambda wait: words[0] if words else None  # noqa: E731
+        collector = Collector(new_config(), [server.url], build, dead=dead)
+        try:
+            collector.set_version(0)
+            began = time.monotonic()
+            with pytest.raises(RuntimeError, match=r"^server 0 was ended by SIGKILL$"):
+                collector.take(0)
+            assert time.monotonic() - began < 2.5
+        finally:
+            collector.close()
+
+
+def test_only_answers_with_this_runs_weights_are_taken():
+    version = ["a:0"]
+
+    def answer(body):
+        return 200, [sample([7], version=version[0])] * body["sampling_params"]["n"]
+
+    with FakeServer(answer) as server:
+        collector = Collector(new_config(), [server.url], build, identity="a")
+        try:
+            for step in range(2):
+                version[0] = f"a:{step}"
+                collector.expect(step)
+                collector.set_version(step)
+                collector.take(step)
+            version[0] = "b:2"
+            collector.set_version(2)
+            with pytest.raises(RuntimeError, match=rf"{server.url}: .*run 'b' \(version 2\)"):
+                collector.take(2)
+        finally:
+            collector.close()
+
+
 def test_a_trainer_interrupted_while_it_waits_can_close_at_once():
     def slow(body):
         time.sleep(3)

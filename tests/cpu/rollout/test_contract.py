@@ -5,8 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from peergrad.rollout import arguments
 from peergrad.rollout.buckets import buckets, update_payload
+from peergrad.rollout.claim import mark_payload
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.servers import check_args
 from peergrad.rollout.sglang import generate_payload, score_payload
 from peergrad.rollout.sync import init_payload
 
@@ -38,7 +41,7 @@ def test_generate(body):
     io.GenerateReqInput(**body).normalize_batch_and_arguments()
 
 
-@pytest.mark.parametrize("version", [None, 3])
+@pytest.mark.parametrize("version", [None, "run:3"])
 def test_update_weights(version):
     named = [("a", torch.ones(2, 3)), ("b", torch.ones((), dtype=torch.bfloat16))]
     ((bucket, _),) = buckets(named, 1000)
@@ -56,7 +59,38 @@ def test_update_weights(version):
         ("ContinueGenerationReqInput", {}),
         ("CheckWeightsReqInput", {"action": "checksum"}),
         ("AbortReq", {"abort_all": True}),
+        ("UpdateWeightVersionReqInput", mark_payload("runs/a:-1")),
     ],
 )
 def test_control(name, body):
     check(getattr(io, name), body)
+
+
+def test_options_are_shown_to_sglangs_own_parser():
+    check_args({})
+    with pytest.raises(
+        ValueError,
+        match=r"args = {'max-total-tokns': 9}: SGLang has no option max-total-tokns; "
+        r"did you mean max-total-tokens\?",
+    ):
+        check_args({"max-total-tokns": 9})
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--max-total-tokens", "9", "--sleep-on-idle"], None),
+        (["--tokenizer-mode", "quick"], "argument --tokenizer-mode: invalid choice: 'quick'"),
+        (["--max-total-tokens", "many"], "argument --max-total-tokens: "),
+        (["--zzzzzz"], "SGLang has no option zzzzzz; remove it"),
+    ],
+)
+def test_what_sglangs_parser_says_is_one_line(capsys, options, line):
+    if line is None:
+        assert arguments.main(options) == 0
+        return
+    with pytest.raises(SystemExit) as end:
+        arguments.main(options)
+    assert end.value.code == arguments.REFUSED_STATUS
+    printed = capsys.readouterr().out
+    assert printed.startswith(line) and printed.count("\n") == 1 and printed.count("; ") == 1

@@ -105,9 +105,8 @@ def test_the_canary_has_one_rollout_per_server():
     tokens = canary_tokens(1000)
     assert tokens.shape == (CANARY_TOKENS,) and tokens.max() < 1000
     assert np.array_equal(tokens, canary_tokens(1000)) and len(set(tokens.tolist())) > 32
-    scores = [[None, 0, None], *([-0.5, 0, None] for _ in tokens[1:])]
-    answer = {"meta_info": {"input_token_logprobs": scores}}
-    group = canary_group(tokens, [answer, answer], version=7)
+    scores = np.full(CANARY_TOKENS - 1, -0.5, np.float32)
+    group = canary_group(tokens, [scores, scores], version=7)
     assert group.prompt.tokens.tolist() == tokens[:1].tolist()
     assert len(group.rollouts) == 2
     assert group.rollouts[1].tokens.tolist() == tokens[1:].tolist()

@@ -31,10 +31,12 @@ def weights(log):
 
 
 class FakeSync:
-    def __init__(self, fail_after=None):
+    def __init__(self, fail_after=None, begun=lambda: None):
         self.fail_after = fail_after
+        self.begun = begun
 
     def load(self, named, version):
+        self.begun()
         for i, _ in enumerate(named):
             if i == self.fail_after:
                 raise RuntimeError("http://one answered 400")
@@ -46,7 +48,11 @@ class FakeCollector:
         self.groups = list(groups)
         self.versions = []
 
+    def expect(self, version):
+        self.expected = version
+
     def set_version(self, version):
+        assert self.expected == version
         self.versions.append(version)
 
     def take(self, version):
@@ -67,6 +73,13 @@ def test_weights_reach_the_engine_before_the_collector_hears_of_them():
     collector, log = FakeCollector(), []
     assert live(collector=collector, sync=FakeSync()).load_weights(weights(log), 3) is PROOF
     assert collector.versions == [3] and log == [0, 1, 2, 3]
+
+
+def test_answers_with_the_new_weights_may_come_before_the_sync_is_over():
+    collector = FakeCollector()
+    begun = lambda: collector.versions.append(f"expects {collector.expected}")  # noqa: E731
+    live(collector=collector, sync=FakeSync(begun=begun)).load_weights(weights([]), 3)
+    assert collector.versions == ["expects 3", 3]
 
 
 def test_ranks_without_an_engine_drain_the_weights_too():

@@ -1,6 +1,7 @@
 """Managed servers with stand-ins for SGLang: start, failure, stop, command line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from peergrad.config import Dtype, ServersConfig
+from peergrad.config import Dtype, ServerMode, ServersConfig
 from peergrad.rollout import servers as module
 from peergrad.rollout.servers import ManagedServers
 
@@ -70,9 +71,47 @@ def test_servers_start_and_leave_nothing_behind(managed, tmp_path):
 
 
 def test_a_server_that_dies_shows_its_last_words(managed):
-    script = "print('x' * 9000); print('no such model'); raise SystemExit(3)"
-    with pytest.raises(RuntimeError, match=r"(?s)server 0 ended with exit code 3.*no such model"):
+    script = "print('x' * 9000); print('[12:00] OSError: no such\\tmodel'); print('Hint'); exit(3)"
+    with pytest.raises(RuntimeError) as error:
         managed(script).__enter__()
+    assert re.fullmatch(
+        r"rollout\.servers: server 0 at http://127\.0\.0\.1:\d+ ended with exit code 3 "
+        r"\(its log says 'OSError: no such model'\); see .*/logs/server_0\.log",
+        str(error.value),
+    )
+
+
+def test_a_server_that_is_killed_is_known_at_once(managed):
+    with managed(HEALTHY) as servers:
+        assert servers.dead() is None and servers.dead(wait=0.1) is None
+        servers._processes[0].send_signal(signal.SIGKILL)
+        words = servers.dead(wait=10.0)
+    assert re.fullmatch(
+        r"rollout\.servers: server 0 at http://\S+ was ended by SIGKILL, perhaps for want of "
+        r"memory; see \S+server_0\.log",
+        words,
+    )
+    assert servers.dead() is None  # stopped, not dead
+
+
+CRASHED = "Subprocess scheduler_0 (pid=1) crashed with exit code -9. Triggering SIGQUIT"
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("ValueError: a\n\nRuntimeError: b\n[1] bye\n", "RuntimeError: b"),
+        ("torch.OutOfMemoryError: no memory\n", "torch.OutOfMemoryError: no memory"),
+        ("usage: x [--port]\nsglang serve: error: no --x\n", "sglang serve: error: no --x"),
+        (f"[2026-11-29] {CRASHED}\n[2] kill_process_tree called", CRASHED),
+        ("[1] ERROR:    [Errno 98] in use\n[1] bye", "ERROR: [Errno 98] in use"),
+        ("[2026] Error rate 3\nall fine\n", None),
+    ],
+)
+def test_the_line_of_a_log_that_tells(tmp_path, log, line):
+    (tmp_path / "log").write_text(log)
+    assert module._decisive_line(tmp_path / "log") == line
+    assert module._decisive_line(tmp_path / "none") is None
 
 
 def test_a_server_that_is_late_is_stopped(managed):
@@ -80,7 +119,7 @@ def test_a_server_that_is_late_is_stopped(managed):
     servers = managed(
         "import time; print('loading', flush=True); time.sleep(600)", count=2, start_timeout=1.0
     )
-    with pytest.raises(RuntimeError, match=r"(?s)start_timeout = 1 s.*loading"):
+    with pytest.raises(RuntimeError, match=r"servers\.start_timeout = 1: server 0.*server_0\.log"):
         servers.__enter__()
     assert set(children()) == before
 
@@ -156,7 +195,7 @@ def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
 
 @pytest.mark.parametrize("option", ["port", "enable_deterministic_inference"])
 def test_options_that_are_ours_or_harmful_are_refused(managed, option):
-    with pytest.raises(ValueError, match=rf"rollout\.servers\.args = .*{option}.*; remove"):
+    with pytest.raises(ValueError, match=rf"rollout\.servers\.args\.{option} = 1: .*; remove"):
         managed(args={option: 1})
 
 
@@ -175,3 +214,59 @@ def test_a_missing_installation_says_what_to_do(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match=r"needs SGLang.*rollout\.servers\.mode=external"):
         module._check_installed()
+
+
+def external(*urls, **options):
+    return ServersConfig(mode=ServerMode.external, urls=list(urls), **options)
+
+
+def test_base_urls_lose_their_slash_and_need_no_port():
+    urls = ["http://node7:30000/", "https://node8", "http://[::1]:1", "http://127.0.0.1:2"]
+    assert external(*urls).urls == ["http://node7:30000", *urls[1:]]
+
+
+@pytest.mark.parametrize(
+    ("urls", "line"),
+    [
+        (["node7:30000"], "'node7:30000': has no scheme; write http://node7:30000 (https:// if it"),
+        (["localhost"], "'localhost': has no scheme; write http://localhost (https:// if"),
+        (["ftp://node7"], "'ftp://node7': must be http or https; write http://node7"),
+        (["http://a:1/v1"], "'http://a:1/v1': must be a base URL; write http://a:1"),
+        (["http://a:1?x=2"], "'http://a:1?x=2': must be a base URL; write http://a:1"),
+        (["http://a:1 "], "'http://a:1 ': has spaces or is empty; write http://host:port"),
+        ([""], "'': has spaces or is empty; write http://host:port"),
+        (["http://"], "'http://': names no host; write http://host:port"),
+        (["http://a:70000"], "cannot be read as a URL (Port out of range 0-65535); write http://"),
+        (["http://a:0"], "'http://a:0': port 0 is no server's; write the port that it listens on"),
+        (["http://me:pw@a:1"], "has a user name; peergrad does not log in; remove it"),
+        (["http://a:1", "http://A:1/"], "names http://a:1 2 times; name every server once"),
+        (["http://a", "http://a:80"], "names http://a 2 times; name every server once"),
+    ],
+)
+def test_addresses_that_cannot_be_are_refused(urls, line):
+    with pytest.raises(ValueError) as error:
+        external(*urls)
+    assert str(error.value).startswith("rollout.servers.urls = ") and line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ({"port": 3}, "rollout.servers.args.port = 3: is peergrad's to set; remove it"),
+        ({"--tp_size": 2}, "args.--tp_size = 2: is peergrad's to set; set rollout.servers.tensor"),
+        ({"dtype": "half"}, "args.dtype = 'half': is peergrad's to set; set model.dtype"),
+        ({"dp-size": 2}, "args.dp-size = 2: cannot take weight updates in SGLang; remove it"),
+        ({"api-key": "x"}, "locks peergrad out, which sends no key; remove it"),
+        ({"a-b": 1, "a_b": 2}, "is there 2 times, spelt with dashes and underscores; keep one"),
+    ],
+)
+def test_options_are_refused_before_anything_starts(args, line):
+    with pytest.raises(ValueError) as error:
+        ServersConfig(args=args)
+    assert line in str(error.value)
+
+
+def test_takeover_of_ones_own_servers_is_refused():
+    assert external("http://a:1", takeover=True).takeover
+    with pytest.raises(ValueError, match=r"takeover = True: has no effect with mode=managed"):
+        ServersConfig(takeover=True)

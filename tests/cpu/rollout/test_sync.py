@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fake_sglang import FakeServer
 
 from peergrad.config import Proof as ProofMode
+from peergrad.rollout import claim
 from peergrad.rollout.proof import CANARY_TOKENS
 from peergrad.rollout.sglang import ServerError
 from peergrad.rollout.sync import WeightSync, join_group, local_address
@@ -20,7 +21,8 @@ TIMEOUT = timedelta(seconds=30)
 
 
 class Receiver:
-    """What a server does with an update, in plain form. ``faults``: paths that fail or lie."""
+    """What a server does with an update, in plain form. ``faults``: paths that fail or lie, or
+    ``version=X``: it was given the weight version X."""
 
     def __init__(self):
         self.faults, self.group, self.held, self.version = set(), None, {}, None
@@ -28,7 +30,15 @@ class Receiver:
     def routes(self):
         update = ("init_weights_update_group", "update_weights_from_distributed")
         others = ("destroy_weights_update_group", "server_info", "weights_checker", "generate")
-        return {path: getattr(self, path) for path in (*update, *others)}
+        mark = ("model_info", "update_weight_version")
+        return {path: getattr(self, path) for path in (*update, *others, *mark)}
+
+    def model_info(self, _):
+        return 200, {"weight_version": self.version}
+
+    def update_weight_version(self, body):
+        self.version = body["new_version"]
+        return 200, {"success": True}
 
     def server_info(self, _):
         sizes = {"tp_size": 1, "pp_size": 1}
@@ -65,7 +75,8 @@ class Receiver:
 
     def generate(self, _):
         scores = [[None, 0, None]] + [[-0.5, 0, None]] * (CANARY_TOKENS - 1)
-        return 200, {"meta_info": {"input_token_logprobs": scores}}
+        version = "other:3" if "canary" in self.faults else self.version
+        return 200, {"meta_info": {"input_token_logprobs": scores, "weight_version": version}}
 
 
 def serve(connection):
@@ -75,6 +86,9 @@ def serve(connection):
         connection.send(server.url)
         while True:
             receiver.faults = connection.recv()
+            for fault in receiver.faults:
+                if fault.startswith("version="):
+                    receiver.version = fault.removeprefix("version=")
             connection.send((list(server.requests), receiver.version))
             server.requests.clear()
 
@@ -114,6 +128,27 @@ def sync(servers):
     built = WeightSync(servers.urls, vocab_size=50, bucket_mb=1, timeout=30.0)
     yield built
     built.close()
+    servers.ask()
+
+
+MINE = "runs/a-1f3a"
+
+
+@pytest.fixture
+def owned(servers, monkeypatch):
+    """Builds syncs of a run of its own, on servers that nobody has."""
+    monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.05)
+    servers.ask({"version=default"}, {"version=default"})
+    made = []
+
+    def build(identity=MINE, **options):
+        options = {"vocab_size": 50, "bucket_mb": 1, "timeout": 30.0, **options}
+        made.append(WeightSync(servers.urls, identity=identity, **options))
+        return made[-1]
+
+    yield build
+    for sync in made:
+        sync.close()
     servers.ask()
 
 
@@ -157,7 +192,7 @@ def test_all_servers_get_all_buckets_in_the_one_safe_order(servers, sync):
 def test_a_server_that_refuses_does_not_leave_the_broadcast_hanging(servers, sync):
     servers.ask(set(), {"update"})
     began = time.monotonic()
-    with pytest.raises(ServerError, match=rf"{servers.urls[1]}/update.* 400: out of memory"):
+    with pytest.raises(ServerError, match=rf"{servers.urls[1]}: /update\S+ answered 400: out of"):
         sync.load(weights(), 9)
     group = sync._abandoned[0].handle
     dist.destroy_process_group(group)
@@ -216,9 +251,127 @@ def test_no_proof_asks_for_none(servers):
 def test_a_dead_server_is_named():
     with FakeServer() as server:
         url = server.url
-    with pytest.raises(ServerError, match=f"GET {url}/server_info got no answer"):
+    with pytest.raises(ServerError) as error:
         WeightSync([url], vocab_size=50).load(weights(), 1)
+    assert str(error.value) == (
+        f"{url}: no answer to GET /server_info (connection refused); see whether that server still "
+        "runs, and its log"
+    )
 
 
 def test_this_machine_as_a_server_sees_it():
     assert local_address("http://127.0.0.1:30000") == "127.0.0.1"
+
+
+def test_servers_are_taken_first_and_carry_the_run_with_the_version(servers, owned):
+    sync = owned()
+    proof = sync.load(weights(), 7)
+    assert (proof.version, proof.verified) == (7, 5)
+    assert proof.canary.rollouts[0].versions == ((7, 0, CANARY_TOKENS - 1),)
+    for requests, version in servers.ask():
+        assert version == f"{MINE}:7"
+        assert paths(requests) == [
+            "model_info",
+            "update_weight_version",
+            "model_info",
+            "server_info",
+            "init_weights_update_group",
+            "pause_generation",
+            "begin_weight_update",
+            *["update_weights_from_distributed"] * 3,
+            "end_weight_update",
+            "model_info",
+            "weights_checker",
+            "continue_generation",
+            "generate",
+        ]
+    sync.load(weights(), 8)
+    assert paths(servers.ask()[0][0])[:2] == ["model_info", "pause_generation"]
+    sync.close()
+    assert [version for _, version in servers.ask()] == ["0", "0"]
+
+
+def test_a_server_that_another_run_took_stops_the_push_before_it_changes_anything(servers, owned):
+    sync = owned()
+    sync.load(weights(), 7)
+    servers.ask(set(), {"version=other:3"})
+    with pytest.raises(ServerError) as error:
+        sync.load(weights(), 8)
+    assert str(error.value).startswith(
+        f"{servers.urls[1]}: holds weights of run 'other' (version 3) while this run is at version "
+        "7: a server belongs to one run at a time"
+    )
+    for requests, _ in servers.ask():
+        assert set(paths(requests)) == {"model_info"}
+    sync.close()
+    assert [version for _, version in servers.ask()] == ["0", "other:3"]
+
+
+def test_a_push_that_another_run_disturbs_is_explained_by_it(servers, owned):
+    sync = owned()
+    sync.load(weights(), 7)
+
+    def stolen():
+        yield from weights(4)
+        servers.ask(set(), {"version=other:3", "update"})
+        yield from weights()[4:]
+
+    with pytest.raises(ServerError, match="holds weights of run 'other'") as error:
+        sync.load(stolen(), 8)
+    assert "answered 400" in str(error.value.__cause__)
+    group = sync._abandoned[0].handle
+    dist.destroy_process_group(group)
+    del group, sync._abandoned[:]
+
+
+def test_a_canary_scored_with_another_runs_weights_is_an_error(servers, owned):
+    servers.ask(set(), {"canary"})
+    with pytest.raises(ServerError, match=rf"{servers.urls[1]}: answered with .* run 'other'"):
+        owned().load(weights(), 7)
+
+
+def test_a_dead_managed_server_explains_what_failed():
+    with FakeServer() as server:
+        url = server.url
+    sync = WeightSync([url], vocab_size=50, dead=lambda wait: "server 0 ended with exit code 3")
+    with pytest.raises(ServerError, match=r"^server 0 ended with exit code 3$") as error:
+        sync.load(weights(), 1)
+    assert "connection refused" in str(error.value.__cause__)
+
+
+def test_servers_that_do_not_reach_the_trainer_are_told_the_address():
+    info = {"tp_size": 1, "pp_size": 1, "device": "cpu", "dtype": "float32", "quantization": None}
+    with FakeServer(lambda _: (200, info)) as server:  # says yes, and never joins
+        sync = WeightSync([server.url], vocab_size=50, timeout=1.0)
+        with pytest.raises(
+            ServerError,
+            match=r"^rollout\.servers\.urls = .*join this trainer at 127\.0\.0\.1:\d+ .*in 1 s.*"
+            "every server must be able to open connections to that address",
+        ) as error:
+            sync.load(weights(), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_host_that_does_not_exist_has_no_address():
+    with pytest.raises(ServerError, match=r"^http://no\.such\.invalid:1: .*rollout\.servers\.urls"):
+        local_address("http://no.such.invalid:1")
+
+
+def test_a_server_that_tells_too_little_is_named():
+    with (
+        FakeServer(lambda _: (200, {"tp_size": 1})) as server,
+        pytest.raises(ServerError, match=rf"^{server.url}: /server_info tells no pp_size; use SGL"),
+    ):
+        WeightSync([server.url], vocab_size=50).load(weights(), 1)
+
+
+def test_a_server_that_hangs_is_named_with_the_time_it_was_given():
+    def hang(_):
+        time.sleep(1.0)
+        return 200, {}
+
+    with (
+        FakeServer(hang) as server,
+        pytest.raises(ServerError, match=rf"^{server.url}: no answer to GET /server_info \(none "),
+    ):
+        WeightSync([server.url], vocab_size=50, timeout=0.3).load(weights(), 1)

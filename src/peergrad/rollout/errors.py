@@ -1,0 +1,48 @@
+"""What goes wrong between us and a server, each as one line that names the server."""
+
+import httpx
+
+MESSAGE_LIMIT = 500  # characters of what a server says: an HTML page is not an error message
+
+
+class ServerError(RuntimeError):
+    """A server refused or failed a request, or holds what it should not. The message is one line
+    that names the server; ``url`` is that server, None if it is about several."""
+
+    def __init__(self, message: str, *, url: str | None = None) -> None:
+        super().__init__(" ".join(message.split()))
+        self.url = url
+
+
+class ServerUnavailable(ServerError):
+    """A 5xx answer: another attempt may succeed."""
+
+
+def quote(text: str) -> str:
+    """``text`` on one line, and of bearable length."""
+    line = " ".join(text.split())
+    return line if len(line) <= MESSAGE_LIMIT else f"{line[:MESSAGE_LIMIT]}..."
+
+
+def reason(error: BaseException) -> str:
+    """Why a request got no answer, in a user's words."""
+    text = quote(str(error)).lower()
+    if isinstance(error, httpx.ConnectTimeout):
+        return "the host does not answer"
+    if isinstance(error, httpx.ConnectError):
+        unknown = ("name or service not known", "name resolution", "nodename", "no address")
+        if any(words in text for words in unknown):
+            return "the host name is not known"
+        if "refused" in text or "all connection attempts failed" in text:
+            return "connection refused"
+        return f"cannot connect: {quote(str(error))}"
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError):
+        return "the connection broke before the answer"
+    return quote(f"{type(error).__name__}: {error}").rstrip(": ")
+
+
+def cannot_connect(error: BaseException | None) -> bool:
+    """Whether nothing listens there: the request has not even been sent."""
+    return isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)

@@ -1,0 +1,304 @@
+"""What external servers are, found out before anything is loaded or changed.
+
+Every question is one that a server answers without generating: its model, its limits, its version
+of SGLang, and whose weights it carries. No torch here, and a few seconds in all.
+"""
+
+import json
+import logging
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+
+from peergrad.config import Config, ServerMode, require
+from peergrad.rollout.claim import refuse_foreign
+from peergrad.rollout.errors import ServerError, quote, reason
+from peergrad.rollout.sglang import check, decode
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+KEY = "rollout.servers.urls"
+SECONDS = 5.0  # per question
+NEEDED_VERSION = "0.5.21"  # the first with begin_weight_update
+# Refused by every server before it schedules anything; the refusal tells the vocabulary's size. A
+# token id out of range among the inputs would end the server.
+VOCABULARY_QUESTION = {
+    "input_ids": [0],
+    "sampling_params": {"max_new_tokens": 0, "logit_bias": {"-1": 0.0}},
+}
+HARMFUL = {  # of /server_info: value that breaks training, and why
+    "enable_deterministic_inference": (True, "seeds all requests alike, so groups are copies"),
+    "skip_tokenizer_init": (True, "gives answers without the text that rewards need"),
+    "is_embedding": (True, "does not generate"),
+}
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """One server. None: it does not tell.
+
+    Example:
+        ``ServerFacts(url="http://node7:30000", sglang="0.5.23", weight_version="default",
+        model_path="/models/qwen", model_type="qwen3", architectures=("Qwen3ForCausalLM",),
+        vocab_size=151936, layers=28, dtype="bfloat16", context=40960, tensor=1,
+        warnings=("computes in bfloat16, model.dtype = float32",))``
+    """
+
+    url: str
+    sglang: str
+    weight_version: str
+    model_path: str | None
+    model_type: str | None
+    architectures: tuple[str, ...]
+    vocab_size: int | None
+    layers: int | None
+    dtype: str | None
+    context: int | None  # tokens of prompt and answer
+    tensor: int  # ranks: tensor-parallel size
+    warnings: tuple[str, ...] = ()  # what may be meant, and is worth saying
+
+
+def probe(config: Config, identity: str | None = None) -> list[ServerFacts]:
+    """Ask every external server what it is; [] if the run has none. Changes nothing.
+
+    ``identity``: that of this run; None if it has none yet. Raises ValueError with one line for the
+    first server that this run cannot use. Warnings go to the log, too.
+    """
+    servers = config.rollout.servers
+    if servers.mode is not ServerMode.external or config.rollout.replay is not None:
+        return []
+    with ThreadPoolExecutor(len(servers.urls)) as threads:
+        answers = list(threads.map(_ask, servers.urls))
+    _refuse_twins(answers)
+    model = json.loads((Path(config.model.path) / "config.json").read_text())
+    facts = []
+    for answer in answers:
+        _check_kind(answer)
+        refuse_foreign(
+            answer.url,
+            str(answer.model["weight_version"]),
+            identity,
+            takeover=servers.takeover,
+        )
+        facts.append(_facts(answer, config))
+        _check_model(facts[-1], config, model)
+        _check_context(facts[-1], answer.info, config)
+        for text in facts[-1].warnings:
+            log.warning("%s: %s", answer.url, text)
+    return facts
+
+
+@dataclass(frozen=True)
+class _Answers:
+    url: str
+    model: dict[str, Any]  # /model_info
+    info: dict[str, Any]  # /server_info
+    context: int | None  # /v1/models
+    vocab_size: int | None
+    layers: int | None
+    updatable: bool  # there is a /begin_weight_update
+
+
+def _ask(url: str) -> _Answers:
+    """All questions to one server. ValueError if it is none, or none of ours."""
+    with httpx.Client(timeout=SECONDS, trust_env=False) as http:
+        model = _get(http, url, "/model_info")
+        info = _get(http, url, "/server_info")
+        # A route that exists for POST alone answers 405; one that is not there 404.
+        updatable = _optional(lambda: http.get(f"{url}/begin_weight_update").status_code) != 404
+        return _Answers(
+            url,
+            model,
+            info,
+            _optional(lambda: _context(http, url)),
+            _optional(lambda: _vocabulary(http, url)),
+            _optional(lambda: _layers(http, url)) if updatable else None,
+            updatable,
+        )
+
+
+def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
+    try:
+        response = http.get(url + path)
+    except httpx.RequestError as error:
+        late = isinstance(error, httpx.ReadTimeout)
+        rule = f"no answer within {SECONDS:g} s" if late else f"cannot be reached ({reason(error)})"
+        remedy = "start the server, or correct the address"
+        raise ValueError(f"{KEY} = {url!r}: {rule}; {remedy}") from error
+    require(
+        response.status_code not in (401, 403),
+        KEY,
+        url,
+        f"asks for a key ({response.status_code})",
+        "start the server without --api-key: peergrad sends none",
+    )
+    if response.status_code == 404:
+        old = _optional(lambda: http.get(f"{url}/get_server_info").json()["version"])
+        what = f"SGLang {old}, too old" if old else f"no SGLang server of {NEEDED_VERSION} or later"
+        rule = f"has no {path}, so it is {what}"
+        remedy = f"name SGLang workers of {NEEDED_VERSION} or later, not a router"
+        require(False, KEY, url, rule, remedy)
+    try:
+        answer = decode(check(response, url), url)
+    except ServerError as error:
+        rule = f"is no SGLang server, or not well ({quote(str(error))})"
+        raise ValueError(f"{KEY} = {url!r}: {rule}; see its log") from error
+    require(
+        isinstance(answer, dict) and (path != "/model_info" or "weight_version" in answer),
+        KEY,
+        url,
+        f"answers {path} otherwise than SGLang",
+        f"name servers of SGLang {NEEDED_VERSION} or later",
+    )
+    found: dict[str, Any] = answer
+    return found
+
+
+def _optional(question: Callable[[], T]) -> T | None:
+    """What a paused or older server may leave unanswered."""
+    try:
+        return question()
+    except (httpx.RequestError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _context(http: httpx.Client, url: str) -> int:
+    return int(http.get(f"{url}/v1/models").json()["data"][0]["max_model_len"])
+
+
+def _vocabulary(http: httpx.Client, url: str) -> int | None:
+    response = http.post(f"{url}/generate", json=VOCABULARY_QUESTION)
+    found = re.search(r"logit_bias.*\[0, (\d+)\]", response.text)
+    return int(found[1]) + 1 if response.status_code == 400 and found else None
+
+
+def _layers(http: httpx.Client, url: str) -> int | None:
+    answer = http.post(f"{url}/weights_checker", json={"action": "checksum"}).json()
+    names = [name for rank in answer["ranks"] for name in rank["checksums"]]
+    found = [re.search(r"\.layers\.(\d+)\.", name) for name in names if name[:5] != "draft"]
+    return max((int(match[1]) + 1 for match in found if match), default=None)
+
+
+def _facts(answer: _Answers, config: Config) -> ServerFacts:
+    info, model = answer.info, answer.model
+    dtype, wanted = info.get("dtype"), config.model.dtype.name
+    warnings = []
+    if dtype in ("float32", "float16", "bfloat16") and dtype != wanted:
+        warnings.append(f"computes in {dtype}, model.dtype = {wanted}: logprobs will differ more")
+    if info.get("quantization"):
+        warnings.append(f"quantizes weights ({info['quantization']}): logprobs will differ more")
+    return ServerFacts(
+        url=answer.url,
+        sglang=str(info.get("version", "unknown")),
+        weight_version=str(model["weight_version"]),
+        model_path=model.get("model_path"),
+        model_type=model.get("model_type"),
+        architectures=tuple(model.get("architectures") or ()),
+        vocab_size=answer.vocab_size,
+        layers=answer.layers,
+        dtype=dtype,
+        context=answer.context,
+        tensor=int(info.get("tp_size", 1)),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_kind(answer: _Answers) -> None:
+    info, url = answer.info, answer.url
+    version = info.get("version", "unknown")
+    require(
+        answer.updatable,
+        KEY,
+        url,
+        f"SGLang {version} has no begin_weight_update",
+        f"start it with SGLang {NEEDED_VERSION} or later",
+    )
+    for name, (value, why) in HARMFUL.items():
+        option = f"--{name.replace('_', '-')}"
+        require(info.get(name) != value, KEY, url, why, f"start it without {option}")
+    size = info.get("dp_size", 1)
+    rule = f"has dp_size = {size}, with which SGLang takes no weight updates"
+    require(size == 1, KEY, url, rule, "start one server for each replica")
+
+
+def _check_model(facts: ServerFacts, config: Config, model: Mapping[str, Any]) -> None:
+    ours = {
+        "model_type": model.get("model_type"),
+        "architectures": tuple(model.get("architectures") or ()),
+        "vocab_size": model.get("vocab_size"),
+        "num_hidden_layers": model.get("num_hidden_layers"),
+    }
+    theirs = {
+        "model_type": facts.model_type,
+        "architectures": facts.architectures,
+        "vocab_size": facts.vocab_size,
+        "num_hidden_layers": facts.layers,
+    }
+    for name, value in ours.items():
+        other = theirs[name]
+        require(
+            not value or not other or value == other,
+            KEY,
+            facts.url,
+            f"serves another model ({facts.model_path}) than model.path = {config.model.path!r}: "
+            f"{name} {_plain(other)}, not {_plain(value)}",
+            "start it with the run's model, or correct model.path",
+        )
+
+
+def _plain(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _check_context(facts: ServerFacts, info: Mapping[str, Any], config: Config) -> None:
+    prompt, answer = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    limits = [
+        size for size in (facts.context, info.get("max_total_num_tokens")) if isinstance(size, int)
+    ]
+    shortest = min(limits, default=prompt + answer)
+    require(
+        prompt + answer <= shortest,
+        KEY,
+        facts.url,
+        f"has room for {shortest} tokens, but data.max_prompt_tokens + rollout.max_new_tokens = "
+        f"{prompt} + {answer}",
+        "lower one of the two, or start it with a larger --context-length or --max-total-tokens",
+    )
+
+
+def _refuse_twins(answers: Sequence[_Answers]) -> None:
+    """Two names of one server: it would join the weight sync twice, and hang."""
+    seen: dict[object, str] = {}
+    for answer in answers:
+        for mark in _marks(answer):
+            other = seen.setdefault(mark, answer.url)
+            require(
+                other == answer.url,
+                KEY,
+                answer.url,
+                f"is the same server as {other}",
+                "name every server once",
+            )
+
+
+def _marks(answer: _Answers) -> list[object]:
+    """What no two servers share: where its name leads, and how long its start took."""
+    parts = urlsplit(answer.url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    marks: list[object] = [("address", *info[4][:2]) for info in found]
+    start = answer.info.get("startup_time")
+    if isinstance(start, dict) and start.get("tokenizer_e2e"):
+        marks.append(("start", answer.info.get("port"), json.dumps(start, sort_keys=True)))
+    return marks

@@ -1,0 +1,271 @@
+"""What is found out about external servers before anything is loaded, on stand-ins."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_sglang import FakeServer, Mark
+
+from peergrad.config import Config, Dtype, ServerMode
+from peergrad.rollout import probe as module
+from peergrad.rollout.probe import ServerFacts, probe
+
+MODEL = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 100,
+    "num_hidden_layers": 2,
+}
+
+
+class Server(Mark):
+    """The routes that the probe asks, with SGLang 0.5.23's answers."""
+
+    def __init__(self, version="default", model=(), absent=(), **info):
+        super().__init__(version)
+        self.model = {"model_path": "/models/m", **MODEL, **dict(model)}
+        self.info = {"version": "0.5.23", "dtype": "float32", "tp_size": 2, "dp_size": 1, **info}
+        self.absent = absent
+
+    def routes(self):
+        names = ("model_info", "server_info", "begin_weight_update", "v1/models")
+        routes = {name: getattr(self, name.replace("/", "_")) for name in names}
+        routes |= {"generate": self.generate, "weights_checker": self.weights_checker}
+        return {
+            **routes,
+            **{name: lambda _: (404, {"detail": "Not Found"}) for name in self.absent},
+        }
+
+    def model_info(self, _):
+        return 200, {**self.model, "weight_version": self.version}
+
+    def server_info(self, _):
+        return 200, self.info
+
+    def begin_weight_update(self, _):
+        return 405, {"detail": "Method Not Allowed"}
+
+    def v1_models(self, _):
+        return 200, {"data": [{"max_model_len": 512}]}
+
+    def generate(self, body):
+        assert body["sampling_params"]["max_new_tokens"] == 0
+        message = "logit_bias must has keys in [0, 99], got -1."
+        return 400, {"error": {"message": message}}
+
+    def weights_checker(self, _):
+        names = ["model.embed_tokens.weight", "model.layers.1.mlp.weight", "draft.layers.7.x"]
+        return 200, {"ranks": [{"checksums": dict.fromkeys(names, "0")}]}
+
+
+class Old(Server):
+    def routes(self):
+        return {**super().routes(), "get_server_info": lambda _: (200, {"version": "0.4.9"})}
+
+
+def serve(*servers):
+    return [FakeServer(lambda _: (404, {}), **server.routes()) for server in servers]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Builds the configuration of a run on ``urls``."""
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+
+    def build(*urls):
+        built = Config()
+        built.model.path, built.model.dtype = str(tmp_path), Dtype.float32
+        built.data.max_prompt_tokens, built.rollout.max_new_tokens = 200, 100
+        built.rollout.servers.mode = ServerMode.external
+        built.rollout.servers.urls = list(urls)
+        return built
+
+    return build
+
+
+def refusal(config, server, *others, identity=None, change=lambda config: None):
+    """What the probe says of the first of some servers."""
+    fakes = serve(server, *others)
+    for fake in fakes:
+        fake.__enter__()
+    try:
+        built = config(*(fake.url for fake in fakes))
+        change(built)
+        with pytest.raises(ValueError) as error:
+            probe(built, identity)
+    finally:
+        for fake in fakes:
+            fake.__exit__()
+    line = str(error.value)
+    assert "\n" not in line and "; " in line
+    return line.replace(fakes[0].url, "URL")
+
+
+def test_the_facts_of_a_server(config):
+    (fake,) = serve(Server())
+    with fake:
+        (facts,) = probe(config(fake.url))
+    assert facts == ServerFacts(
+        url=fake.url,
+        sglang="0.5.23",
+        weight_version="default",
+        model_path="/models/m",
+        model_type="qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        vocab_size=100,
+        layers=2,
+        dtype="float32",
+        context=512,
+        tensor=2,
+    )
+    posts = {path for path, body in fake.requests if body}
+    assert posts == {"/generate", "/weights_checker"}  # neither changes anything
+
+
+def test_runs_without_external_servers_ask_nobody(config):
+    assert probe(Config()) == []
+    replay = config("http://127.0.0.1:9")
+    replay.rollout.replay = "runs/earlier"
+    assert probe(replay) == []
+
+
+def test_what_a_server_does_not_tell_is_not_held_against_it(config):
+    mute = Server(model={"model_type": None, "architectures": None}, absent=("v1/models",))
+    mute.generate = lambda _: (200, {})
+    mute.weights_checker = lambda _: (400, {"message": "no such action"})
+    (fake,) = serve(mute)
+    with fake:
+        (facts,) = probe(config(fake.url))
+    assert (facts.vocab_size, facts.layers, facts.context) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("server", "line"),
+    [
+        (
+            Server(absent=("server_info",)),
+            "rollout.servers.urls = 'URL': has no /server_info, so it is no SGLang server of "
+            "0.5.21 or later; name SGLang workers of 0.5.21 or later, not a router",
+        ),
+        (
+            Old(absent=("model_info",)),
+            "has no /model_info, so it is SGLang 0.4.9, too old; name SGLang workers of 0.5.21 or",
+        ),
+        (
+            Server(absent=("begin_weight_update",)),
+            "rollout.servers.urls = 'URL': SGLang 0.5.23 has no begin_weight_update; start it with "
+            "SGLang 0.5.21 or later",
+        ),
+        (
+            Server(dp_size=2),
+            "rollout.servers.urls = 'URL': has dp_size = 2, with which SGLang takes no weight "
+            "updates; start one server for each replica",
+        ),
+        (
+            Server(model={"model_type": "llama"}),
+            "serves another model (/models/m) than model.path = ",
+        ),
+        (
+            Server(model={"architectures": ["LlamaForCausalLM"]}),
+            "architectures LlamaForCausalLM, not Qwen3ForCausalLM; start it with the run's model",
+        ),
+        (
+            Server(version="runs/b-9c0d:7"),
+            "rollout.servers.urls = 'URL': belongs to run 'runs/b-9c0d' (weight version 7), and a ",
+        ),
+        (
+            Server(max_total_num_tokens=299),
+            "rollout.servers.urls = 'URL': has room for 299 tokens, but data.max_prompt_tokens + "
+            "rollout.max_new_tokens = 200 + 100; lower one of the two, or ",
+        ),
+        (
+            Server(enable_deterministic_inference=True),
+            "seeds all requests alike, so groups are copies; start it without "
+            "--enable-deterministic-inference",
+        ),
+        (Server(skip_tokenizer_init=True), "start it without --skip-tokenizer-init"),
+    ],
+)
+def test_each_unfit_server_is_refused_with_one_line(config, server, line):
+    assert line in refusal(config, server)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((200, "Welcome"), "answers /model_info otherwise than SGLang"),
+        ((200, {"weights": 3}), "answers /model_info otherwise than SGLang"),
+        ((401, {"error": "Unauthorized"}), "asks for a key (401); start the server without --api"),
+        ((500, "<html>\n oops"), "is no SGLang server, or not well ("),
+    ],
+)
+def test_other_http_servers_are_none_of_sglang(config, answer, words):
+    server = Server()
+    server.model_info = lambda _: answer
+    assert words in refusal(config, server)
+
+
+def test_unreachable_servers_are_named_with_the_reason(config, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.3)
+    with FakeServer(lambda _: time.sleep(0.6) or (200, {})) as hanging:
+        gone = FakeServer()
+        gone.__enter__()
+        gone.__exit__()
+        for url, words in (
+            (gone.url, r"cannot be reached \(connection refused\); start the server, or correct"),
+            ("http://no.such.invalid:1", r"cannot be reached \(the host name is not known\)"),
+            (hanging.url, "no answer within 0.3 s"),
+        ):
+            with pytest.raises(ValueError, match=rf"^rollout\.servers\.urls = '{url}': {words}"):
+                probe(config(url))
+
+
+def test_a_vocabulary_or_depth_of_another_size_is_another_model(config, tmp_path):
+    for key, words in (("vocab_size", "vocab_size 100, not 7"), ("num_hidden_layers", "2, not 7")):
+        (tmp_path / "config.json").write_text(json.dumps({**MODEL, key: 7}))
+        change = lambda built: setattr(built.model, "path", str(tmp_path))  # noqa: E731
+        assert words in refusal(config, Server(), change=change)
+
+
+def test_one_server_by_two_names_is_refused(config):
+    (fake,) = serve(Server())
+    with fake:
+        twice = config(fake.url, fake.url.replace("127.0.0.1", "localhost"))
+        with pytest.raises(ValueError, match=rf"is the same server as {fake.url}; name every"):
+            probe(twice)
+    start = {"tokenizer_e2e": 80.11, "load_weight": 0.04}
+    same = [Server(port=30000, startup_time=start) for _ in range(2)]
+    assert "is the same server as URL" in refusal(config, *same)
+
+
+def test_two_servers_are_two(config):
+    starts = [{"tokenizer_e2e": seconds} for seconds in (80.1, 80.2)]
+    one, two = serve(*(Server(port=30000, startup_time=start) for start in starts))
+    with one, two:
+        assert [facts.url for facts in probe(config(one.url, two.url))] == [one.url, two.url]
+
+
+def test_our_own_server_and_one_to_take_over_pass(config):
+    (fake,) = serve(Server(version="runs/b-9c0d:7"))
+    with fake:
+        built = config(fake.url)
+        assert probe(built, "runs/b-9c0d")[0].weight_version == "runs/b-9c0d:7"
+        built.rollout.servers.takeover = True
+        assert probe(built, "runs/a-1f3a")
+
+
+def test_another_precision_is_worth_a_warning(config, caplog):
+    (fake,) = serve(Server(dtype="bfloat16", quantization="fp8"))
+    with fake:
+        (facts,) = probe(config(fake.url))
+    assert facts.warnings[0].startswith("computes in bfloat16, model.dtype = float32")
+    assert facts.warnings[1].startswith("quantizes weights (fp8)")
+    assert f"{fake.url}: computes in bfloat16" in caplog.text
+
+
+def test_the_probe_is_light():
+    heavy = "{'torch', 'sglang', 'transformers', 'megatron'}"
+    code = f"import sys, peergrad.rollout.probe; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
