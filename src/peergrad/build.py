@@ -140,7 +140,9 @@ class Build:
             managed = self.servers()
             urls = managed.urls if managed else rollout.servers.urls
             # Before the servers, which take longer to start than a mistake in them to show.
-            collector = self.start_collector(urls, state)
+            identity = self.directory.identity()
+            dead = managed.dead if managed else (lambda wait: None)
+            collector = self.start_collector(urls, state, identity, dead)
             if managed:
                 with self.stage("servers", f"SGLang to start ({managed.log(0)})"):
                     self.stack.enter_context(managed)
@@ -150,6 +152,9 @@ class Build:
                 vocab_size=policy.shape.vocab,
                 bucket_mb=rollout.bucket_mb,
                 proof=rollout.proof,
+                identity=identity,
+                takeover=rollout.servers.takeover,
+                dead=dead,
             )
             self.stack.callback(sync.close)
             return collector, sync
@@ -177,12 +182,20 @@ class Build:
             seed=config.run.seed,
         )
 
-    def start_collector(self, urls: Sequence[str], state: bytes | None) -> Collector:
+    def start_collector(
+        self,
+        urls: Sequence[str],
+        state: bytes | None,
+        identity: str,
+        dead: Callable[[float], str | None],
+    ) -> Collector:
         """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None
         parts = partial(collector_parts, attempt=self.attempt)
         with self.stage("collector", "the prompts and the rewards"):
-            collector = Collector(self.config, urls, parts, state=state)
+            collector = Collector(
+                self.config, urls, parts, state=state, identity=identity, dead=dead
+            )
             self.stack.callback(collector.close)
             collector.heard = self.screen.detail
             collector.ready()
