@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse
-from peergrad.checks import check
+from peergrad.checks import check, check_inputs, summary
 from peergrad.config import Config, ServerMode
 from peergrad.observing.console import ConsoleSink
 from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB, read_metrics
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(config, chosen_keys(options.overrides))
         check(config, world=world)
         directory = check_run_dir(config.run)
+        if options.check and rank == 0:
+            print(summary(config, world, check_inputs(config)), end="")
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

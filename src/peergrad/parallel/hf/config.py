@@ -211,9 +211,9 @@ def _rope(source: _Source) -> tuple[float, float | None]:
     length = {"original_max_position_embeddings": values.get("max_position_embeddings")}
     factor = rope.get("factor")
     fixed = all({**length, **rope}.get(key) == value for key, value in LLAMA3_ROPE.items())
-    positive = isinstance(factor, int | float) and 1 <= factor < math.inf
-    if kind == "llama3" and fixed and positive:
-        return float(theta), float(factor)
+    number = isinstance(factor, int | float) and 1 <= factor < math.inf
+    if kind == "llama3" and fixed and number:
+        return float(theta), float(rope["factor"])
     source.refuse(
         name,
         "is not supported: only the default rope and Llama 3.1's scaling (low 1, high 4, "
