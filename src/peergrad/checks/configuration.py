@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peergrad.checks.layout import check_batch, check_layout
-from peergrad.config import Config, Dtype, OldPolicy, require
+from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
 from peergrad.config.rules import one_line
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.prompts import check_source
@@ -31,6 +31,7 @@ def check(config: Config, *, world: int) -> None:
     _check_steps(config)
     _check_objective(config)
     _check_kernels(config)
+    _check_name(config)
 
 
 def _check_sources(config: Config) -> None:
@@ -184,4 +185,16 @@ def _check_kernels(config: Config) -> None:
         logits.name,
         f"rounds what a model in {weights.name} (model.dtype) computes more exactly",
         "set kernels.logits=float32",
+    )
+
+
+def _check_name(config: Config) -> None:
+    """W&B makes its identifiers of the run's name."""
+    name = config.run.name
+    require(
+        config.logger.wandb == "off" or (len(name) <= 100 and not set(name) & set(WANDB_REFUSES)),
+        "run.name",
+        name,
+        f"is no name for logger.wandb: at most 100 characters, none of {' '.join(WANDB_REFUSES)}",
+        "choose another, or set logger.wandb=off",
     )

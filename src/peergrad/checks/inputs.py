@@ -1,6 +1,7 @@
 """What the run will read, read once before anything is started: weights, tokenizer, prompts, the
 reward function, Megatron's options."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,12 @@ def check_inputs(config: Config) -> Inputs:
     Raises ValueError with one line for the first thing that the run would fail on. Takes seconds:
     imports transformers; torch and Megatron only if something was asked of them.
     """
-    shape = read_shape(config.model.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries as they are imported: no news for a check
+        return _check_inputs(config, read_shape(config.model.path))
+
+
+def _check_inputs(config: Config, shape: Shape) -> Inputs:
     check_place(config)
     _check_models(config, shape)
     if config.rollout.replay is not None:

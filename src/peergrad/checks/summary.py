@@ -46,15 +46,14 @@ def _path(path: str | Path, room: int = 45) -> str:
 
 def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, str]]:
     shape, parallel, algo = inputs.shape, config.parallel, config.algo
-    count = f"{_count(parameters(shape))} {config.model.dtype.name} parameters"
-    size = f"{shape.layers} layers of {shape.hidden}, {count}"
+    size = f"{shape.layers} layers of {shape.hidden}, {_count(parameters(shape))} parameters"
     yield "model", f"{_path(config.model.path, 25)}: {shape.family}, {size}"
     if config.model.weights is not None:
         yield "weights", f"{_path(config.model.weights)}"
-    grid = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
-    grid += f"{data_ranks(config, world)}{', sequence parallel' if parallel.sequence else ''}"
+    grid = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {data_ranks(config, world)}"
+    grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
-    yield "layout", f"{processes}: {grid}; {_spec(config)} layers"
+    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
     where = algo.source.partition(" (there")[0] or "an objective of your own"
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
     yield "objective", f"{where}; KL {algo.kl.coef:g}{place}" if algo.kl.coef else where
@@ -106,6 +105,9 @@ def _warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     evaluation = config.evaluation
     if evaluation.every and config.data.held_out is None and train is not None:
         yield f"evaluation.every={evaluation.every} has no effect without data.held_out"
+    same = train is not None and inputs.held_out is not None and train.name == inputs.held_out.name
+    if same and config.data.source != "arithmetic":  # whose two splits share no problem
+        yield "data.held_out is the file that is trained on: its pass@1 will say nothing"
     if config.run.resume and resumed_step(config) is None:
         yield "run.resume=true, but there is no checkpoint: the run starts from the beginning"
 
@@ -123,25 +125,25 @@ def _steps(config: Config, inputs: Inputs) -> str:
         passes = steps * config.rollout.prompts_per_step / inputs.train.prompts
         text += f" ({passes:.2g} epochs)"
     text += f", lr {optim.lr:g} {optim.schedule.name}"
-    text += f", {_plural(optim.warmup_steps, 'update')} of warm-up" if optim.warmup_steps else ""
-    stale = config.rollout.max_staleness
-    return text + (f", up to {_plural(stale, 'version')} stale" if stale else "")
+    return text + (
+        f", {_plural(optim.warmup_steps, 'update')} of warm-up" if optim.warmup_steps else ""
+    )
 
 
 def _source(source: Source) -> str:
     out = f", {source.left_out} left out" if source.left_out else ""
-    lengths = f"{source.typical} tokens (longest {source.longest})"
+    lengths = f"{source.typical} tokens, longest {source.longest}"
     return f"{_path(source.name, 30)}: {source.prompts}, median {lengths}{out}"
 
 
 def _servers(config: Config) -> str:
-    servers = config.rollout.servers
+    servers, stale = config.rollout.servers, config.rollout.max_staleness
+    lag = f"; answers up to {_plural(stale, 'version')} old" if stale else ""
     if servers.mode is ServerMode.external:
-        shown = " ".join(servers.urls[:2])
         more = len(servers.urls) - 2
-        return f"{shown} and {more} more" if more > 0 else shown
-    tensor = f" x tensor {servers.tensor}" if servers.tensor > 1 else ""
-    return f"{servers.count} started by the run{tensor}"
+        return " ".join(servers.urls[:2]) + (f" and {more} more" if more > 0 else "") + lag
+    tensor = f" of TP {servers.tensor}" if servers.tensor > 1 else ""
+    return f"{servers.count}{tensor}, started and stopped by the run{lag}"
 
 
 def _evaluation(config: Config, inputs: Inputs) -> str:

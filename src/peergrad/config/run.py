@@ -14,6 +14,9 @@ OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
 Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
 
+WANDB_REFUSES = "/\\#?%:"
+"""Characters that W&B allows neither in a project nor in an identifier."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -304,15 +307,11 @@ class LoggerConfig:
             "use offline where there is no network",
         )
         project = self.wandb_project
+        plain = project.isprintable() and not set(project) & set(WANDB_REFUSES)
         require(
-            self.wandb == "off"
-            or (
-                0 < len(project) <= 128
-                and project.isprintable()
-                and not set(project) & set("/\\#?%:")
-            ),
+            self.wandb == "off" or (plain and 0 < len(project) <= 128),
             "logger.wandb_project",
             project,
-            "must be 1 to 128 characters without / \\ # ? % :",
+            f"must be 1 to 128 characters, none of {' '.join(WANDB_REFUSES)}",
             "choose another",
         )

@@ -297,3 +297,11 @@ def test_loglinear_lies_between_versions(config: Config) -> None:
     )
     config.rollout.max_staleness = 1
     check(config, world=1)
+
+
+@pytest.mark.parametrize("name", ["a:b", "50%", "x" * 101])
+def test_wandb_can_name_the_run(config: Config, name: str) -> None:
+    config.run.name = name
+    check(config, world=1)
+    config.logger.wandb = "offline"
+    assert refusal(config).startswith(f"run.name = {name!r}: is no name for logger.wandb: at ")
