@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
 from peergrad.config.rules import one_line
-from peergrad.parallel.hf.config import Shape, read_shape
+from peergrad.parallel.hf.config import ARCHITECTURES, Shape, read_model_config, read_shape
 from peergrad.prompts import check_source
 
 
@@ -20,6 +20,7 @@ def check(config: Config, *, world: int) -> None:
     if config.model.reference is not None:
         reference = read_shape(config.model.reference, "model.reference")
     _check_sources(config)
+    _check_engine(config, shape)
     check_layout(config, shape, world)
     if reference is not None:
         check_layout(config, reference, world)
@@ -53,6 +54,19 @@ def _check_sources(config: Config) -> None:
         weights,
         "must be a checkpoint folder (meta.json is missing)",
         "name a step folder written by a run or by tools/hf_to_megatron.py",
+    )
+
+
+def _check_engine(config: Config, shape: Shape) -> None:
+    """SGLang chooses its implementation by a name that transformers can do without."""
+    path, name = config.model.path, ARCHITECTURES[shape.family]
+    named = read_model_config(path, "model.path").get("architectures")
+    require(
+        named is not None or config.rollout.replay is not None,
+        "model.path",
+        path,
+        "config.json has no architectures, by which SGLang knows a model",
+        f'add "architectures": ["{name}"] to it',
     )
 
 

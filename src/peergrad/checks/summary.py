@@ -108,7 +108,10 @@ def _warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     same = train is not None and inputs.held_out is not None and train.name == inputs.held_out.name
     if same and config.data.source != "arithmetic":  # whose two splits share no problem
         yield "data.held_out is the file that is trained on: its pass@1 will say nothing"
-    if config.run.resume and resumed_step(config) is None:
+    step = resumed_step(config)
+    if step is not None and step >= config.run.steps:
+        yield f"the newest checkpoint is of step {step}: nothing is left of run.steps to train"
+    if config.run.resume and step is None:
         yield "run.resume=true, but there is no checkpoint: the run starts from the beginning"
 
 

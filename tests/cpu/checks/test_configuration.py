@@ -159,6 +159,17 @@ def test_models_that_cannot_be_trained(config: Config, key: str, tmp_path: Path)
     assert refusal(config).startswith(f"model.{key} = {str(folder)!r}: rope_scaling = ")
 
 
+def test_the_engine_must_know_the_model(config: Config, tmp_path: Path) -> None:
+    write_model(Path(config.model.path), architectures=None)
+    assert refusal(config) == (
+        f"model.path = {config.model.path!r}: config.json has no architectures, by which SGLang "
+        'knows a model; add "architectures": ["Qwen3ForCausalLM"] to it'
+    )
+    (tmp_path / "rollouts").mkdir()
+    config.rollout.replay = str(tmp_path)  # without an engine
+    check(config, world=1)
+
+
 @pytest.mark.parametrize("key", ["source", "held_out"])
 @pytest.mark.parametrize(
     ("name", "rule"),

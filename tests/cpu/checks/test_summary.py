@@ -107,6 +107,16 @@ WARNINGS = {
 }
 
 
+def test_a_finished_run(config: Config, tmp_path: Path) -> None:
+    config.run.resume = True
+    (tmp_path / "runs/run/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/run/checkpoints/latest").write_text("step_000100")
+    text = " ".join(summary(config, 4, FOUND).split())
+    assert "warning the newest checkpoint is of step 100: nothing is left of run.steps" in text
+    config.run.steps = 101
+    assert "warning" not in summary(config, 4, FOUND)
+
+
 @pytest.mark.parametrize("what", WARNINGS)
 def test_warnings(config: Config, what: str) -> None:
     train, held_out = TRAIN, HELD_OUT
