@@ -268,7 +268,13 @@ def test_transformer_engine_without_a_gpu(config: Config, monkeypatch: pytest.Mo
 def test_weights_and_biases_wants_a_key(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_BASE_URL",
+        "NETRC",
+        "WANDB_CONFIG_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     config.logger.wandb = "online"
@@ -280,5 +286,12 @@ def test_weights_and_biases_wants_a_key(
     check_inputs(config)
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert "for wandb.example.org; " in refusal(config)
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("no section")
+    assert "for wandb.example.org; " in refusal(config)
+    settings.write_text("[default]\napi_key = x%y\n")
+    check_inputs(config)
+    settings.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x")
     check_inputs(config)
