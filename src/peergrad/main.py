@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
-from peergrad.checks import check
+from peergrad.checks import Inputs, check, check_inputs, summary
 from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import read_metrics
@@ -46,11 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)
         directory = check_run_dir(config.run)
+        if options.check and place.rank == 0:
+            print(summary(config, place.world, read_inputs(config, directory)), end="")
     except ValueError as error:
         return refuse(error, place)
     if options.check:
         return FINISHED
     return run(config, text, directory, place)
+
+
+def read_inputs(config: Config, directory: RunDir) -> Inputs:
+    """What the run reads and whom it asks, read and asked once. ValueError for what is wrong."""
+    from peergrad.rollout.probe import probe
+    from peergrad.rollout.servers import check_args
+
+    inputs = check_inputs(config)
+    check_args(config.rollout.servers)
+    probe(config, directory.known_identity)
+    return inputs
 
 
 def run(config: Config, text: str, directory: RunDir, place: Place) -> int:
@@ -95,12 +108,14 @@ def open_folder(
     attempt = directory.new_attempt()
     ending.log = log_to(attempt, "rank_00000", screen=True)
     ending.how_to_resume = directory.how_to_resume
-    for path in (directory.config, attempt / "config.yaml"):
-        path.write_text(text)
-    (attempt / "objective.txt").write_text(explain(config))
     screen.say(f"run        {directory.path}")
     screen.say(f"objective  {objective_line(config)}")
     screen.say(f"log        {attempt}")
+    with screen.waiting("what the run reads to be checked", announce=True):
+        read_inputs(config, directory)
+    for path in (directory.config, attempt / "config.yaml"):
+        path.write_text(text)
+    (attempt / "objective.txt").write_text(explain(config))
     return attempt
 
 

@@ -41,6 +41,7 @@ from peergrad.config.rules import (
     require,
 )
 from peergrad.config.run import (
+    WANDB_REFUSES,
     CheckpointConfig,
     DataConfig,
     Dtype,
@@ -62,6 +63,7 @@ from peergrad.config.run import (
 
 __all__ = [
     "SEQUENCE_RATIO",
+    "WANDB_REFUSES",
     "AdvantageConfig",
     "Aggregation",
     "AlgoConfig",

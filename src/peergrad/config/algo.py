@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from peergrad.config.rules import at_least, optional_positive, positive, require
+from peergrad.config.rules import at_least, finite, optional_positive, positive, require
 
 Level = Enum("Level", ["none", "group", "batch", "running"])
 TokenLevel = Enum("TokenLevel", ["none", "group", "batch"])
@@ -55,6 +55,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         at_least("algo.sampling.limit", self.limit, 2)
         low, high = self.mean_low, self.mean_high
+        finite("algo.sampling.mean_low", low)
+        finite("algo.sampling.mean_high", high)
         require(
             low is None or high is None or low < high,
             "algo.sampling.mean_low",
@@ -92,6 +94,8 @@ class ShapingConfig:
     def __post_init__(self) -> None:
         at_least("algo.shaping.overlong_tokens", self.overlong_tokens, 0)
         positive("algo.shaping.overlong_factor", self.overlong_factor, "the usual value is 1")
+        finite("algo.shaping.bias", self.bias, "use 0")
+        finite("algo.shaping.scale", self.scale, "use 1")
         require(self.scale != 0, "algo.shaping.scale", self.scale, "erases every reward", "use 1")
         optional_positive("algo.shaping.clip", self.clip)
         require(
@@ -171,6 +175,8 @@ class SurrogateConfig:
         for name in ("tau_positive", "tau_negative"):
             positive(f"algo.surrogate.{name}", getattr(self, name), "the usual value is 1")
         kind, key = self.kind, "algo.surrogate"
+        for name in ("dual_clip", "log_ratio_low", "max_mean_ratio"):
+            finite(f"{key}.{name}", getattr(self, name), "use null to turn it off")
         _belongs(f"{key}.dual_clip", self.dual_clip, kind, [SurrogateKind.clip, *SEQUENCE_RATIO])
         _belongs(f"{key}.unified_mask", self.unified_mask, kind, [SurrogateKind.cispo])
         ratio = [k for k in SurrogateKind if k is not SurrogateKind.reinforce]

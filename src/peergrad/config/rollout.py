@@ -6,11 +6,15 @@ from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
-from peergrad.config.rules import at_least, optional_positive, positive, require
+from peergrad.config.rules import at_least, optional_positive, positive, require, seconds
 
 ServerMode = Enum("ServerMode", ["managed", "external"])
 Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
+
+GREEDY = 1e-3
+"""Temperature below which sampling is no sampling: logits divided by it overflow or, in the engine,
+become an argmax."""
 
 
 OURS = {
@@ -196,9 +200,23 @@ class RolloutConfig:
             self.temperature,
             "use 1.0; greedy sampling belongs to evaluation.temperature",
         )
-        positive("rollout.request_timeout", self.request_timeout, "use 600")
+        require(
+            self.temperature >= GREEDY,
+            "rollout.temperature",
+            self.temperature,
+            f"is greedy sampling for the engine below {GREEDY:g}: all peers would be one answer",
+            "use 1.0",
+        )
+        seconds("rollout.request_timeout", self.request_timeout, 600)
         if self.max_canary_gap is not None:
             positive("rollout.max_canary_gap", self.max_canary_gap, "use null for no limit")
+        require(
+            self.max_canary_gap is None or self.proof is not Proof.off,
+            "rollout.max_canary_gap",
+            self.max_canary_gap,
+            "has no effect with rollout.proof=off: no canary text is scored",
+            "set rollout.proof=canary, or remove it",
+        )
         optional_positive("rollout.max_logprob_gap", self.max_logprob_gap, "use null for no limit")
         require(
             self.on_logprob_gap is OnGap.stop or self.max_logprob_gap is not None,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from peergrad.config.rules import at_least, positive, require
+from peergrad.config.rules import at_least, finite, positive, require, seconds
 
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Spec = Enum("Spec", ["auto", "te", "torch"])
@@ -13,6 +13,9 @@ OnError = Enum("OnError", ["zero", "stop"])
 OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
 Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
+
+WANDB_REFUSES = "/\\#?%:"
+"""Characters that W&B allows neither in a project nor in an identifier."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +40,21 @@ class RunConfig:
             self.name,
             "must be a plain folder name",
             "put the path into run.root",
+        )
+        rule, remedy = "must consist of printable characters", "choose another"
+        for key in ("name", "root"):
+            value = getattr(self, key)
+            require(value.isprintable(), f"run.{key}", value, rule, remedy)
+        size = len(self.name.encode())
+        require(size <= 200, "run.name", self.name, f"is {size} bytes long", "use at most 200")
+        require(bool(self.root), "run.root", self.root, "is empty", "use . for this folder")
+        # The engine's own generators take no more than 32 bits, and each server adds its number.
+        require(
+            0 <= self.seed < 2**31,
+            "run.seed",
+            self.seed,
+            "must lie in [0, 2147483647]",
+            "use 0",
         )
 
 
@@ -80,7 +98,7 @@ class ParallelConfig:
             at_least(f"parallel.{name}", getattr(self, name), 1)
         if self.data is not None:
             at_least("parallel.data", self.data, 1)
-        positive("parallel.timeout_minutes", self.timeout_minutes, "use 30")
+        seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence",
@@ -135,6 +153,13 @@ class DataConfig:
             "has no effect without data.chat",
             "set data.chat=true",
         )
+        require(
+            self.prompt_key != self.answer_key,
+            "data.answer_key",
+            self.answer_key,
+            "is also data.prompt_key: every prompt would be its own answer",
+            "name the column of the right answers",
+        )
 
 
 @dataclass(kw_only=True)
@@ -153,13 +178,27 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)
-        positive("reward.timeout", self.timeout, "use 10")
+        most, remedy = 1024, "use about as many as there are cores"
+        require(
+            self.workers <= most, "reward.workers", self.workers, f"must be at most {most}", remedy
+        )
+        seconds("reward.timeout", self.timeout, 10)
         require(
             (self.function is not None) == (self.kind is RewardKind.function),
             "reward.function",
             self.function,
             "is needed with reward.kind=function and only there",
-            "name it as package.module:callable",
+            "name it as package.module:callable"
+            if self.function is None
+            else "set reward.kind=function, or remove it",
+        )
+        module, _, name = (self.function or "m:f").partition(":")
+        require(
+            all(part.isidentifier() for part in [*module.split("."), *name.split(".")]),
+            "reward.function",
+            self.function,
+            "must look like package.module:callable",
+            "name the module as Python imports it, without .py",
         )
 
 
@@ -187,7 +226,9 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "use 0.9 / 0.95")
-        for name in ("eps", "weight_decay", "clip_grad", "warmup_steps", "min_lr"):
+        # Adam divides 0 by 0 where a gradient has always been 0, as for the padded vocabulary.
+        positive("optim.eps", self.eps, "the usual value is 1e-8")
+        for name in ("weight_decay", "clip_grad", "warmup_steps", "min_lr"):
             at_least(f"optim.{name}", getattr(self, name), 0)
         require(
             self.min_lr == 0 or self.schedule is not Schedule.constant,
@@ -221,7 +262,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         at_least("evaluation.every", self.every, 0)
         at_least("evaluation.prompts", self.prompts, 1)
-        at_least("evaluation.temperature", self.temperature, 0)
+        at_least("evaluation.temperature", self.temperature, 0, "use 0 for greedy answers")
+        finite("evaluation.pass_reward", self.pass_reward, "use 1")
         at_least("evaluation.samples", self.samples, 1)
         require(
             self.samples == 1 or self.temperature > 0,
@@ -263,4 +305,13 @@ class LoggerConfig:
             self.wandb,
             "must be off, offline or online",
             "use offline where there is no network",
+        )
+        project = self.wandb_project
+        plain = project.isprintable() and not set(project) & set(WANDB_REFUSES)
+        require(
+            self.wandb == "off" or (plain and 0 < len(project) <= 128),
+            "logger.wandb_project",
+            project,
+            f"must be 1 to 128 characters, none of {' '.join(WANDB_REFUSES)}",
+            "choose another",
         )

@@ -1,8 +1,5 @@
 """A Megatron GPT model from an HF configuration, that ends in hidden states instead of logits."""
 
-import logging
-from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,13 +23,7 @@ from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.attention import PackedAttention, RMSNorm
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
-
-log = logging.getLogger(__name__)
-UNSUPPORTED = (
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-)
+from peergrad.parallel.options import choose_spec, with_users_fields
 
 
 class PolicyModel(GPTModel):
@@ -84,34 +75,11 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     return hidden
 
 
-def choose_spec(spec: Spec) -> Spec:
-    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere.
-
-    Raises ValueError if ``te`` is asked for and cannot be had.
-    """
-    available = torch.cuda.is_available() and find_spec("transformer_engine") is not None
-    if spec is Spec.te and not available:
-        raise ValueError(
-            "parallel.spec = 'te': needs a GPU and the package transformer-engine; "
-            "install peergrad[gpu] or set parallel.spec=torch"
-        )
-    chosen = (Spec.te if available else Spec.torch) if spec is Spec.auto else spec
-    log.info("layers: %s spec", chosen.name)
-    return chosen
-
-
 def transformer_config(
     shape: Shape, parallel: ParallelConfig, dtype: Dtype, spec: Spec
 ) -> TransformerConfig:
     """Megatron's configuration of this model and layout, with the fields of ``parallel.megatron``
-    added; an unknown field there, or one that is not the user's to set, is a ValueError."""
-    known = {field.name for field in fields(TransformerConfig)}
-    for key in parallel.megatron:
-        if key not in known:
-            raise ValueError(
-                f"parallel.megatron.{key} = {parallel.megatron[key]!r}: is no field of "
-                "TransformerConfig; correct or remove it"
-            )
+    added; ValueError for one that cannot be."""
     params = torch.float32 if dtype is Dtype.float32 else torch.bfloat16
     options: dict[str, Any] = {
         "num_layers": shape.layers,
@@ -148,13 +116,7 @@ def transformer_config(
         "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
         "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
     }
-    for key in parallel.megatron:
-        if key in options or key in UNSUPPORTED:
-            raise ValueError(
-                f"parallel.megatron.{key} = {parallel.megatron[key]!r}: is set by peergrad or not "
-                "supported; remove it"
-            )
-    return TransformerConfig(**options, **parallel.megatron)
+    return with_users_fields(options, parallel)
 
 
 def _torch_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

@@ -63,7 +63,8 @@ class Scorer:
         self, config: Config, groups: Groups, *, path: str, weights: str | None = None
     ) -> None:
         self.config, self.groups = config, groups
-        self.hf_config, self.shape = read_shape(path)
+        key = "model.path" if path == config.model.path else "model.reference"
+        self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, groups)
         kind = choose_logprob(config.kernels.logprob, groups.device)
         self.head = Head(self.model, config, vocab=self.shape.vocab, kind=kind)

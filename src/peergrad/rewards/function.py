@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 from peergrad.config import require
+from peergrad.config.rules import one_line
 from peergrad.data import Prompt, Rollout
 
 RewardFunction = Callable[[Prompt, Rollout], float]
@@ -41,7 +42,7 @@ def load_function(path: str) -> RewardFunction:
         for part in name.split("."):
             function = getattr(function, part)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        _check(False, path, f"cannot be imported ({type(error).__name__}: {error})")
+        _check(False, path, f"cannot be imported ({type(error).__name__}: {one_line(error)})")
     _check(callable(function), path, "must name something callable")
     _check(_takes_two(function), path, "must take two arguments, (prompt, rollout)")
     checked: RewardFunction = function

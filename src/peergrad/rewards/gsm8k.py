@@ -46,12 +46,22 @@ def reward(prompt: Prompt, rollout: Rollout) -> float:
         answer "9 * 2 = $18\\n#### 18": "... #### 18", "So it is \\boxed{$18.00}." and "18 dollars."
         earn 1, "#### 17 or 18" and "#### 180" earn 0.
     """
-    reference = _only_number(prompt.answer.rpartition("####")[2])
+    reference = reference_number(prompt.answer)
     if reference is None:
         raise ValueError(
             f"the reference answer {prompt.answer[-60:]!r} must be one number, bare or after ####"
         )
     return float(final_number(rollout.text, anywhere=rollout.finish == "stop") == reference)
+
+
+def reference_number(answer: str) -> Fraction | None:
+    """The number that a reference answer stands for; None if it is not one number.
+
+    Example:
+        >>> reference_number("9 * 2 = $18\\n#### 18")
+        Fraction(18, 1)
+    """
+    return _only_number(answer.rpartition("####")[2])
 
 
 def final_number(text: str, *, anywhere: bool = True) -> Fraction | None:

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from peergrad.data import Prompt, Rollout
 from peergrad.rewards.function import Failure
 
-START_SECONDS = 300.0  # Importing the user's module; minutes only on a cold network file system.
+START_SECONDS = 120.0  # Importing the user's module; that long only on a cold network file system.
 
 
 class RewardProcess:
@@ -29,8 +29,9 @@ class RewardProcess:
         self._function = function
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start and import the function. Raises ValueError if the function cannot be used."""
+    def start(self, limit: float = START_SECONDS) -> None:
+        """Start and import the function, within ``limit`` seconds. Raises ValueError if the
+        function cannot be used."""
         # On Linux the process dies with the *thread* that starts it: see peergrad.rewards.worker.
         self._connection, theirs = Pipe()
         descriptor = theirs.fileno()
@@ -43,7 +44,7 @@ class RewardProcess:
                 process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        problem = self._receive(START_SECONDS)
+        problem = self._receive(limit)
         if isinstance(problem, Failure):
             rule = f"importing it {problem.reason}"
             problem = f"reward.function = {self._function!r}: {rule}; correct the module"

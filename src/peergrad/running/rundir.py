@@ -33,14 +33,19 @@ class RunDir:
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         return measured or self.checkpoints.exists()
 
+    @property
+    def known_identity(self) -> str | None:
+        """``identity``; None if the run has none yet."""
+        file = self.path / "identity"
+        return file.read_text() if file.is_file() else None
+
     def identity(self) -> str:
         """Names this run to servers that others may use as well; the same after every resume."""
-        file = self.path / "identity"
-        if not file.is_file():
-            partial = file.with_name(".identity.partial")
+        if self.known_identity is None:
+            partial = self.path / ".identity.partial"
             partial.write_text(f"{self.path.name}-{secrets.token_hex(4)}")
-            partial.replace(file)
-        return file.read_text()
+            partial.replace(self.path / "identity")
+        return str(self.known_identity)
 
     def how_to_resume(self) -> str:
         """What a run that has been interrupted can do."""

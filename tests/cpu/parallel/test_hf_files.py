@@ -61,7 +61,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     ],
 )
@@ -83,5 +83,5 @@ def test_llama3_rope_scaling_is_read(tmp_path: Path) -> None:
         "original_max_position_embeddings": 8192,
     }
     path = edit_config(make_hf_model(tmp_path, family="llama", layers=1), rope_parameters=rope)
-    _, shape = read_shape(path)
+    shape = read_shape(path)
     assert (shape.rope_theta, shape.rope_factor) == (5e5, 32.0)

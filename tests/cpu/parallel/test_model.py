@@ -1,23 +1,52 @@
 """What ``parallel.megatron`` may and may not say."""
 
 import pytest
+import torch
 
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.model import transformer_config
+from peergrad.parallel.options import choose_spec
 from tests.cpu.parallel.test_mapping import SHAPE
 
 
 @pytest.mark.parametrize(
-    ("key", "rule"),
+    ("key", "value", "rule"),
     [
-        ("no_such_field", "is no field of TransformerConfig"),
-        ("attention_dropout", "is set by peergrad or not supported"),
-        ("context_parallel_size", "is set by peergrad or not supported"),
+        ("no_such_field", 2, "is no field of TransformerConfig"),
+        ("_cpu_offloading_context", 2, "is no field of TransformerConfig"),
+        ("attention_dropout", 2, "is set by peergrad or not supported"),
+        ("context_parallel_size", 2, "is set by peergrad or not supported"),
+        ("num_moe_experts", 2, "is set by peergrad or not supported"),
+        ("moe_router_topk", 2, "is set by peergrad or not supported"),
+        ("rotary_interleaved", True, "is set by peergrad or not supported"),
+        ("recompute_num_layers", "all", "must be a whole number or null"),
+        ("recompute_num_layers", 1.5, "must be a whole number or null"),
+        ("recompute_num_layers", True, "must be a whole number or null"),
+        ("recompute_granularity", "some", "must be full or selective or null"),
+        ("recompute_modules", "mlp", "must be a list of text or null"),
+        ("recompute_modules", [1], "must be a list of text or null"),
+        ("deterministic_mode", "yes", "must be true or false"),
+        ("init_method_std", "small", "must be a number"),
+        ("timers", "mine", "must be what YAML cannot say: leave it or null"),
     ],
 )
-def test_fields_that_are_not_the_users_are_refused(key: str, rule: str) -> None:
-    with pytest.raises(ValueError, match=rf"parallel\.megatron\.{key} = 2: {rule}"):
-        transformer_config(SHAPE, ParallelConfig(megatron={key: 2}), Dtype.float32, Spec.torch)
+def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        transformer_config(SHAPE, ParallelConfig(megatron={key: value}), Dtype.float32, Spec.torch)
+    assert str(caught.value).startswith(f"parallel.megatron.{key} = {value!r}: {rule}; ")
+
+
+def test_what_megatron_refuses_is_one_line() -> None:
+    parallel = ParallelConfig(megatron={"recompute_granularity": "full"})  # and no method
+    with pytest.raises(ValueError, match=r"^parallel.megatron = .*Megatron refuses .*; correct"):
+        transformer_config(SHAPE, parallel, Dtype.float32, Spec.torch)
+
+
+def test_transformer_engine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^parallel.spec = 'te': .* needs a GPU.*; set "):
+        choose_spec(Spec.te)
+    assert choose_spec(Spec.auto) is Spec.torch
 
 
 def test_other_fields_pass_through() -> None:

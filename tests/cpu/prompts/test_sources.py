@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 
 from peergrad.config import DataConfig
 from peergrad.data import Prompt
-from peergrad.prompts import arithmetic, load_prompts
+from peergrad.prompts import arithmetic, load_prompts, read_prompts
 from tests.models import make_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "../shared/data/gsm8k"
 TOKENIZER = make_tokenizer()
+ROW = b'{"prompt": "?", "answer": "1"}\n'
 
 
 def load(source: str, split: str = "train", seed: int = 0, **options: Any) -> list[Prompt]:
@@ -102,6 +104,7 @@ def test_numbers_are_answers_and_blank_lines_keep_row_numbers(tmp_path: Path) ->
         ([{"question": "?", "answer": "1"}], {}, "data.prompt_key = 'prompt': row 1 .*'question'"),
         ([row(), {"prompt": "?"}], {}, "data.answer_key = 'answer': row 2 of prompts.jsonl has no"),
         ([row(answer=None)], {}, "data.answer_key = 'answer': row 1 .* not None"),
+        ([row(answer=float("nan"))], {}, "data.answer_key = 'answer': row 1 .* not nan"),
         ([row(answer=["3"])], {}, "data.answer_key = 'answer': row 1 .* not .'3'.; correct"),
         ([row(), row(7)], {}, "data.prompt_key = 'prompt': row 2 .* must hold text there, not 7"),
         ([row("")], {}, "data.prompt_key = 'prompt': row 1 .* must hold text there, not ''"),
@@ -126,16 +129,24 @@ def test_mistakes_in_rows(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, "there is no such file"),
-        ("folder", None, "must be arithmetic or end in .jsonl or .parquet"),
-        ("table.csv", b"a,b", "must be arithmetic or end in .jsonl or .parquet"),
+        ("none.jsonl", None, "there is no such file; correct the path"),
+        ("none", None, "must be arithmetic or a .jsonl or .parquet file; convert it"),
+        ("table.csv", b"a,b", "must be arithmetic or a .jsonl or .parquet file; convert it"),
+        ("rows.json", b"[]", "must be arithmetic or a .jsonl or .parquet file; convert it"),
+        ("rows.jsonl.gz", b"", "must be arithmetic or a .jsonl or .parquet file; unpack it"),
+        ("x" * 300 + ".jsonl", None, "File name too long; correct the path"),
+        ("bad.jsonl", ROW + b'{"prompt', "row 2 of bad.jsonl is not JSON"),
+        ("bad.jsonl", b"[" * 100_000, "row 1 of bad.jsonl is not JSON"),
+        ("bad.jsonl", ROW + b'{"prompt": "\xff"}', "row 2 of bad.jsonl is not UTF-8"),
+        ("bad.jsonl", ROW.decode().encode("utf-16"), "row 1 of bad.jsonl is not UTF-8"),
         (
             "bad.jsonl",
-            b'{"prompt": "?", "answer": "1"}\n{"prompt',
-            "row 2 of bad.jsonl is not JSON",
+            b'{"prompt": "?", "answer": "\\uD83D"}',  # half of a pair, cut from an emoji
+            "row 1 of bad.jsonl is not UTF-8",
         ),
-        ("bad.jsonl", b'{"prompt": "\xff"}', "row 1 of bad.jsonl is not JSON"),
+        ("empty.jsonl", b"\n", "holds no rows"),
         ("bad.parquet", b"PAR1 no", "is not readable as parquet"),
+        ("empty.parquet", b"", "is not readable as parquet"),
     ],
 )
 def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -143,10 +154,31 @@ def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes | None, mes
     if content is not None:
         path.write_bytes(content)
     for split, option in (("train", "data.source"), ("test", "data.held_out")):
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(ValueError) as caught:
             load(str(path), split)
-        assert str(caught.value).startswith(f"{option} = {str(path)!r}: ")
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{option} = {str(path)!r}: {message}")
+        assert re.fullmatch(r".+; .+", str(caught.value))  # one line
+
+
+def test_a_folder_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").mkdir()
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(ValueError, match=r"^data.held_out = .*: is a folder, not a file; name"):
+            load(str(path), "test")
+
+
+def test_a_byte_order_mark_and_whole_pairs_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "1", "answer": "\\ud83d\\ude00"}')
+    assert load(str(path))[0].answer == "\U0001f600"
+
+
+def test_rows_left_out_are_counted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, row(), row("1+2+3+4="), row("9="))
+    loaded = read_prompts(
+        DataConfig(max_prompt_tokens=5), path, split="train", tokenizer=TOKENIZER, seed=0
+    )
+    assert ([p.id for p in loaded.prompts], loaded.left_out) == (["train-0", "train-2"], 1)
 
 
 def test_a_template_that_fails_names_the_row(tmp_path: Path) -> None:

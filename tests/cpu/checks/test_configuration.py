@@ -11,6 +11,11 @@ from peergrad.checks import check
 from peergrad.config import Config, Dtype, OldPolicy
 
 SHAPE = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "head_dim": 16,
+    "vocab_size": 128,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "intermediate_size": 96,
@@ -32,8 +37,7 @@ def config(tmp_path: Path) -> Config:
 
 def write_model(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    shape = {key: value for key, value in {**SHAPE, **changes}.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "config.json").write_text(json.dumps({**SHAPE, **changes}))
     return folder
 
 
@@ -75,7 +79,7 @@ def test_the_tensor_size_divides_the_model(
     assert message.startswith(f"parallel.tensor = {tensor}: must divide the model's {what}; ")
 
 
-def test_without_key_value_heads_all_heads_have_their_own(config: Config) -> None:
+def test_with_null_key_value_heads_all_heads_have_their_own(config: Config) -> None:
     write_model(Path(config.model.path), num_key_value_heads=None)
     config.parallel.tensor = 8
     check(config, world=8)
@@ -147,21 +151,42 @@ def test_model_folders_must_exist(config: Config, key: str, tmp_path: Path) -> N
     assert message.startswith(f"model.{key} = '{tmp_path}/nowhere': must be a folder with an HF ")
 
 
-@pytest.mark.parametrize(
-    ("text", "rule"), [("{", "config.json is not JSON"), ("{}", "config.json has no num_attention")]
-)
-def test_model_configurations_that_make_no_sense(config: Config, text: str, rule: str) -> None:
-    (Path(config.model.path) / "config.json").write_text(text)
-    assert refusal(config).startswith(f"model.path = {config.model.path!r}: {rule}")
+@pytest.mark.parametrize("key", ["path", "reference"])
+def test_models_that_cannot_be_trained(config: Config, key: str, tmp_path: Path) -> None:
+    """tests/cpu/parallel/test_hf_config.py has all of them."""
+    folder = write_model(tmp_path / "other", rope_scaling={"type": "linear", "factor": 2.0})
+    setattr(config.model, key, str(folder))
+    assert refusal(config).startswith(f"model.{key} = {str(folder)!r}: rope_scaling = ")
+
+
+def test_the_engine_must_know_the_model(config: Config, tmp_path: Path) -> None:
+    write_model(Path(config.model.path), architectures=None)
+    assert refusal(config) == (
+        f"model.path = {config.model.path!r}: config.json has no architectures, by which SGLang "
+        'knows a model; add "architectures": ["Qwen3ForCausalLM"] to it'
+    )
+    (tmp_path / "rollouts").mkdir()
+    config.rollout.replay = str(tmp_path)  # without an engine
+    check(config, world=1)
 
 
 @pytest.mark.parametrize("key", ["source", "held_out"])
-@pytest.mark.parametrize("name", ["missing.jsonl", "prompts.csv", "folder.jsonl"])
-def test_data_files_must_exist(config: Config, tmp_path: Path, key: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("missing.jsonl", "there is no such file; correct the path"),
+        ("prompts.csv", "must be arithmetic or a .jsonl or .parquet file; convert it"),
+        ("folder.jsonl", "is a folder, not a file; "),
+    ],
+)
+def test_data_files_must_exist(
+    config: Config, tmp_path: Path, key: str, name: str, rule: str
+) -> None:
     (tmp_path / "prompts.csv").touch()
     (tmp_path / "folder.jsonl").mkdir()
+    config.rollout.max_new_tokens = 10**6  # does not matter before there are prompts
     setattr(config.data, key, str(tmp_path / name))
-    assert refusal(config).startswith(f"data.{key} = '{tmp_path}/{name}': must be 'arithmetic' or ")
+    assert refusal(config).startswith(f"data.{key} = '{tmp_path}/{name}': {rule}")
 
 
 def test_data_files_that_exist(config: Config, tmp_path: Path) -> None:
@@ -195,12 +220,17 @@ def test_a_replay_keeps_what_its_logprobs_were_drawn_with(config: Config, tmp_pa
     assert refusal(config).startswith("rollout.temperature = 1.0: the run to replay was recorded")
     config.rollout.temperature = 0.7
     check(config, world=1)
+    for text in ("", "rollout:", "rollout: {temperature: 0.7}", "a: [", "- 1", "\xff"):
+        (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+        assert refusal(config).startswith(
+            f"rollout.replay = '{tmp_path}': its config.yaml cannot be read ("
+        )
 
 
 def test_a_reference_must_speak_the_policys_language(config: Config, tmp_path: Path) -> None:
-    write_model(tmp_path / "model", vocab_size=9)
-    config.model.reference = str(write_model(tmp_path / "reference", vocab_size=7))
-    assert "a vocabulary of 7" in refusal(config)
+    write_model(tmp_path / "model", vocab_size=144)
+    config.model.reference = str(write_model(tmp_path / "reference", vocab_size=112))
+    assert "a vocabulary of 112" in refusal(config)
     config.model.reference = config.model.path
     check(config, world=1)
     config.algo.kl.coef = 0.0
@@ -218,6 +248,44 @@ def test_loglinear_needs_versions_to_lie_between(config: Config) -> None:
     config.algo.old_policy = OldPolicy.loglinear
     assert refusal(config).startswith("algo.old_policy = 'loglinear': lies between weight versions")
     config.rollout.max_staleness = 1
+    check(config, world=1)
+
+
+def test_a_reference_to_be_replaced_has_the_policys_shape(config: Config, tmp_path: Path) -> None:
+    config.model.reference = str(write_model(tmp_path / "reference", num_hidden_layers=12))
+    check(config, world=1)
+    config.algo.kl.reset_every = 5
+    assert refusal(config).startswith(
+        "algo.kl.reset_every = 5: the policy is to become the reference, but model.reference "
+        "differs in ['layers']; "
+    )
+
+
+@pytest.mark.parametrize("ids", [[-1], [3, 128], [10**9]])
+def test_stop_tokens_are_ids_of_the_model(config: Config, ids: list[int]) -> None:
+    config.rollout.stop_token_ids = ids
+    assert refusal(config) == (
+        f"rollout.stop_token_ids = {ids}: must be ids of the model's vocabulary, 0 to 127; "
+        "correct them"
+    )
+    config.rollout.stop_token_ids = [0, 127]
+    check(config, world=1)
+
+
+def test_the_warm_up_ends_before_the_run(config: Config) -> None:
+    config.run.steps, config.algo.epochs, config.algo.minibatches = 3, 2, 2
+    config.optim.warmup_steps = 12
+    assert refusal(config).startswith(
+        "optim.warmup_steps = 12: optim.lr would never be reached: the run has 12 optimizer steps"
+    )
+    config.optim.warmup_steps = 11
+    check(config, world=1)
+
+
+def test_staleness_ends_with_the_run(config: Config) -> None:
+    config.run.steps, config.rollout.max_staleness = 3, 4
+    assert refusal(config).startswith("rollout.max_staleness = 4: exceeds the 3 steps of the run")
+    config.rollout.max_staleness = 3
     check(config, world=1)
 
 
@@ -240,3 +308,11 @@ def test_loglinear_lies_between_versions(config: Config) -> None:
     )
     config.rollout.max_staleness = 1
     check(config, world=1)
+
+
+@pytest.mark.parametrize("name", ["a:b", "50%", "x" * 101])
+def test_wandb_can_name_the_run(config: Config, name: str) -> None:
+    config.run.name = name
+    check(config, world=1)
+    config.logger.wandb = "offline"
+    assert refusal(config).startswith(f"run.name = {name!r}: is no name for logger.wandb: at ")

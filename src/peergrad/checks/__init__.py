@@ -1,0 +1,13 @@
+"""What can be known before anything is started: what is wrong, and what will run.
+
+Two levels. ``check`` is light (no torch, no transformers): every rank runs it first. The other,
+``check_inputs``, reads what the run will read (weights' headers, tokenizer, prompts, the reward
+function); one process runs it. ``summary`` says on few lines what both have found.
+"""
+
+from peergrad.checks.configuration import check
+from peergrad.checks.inputs import Inputs, Source, check_inputs
+from peergrad.checks.summary import summary
+from peergrad.parallel.hf.config import read_model_config
+
+__all__ = ["Inputs", "Source", "check", "check_inputs", "read_model_config", "summary"]

@@ -1,0 +1,214 @@
+"""The configuration against itself, the shape of the model and the number of processes."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peergrad.checks.layout import check_batch, check_layout
+from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
+from peergrad.config.rules import one_line
+from peergrad.parallel.hf.config import ARCHITECTURES, Shape, read_model_config, read_shape
+from peergrad.prompts import check_source
+
+
+def check(config: Config, *, world: int) -> None:
+    """Raise ValueError with one line if this run cannot work as configured on ``world``
+    processes. Reads names, config.json and nothing else; imports nothing heavy."""
+    shape = read_shape(config.model.path)
+    reference = None
+    if config.model.reference is not None:
+        reference = read_shape(config.model.reference, "model.reference")
+    _check_sources(config)
+    _check_engine(config, shape)
+    check_layout(config, shape, world)
+    if reference is not None:
+        check_layout(config, reference, world)
+        _check_reference(config, reference, shape)
+    _check_replay(config)
+    check_batch(config, world)
+    _check_lengths(config, shape)
+    _check_ids(config, shape)
+    _check_steps(config)
+    _check_objective(config)
+    _check_kernels(config)
+    _check_name(config)
+
+
+def _check_sources(config: Config) -> None:
+    check_source(config.data.source, "data.source")
+    if config.data.held_out is not None:
+        check_source(config.data.held_out, "data.held_out")
+    replay = config.rollout.replay
+    require(
+        replay is None or (Path(replay) / "rollouts").is_dir(),
+        "rollout.replay",
+        replay,
+        "must be a run folder with recorded rollouts",
+        "name a run that had rollout.dump=true",
+    )
+    weights = config.model.weights
+    require(
+        weights is None or (Path(weights) / "meta.json").is_file(),
+        "model.weights",
+        weights,
+        "must be a checkpoint folder (meta.json is missing)",
+        "name a step folder written by a run or by tools/hf_to_megatron.py",
+    )
+
+
+def _check_engine(config: Config, shape: Shape) -> None:
+    """SGLang chooses its implementation by a name that transformers can do without."""
+    path, name = config.model.path, ARCHITECTURES[shape.family]
+    named = read_model_config(path, "model.path").get("architectures")
+    require(
+        named is not None or config.rollout.replay is not None,
+        "model.path",
+        path,
+        "config.json has no architectures, by which SGLang knows a model",
+        f'add "architectures": ["{name}"] to it',
+    )
+
+
+def _check_reference(config: Config, reference: Shape, policy: Shape) -> None:
+    """It speaks the policy's language; one that the policy is to replace has its shape."""
+    path = config.model.reference
+    require(
+        config.algo.kl.coef > 0,
+        "model.reference",
+        path,
+        "has no effect with algo.kl.coef = 0",
+        "unset it, or set algo.kl.coef",
+    )
+    require(
+        reference.vocab == policy.vocab,
+        "model.reference",
+        path,
+        f"has a vocabulary of {reference.vocab}, the policy one of {policy.vocab}",
+        "use a reference with the same tokenizer",
+    )
+    theirs, ours = vars(reference), vars(policy)
+    other = [name for name in theirs if theirs[name] != ours[name]]
+    require(
+        config.algo.kl.reset_every == 0 or not other,
+        "algo.kl.reset_every",
+        config.algo.kl.reset_every,
+        f"the policy is to become the reference, but model.reference differs in {other[:1]}",
+        "set it to 0, or use a reference of the policy's shape",
+    )
+
+
+def _check_replay(config: Config) -> None:
+    """Recorded logprobs are those of the recorded temperature; groups come as they were
+    recorded."""
+    replay = config.rollout.replay
+    recorded = Path(replay or "") / "config.yaml"
+    if replay is None or not recorded.is_file():
+        return
+    keys = ("temperature", "batch_size", "group_size")
+    try:
+        theirs = OmegaConf.load(recorded).rollout
+        values = {key: theirs[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(replay, error) from error
+    except Exception as error:  # the YAML reader's own kinds
+        if isinstance(error, OmegaConfBaseException) or "yaml" in type(error).__module__:
+            raise _unreadable(replay, error) from error
+        raise
+    for key in keys:
+        require(
+            getattr(config.rollout, key) == values[key],
+            f"rollout.{key}",
+            getattr(config.rollout, key),
+            f"the run to replay was recorded with {values[key]}",
+            f"set rollout.{key}={values[key]}",
+        )
+
+
+def _unreadable(replay: str, error: Exception) -> ValueError:
+    rule = f"its config.yaml cannot be read ({one_line(error)})"
+    return ValueError(f"rollout.replay = {replay!r}: {rule}; restore the file, or remove it")
+
+
+def _check_lengths(config: Config, shape: Shape) -> None:
+    longest, limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape.max_length
+    require(
+        longest <= limit,
+        "rollout.max_new_tokens",
+        config.rollout.max_new_tokens,
+        f"with data.max_prompt_tokens ({config.data.max_prompt_tokens}) exceeds the model's "
+        f"context of {limit} tokens",
+        "lower one of the two",
+    )
+
+
+def _check_ids(config: Config, shape: Shape) -> None:
+    ids, most = config.rollout.stop_token_ids, shape.vocab - 1
+    require(
+        all(0 <= token <= most for token in ids),
+        "rollout.stop_token_ids",
+        ids,
+        f"must be ids of the model's vocabulary, 0 to {most}",
+        "correct them",
+    )
+
+
+def _check_steps(config: Config) -> None:
+    """Whatever is counted in steps fits into the run."""
+    steps, algo = config.run.steps, config.algo
+    total = steps * algo.epochs * algo.minibatches
+    require(
+        config.optim.warmup_steps < total,
+        "optim.warmup_steps",
+        config.optim.warmup_steps,
+        f"optim.lr would never be reached: the run has {total} optimizer steps in all",
+        "lower it, or raise run.steps",
+    )
+    require(
+        config.rollout.max_staleness <= steps,
+        "rollout.max_staleness",
+        config.rollout.max_staleness,
+        f"exceeds the {steps} steps of the run: all groups would be asked for at once",
+        "lower it: 1 is one step off policy",
+    )
+
+
+def _check_objective(config: Config) -> None:
+    longest, cache = config.rollout.max_new_tokens, config.algo.shaping.overlong_tokens
+    require(
+        cache <= longest,
+        "algo.shaping.overlong_tokens",
+        cache,
+        f"must not exceed rollout.max_new_tokens ({longest})",
+        f"use about {max(1, longest // 5)}",
+    )
+    require(
+        config.algo.old_policy is not OldPolicy.loglinear or config.rollout.max_staleness > 0,
+        "algo.old_policy",
+        "loglinear",
+        "lies between weight versions, but rollout.max_staleness = 0 allows only one",
+        "set rollout.max_staleness, or algo.old_policy=auto",
+    )
+
+
+def _check_kernels(config: Config) -> None:
+    logits, weights = config.kernels.logits, config.model.dtype
+    require(
+        logits in (Dtype.float32, weights),
+        "kernels.logits",
+        logits.name,
+        f"rounds what a model in {weights.name} (model.dtype) computes more exactly",
+        "set kernels.logits=float32",
+    )
+
+
+def _check_name(config: Config) -> None:
+    """W&B makes its identifiers of the run's name."""
+    name = config.run.name
+    require(
+        config.logger.wandb == "off" or (len(name) <= 100 and not set(name) & set(WANDB_REFUSES)),
+        "run.name",
+        name,
+        f"is no name for logger.wandb: at most 100 characters, none of {' '.join(WANDB_REFUSES)}",
+        "choose another, or set logger.wandb=off",
+    )

@@ -1,0 +1,175 @@
+"""What the run will read, read once before anything is started: weights, tokenizer, prompts, the
+reward function, Megatron's options."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peergrad.checks.account import check_account
+from peergrad.checks.place import check_folder
+from peergrad.checks.replay import check_recorded
+from peergrad.config import Config, RewardKind, ServerMode, Spec, require
+from peergrad.data import Prompt
+from peergrad.parallel.hf.config import Shape, read_shape
+from peergrad.parallel.hf.folder import check_weights
+from peergrad.prompts import (
+    Loaded,
+    TokenizerFacts,
+    load_tokenizer,
+    read_prompts,
+    tokenizer_facts,
+)
+from peergrad.rewards import check_answers, check_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """The prompts of one source, as far as a person wants to know.
+
+    Example:
+        ``Source(name="train.jsonl", prompts=7461, left_out=12, typical=84, longest=231)``
+    """
+
+    name: str
+    prompts: int
+    left_out: int  # longer than data.max_prompt_tokens
+    typical: int  # tokens: the median
+    longest: int  # tokens
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found. A replay needs neither tokenizer nor prompts.
+
+    Example:
+        ``Inputs(shape=Shape(...), tokenizer=TokenizerFacts(...), train=Source(...),
+        held_out=None)``
+    """
+
+    shape: Shape
+    tokenizer: TokenizerFacts | None
+    train: Source | None
+    held_out: Source | None
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Read what a run of ``config`` reads on rank 0 and starts with; ``check`` has passed.
+
+    Raises ValueError with one line for the first thing that the run would fail on. Takes seconds:
+    imports transformers; torch and Megatron only if something was asked of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries as they are imported: no news for a check
+        return _check_inputs(config, read_shape(config.model.path))
+
+
+def _check_inputs(config: Config, shape: Shape) -> Inputs:
+    check_folder(config)
+    check_account(config)
+    _check_models(config, shape)
+    if config.rollout.replay is not None:
+        check_recorded(config, shape)
+        found = Inputs(shape, None, None, None)
+    else:
+        tokenizer = load_tokenizer(config.model.path)
+        chat = config.data.chat
+        facts = tokenizer_facts(tokenizer, config.model.path, vocab=shape.vocab, chat=chat)
+        train, held_out = _read_sources(config, tokenizer)
+        check_function(config.reward)
+        found = Inputs(shape, facts, train, held_out)
+    _check_megatron(config, shape)
+    return found
+
+
+def _check_models(config: Config, shape: Shape) -> None:
+    model = config.model
+    if model.weights is None or _servers_load(config):
+        check_weights(model.path, "model.path", shape)
+    if model.reference is not None:
+        check_weights(
+            model.reference, "model.reference", read_shape(model.reference, "model.reference")
+        )
+    if model.weights is not None:
+        _check_checkpoint(Path(model.weights), shape)
+
+
+def _servers_load(config: Config) -> bool:
+    """Whether managed servers read the weights of model.path."""
+    servers = config.rollout.servers
+    managed = config.rollout.replay is None and servers.mode is ServerMode.managed
+    formats = [servers.args.get(key) for key in ("load-format", "load_format", "--load-format")]
+    return managed and "dummy" not in formats
+
+
+def _check_checkpoint(path: Path, shape: Shape) -> None:
+    from peergrad.parallel.snapshot import damage, read_meta, require_same_model
+
+    problem = damage(path)
+    require(
+        problem is None,
+        "model.weights",
+        str(path),
+        f"is no whole checkpoint ({problem})",
+        "name a step folder written by a run or by tools/hf_to_megatron.py",
+    )
+    require_same_model(path, read_meta(path), shape)
+
+
+def _read_sources(
+    config: Config, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Source, Source | None]:
+    """Training and held-out prompts, as the collector reads them."""
+    data, seed = config.data, config.run.seed
+    train = read_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)
+    check_answers(config.reward.kind, train.prompts, "data.source")
+    _check_answer_lengths(config, train.prompts, tokenizer)
+    if data.held_out is None:
+        return _describe(data.source, train), None
+    test = read_prompts(data, data.held_out, split="test", tokenizer=tokenizer, seed=0)
+    check_answers(config.reward.kind, test.prompts, "data.held_out")
+    return _describe(data.source, train), _describe(data.held_out, test)
+
+
+def _check_answer_lengths(
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """An exact match needs room for the answer and the end token."""
+    if config.reward.kind is not RewardKind.arithmetic:
+        return
+    answers = [prompt.answer for prompt in prompts]
+    encoded = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+    least = min(map(len, encoded)) + 1
+    require(
+        least <= config.rollout.max_new_tokens,
+        "rollout.max_new_tokens",
+        config.rollout.max_new_tokens,
+        f"is too few for any answer of data.source: the shortest takes {least} with its end token",
+        f"use at least {max(map(len, encoded)) + 1}",
+    )
+
+
+def _describe(source: str, loaded: Loaded) -> Source:
+    lengths = np.array([len(prompt.tokens) for prompt in loaded.prompts])
+    typical, longest = int(np.median(lengths)), int(lengths.max())
+    return Source(source, len(lengths), loaded.left_out, typical, longest)
+
+
+def _check_megatron(config: Config, shape: Shape) -> None:
+    """Nothing of the kind is imported, which takes seconds, unless something was asked of it."""
+    parallel = config.parallel
+    if parallel.spec is not Spec.te and not parallel.megatron:
+        return
+    from peergrad.parallel.options import choose_spec
+
+    spec = choose_spec(parallel.spec)
+    if parallel.megatron:
+        from peergrad.parallel.model import transformer_config
+
+        transformer_config(shape, parallel, config.model.dtype, spec)

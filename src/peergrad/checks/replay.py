@@ -1,0 +1,69 @@
+"""Recorded rollouts against the run that is to train on them."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from peergrad.checks.place import resumed_step
+from peergrad.config import Config
+from peergrad.config.rules import one_line
+from peergrad.data import Group, read_groups
+from peergrad.parallel.hf.config import Shape
+
+MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def check_recorded(config: Config, shape: Shape) -> None:
+    """Raise ValueError unless every step of the run has a record. Only the first and the last are
+    read whole: a long run has gigabytes of them."""
+    if config.rollout.replay is None:
+        return
+    from peergrad.rollout.rollouts import recorded  # here: it imports torch
+
+    folder = Path(config.rollout.replay)
+    first, last = (resumed_step(config) or 0) + 1, config.run.steps
+    for step in range(first, last + 1):
+        file = recorded(folder, step - 1)
+        _require(
+            config,
+            file.is_file(),
+            f"has no record of step {step}",
+            f"set run.steps={step - 1}" if step > first else "name a run with rollout.dump=true",
+        )
+        with file.open("rb") as stream:
+            whole = stream.read(len(MAGIC)) == MAGIC
+        _require(config, whole, f"{file.name} is damaged", "restore the file")
+    for step in sorted({first, last} if first <= last else ()):
+        _check_groups(config, recorded(folder, step - 1), shape)
+
+
+def _check_groups(config: Config, file: Path, shape: Shape) -> None:
+    try:
+        groups = read_groups(file)
+    except (OSError, ValueError, KeyError, TypeError, zlib.error, zstandard.ZstdError) as error:
+        rule = f"{file.name} is damaged ({type(error).__name__}: {one_line(error)})"
+        raise _error(config, rule, "restore the file, or set run.steps below it") from error
+    wanted = config.rollout.prompts_per_step
+    rule = f"{file.name} holds {len(groups)} groups instead of {wanted}"
+    remedy = f"set rollout.batch_size={len(groups) * config.rollout.group_size}"
+    _require(config, len(groups) == wanted, rule, remedy if groups else "restore the file")
+    most = max(map(_largest, groups))
+    rule = f"{file.name} has the token id {most}, the model only ids below {shape.vocab}"
+    _require(config, most < shape.vocab, rule, "use the model that it was recorded with")
+
+
+def _largest(group: Group) -> int:
+    """The largest token id of a group's prompt and answers."""
+    tokens = [group.prompt.tokens, *(rollout.tokens for rollout in group.rollouts)]
+    return int(np.concatenate(tokens).max(initial=0))
+
+
+def _require(config: Config, ok: bool, rule: str, remedy: str) -> None:
+    if not ok:
+        raise _error(config, rule, remedy)
+
+
+def _error(config: Config, rule: str, remedy: str) -> ValueError:
+    return ValueError(f"rollout.replay = {config.rollout.replay!r}: {rule}; {remedy}")

@@ -1,0 +1,180 @@
+"""What will run, on a few lines for a person."""
+
+import textwrap
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from peergrad.checks.inputs import Inputs, Source
+from peergrad.checks.layout import data_ranks
+from peergrad.checks.place import (
+    checkpoint_bytes,
+    disk_warning,
+    gigabytes,
+    resumed_step,
+    run_folder,
+)
+from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec
+from peergrad.parallel.hf.tensors import parameters
+
+WIDTH, LABEL = 80, 13
+REWARDS = {
+    RewardKind.arithmetic: "arithmetic: 1 if the whole answer is right, else 0",
+    RewardKind.gsm8k: "gsm8k: 1 if the final number is right, else 0",
+}
+
+
+def summary(config: Config, world: int, inputs: Inputs) -> str:
+    """At most about 16 lines of 80 columns: what ``check`` and ``check_inputs`` have let pass."""
+    rows = [*_model(config, world, inputs), *_work(config, inputs), *_results(config, inputs)]
+    rows += [("warning", text) for text in _warnings(config, inputs)]
+    return "".join(line for label, text in rows for line in _lines(label, text))
+
+
+def _lines(label: str, text: str) -> Iterator[str]:
+    """``label`` and ``text`` side by side, the text wrapped if it must be."""
+    parts = textwrap.wrap(text, WIDTH - LABEL - 2, break_on_hyphens=False)
+    for i, part in enumerate(parts):
+        yield f"{'' if i else label:<{LABEL}}  {part}\n"
+
+
+def _path(path: str | Path, room: int = 45) -> str:
+    """A path, cut in front to fit."""
+    text = str(path)
+    return text if len(text) <= room else f"...{text[-(room - 3) :]}"
+
+
+def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    shape, parallel, algo = inputs.shape, config.parallel, config.algo
+    size = f"{shape.layers} layers of {shape.hidden}, {_count(parameters(shape))} parameters"
+    yield "model", f"{_path(config.model.path, 25)}: {shape.family}, {size}"
+    if config.model.weights is not None:
+        yield "weights", f"{_path(config.model.weights)}"
+    grid = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {data_ranks(config, world)}"
+    grid += ", sequence parallel" if parallel.sequence else ""
+    processes = _plural(world, "process", "processes")
+    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
+    where = algo.source.partition(" (there")[0] or "an objective of your own"
+    place = " in the reward" if algo.kl.place is KlPlace.reward else ""
+    yield "objective", f"{where}; KL {algo.kl.coef:g}{place}" if algo.kl.coef else where
+
+
+def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    rollout, algo = config.rollout, config.algo
+    updates = algo.epochs * algo.minibatches
+    yield (
+        "step",
+        f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers, "
+        f"{_plural(updates, 'update')}, at most {_count(_tokens(config, inputs))} tokens",
+    )
+    yield "steps", _steps(config, inputs)
+    if rollout.replay is not None:
+        yield "rollouts", f"recorded ones of {_path(rollout.replay)}; no engine, no evaluation"
+        return
+    assert inputs.train is not None
+    yield "prompts", _source(inputs.train)
+    yield (
+        "reward",
+        REWARDS.get(config.reward.kind)
+        or (
+            f"{config.reward.function} in {_plural(config.reward.workers, 'process', 'processes')}"
+        ),
+    )
+    yield "servers", _servers(config)
+    yield "evaluation", _evaluation(config, inputs)
+
+
+def _results(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    often = f"every {_plural(every, 'step')}" if every else "at the end"
+    kept = f", {f'the newest {keep}' if keep else 'all'} kept" if every else ""
+    size = gigabytes(checkpoint_bytes(config, inputs.shape))
+    yield "checkpoints", f"{often}{kept}, about {size} each"
+    step = resumed_step(config)
+    state = "new" if step is None else f"resumed after step {step}"
+    yield "run folder", f"{_path(run_folder(config))} ({state})"
+
+
+def _warnings(config: Config, inputs: Inputs) -> Iterator[str]:
+    disk = disk_warning(config, inputs.shape)
+    if disk is not None:
+        yield disk
+    train, wanted = inputs.train, config.rollout.prompts_per_step
+    if train is not None and train.prompts < wanted:
+        yield f"a step takes {wanted} prompts, data.source has {train.prompts}: some come twice"
+    evaluation = config.evaluation
+    if evaluation.every and config.data.held_out is None and train is not None:
+        yield f"evaluation.every={evaluation.every} has no effect without data.held_out"
+    same = train is not None and inputs.held_out is not None and train.name == inputs.held_out.name
+    if same and config.data.source != "arithmetic":  # whose two splits share no problem
+        yield "data.held_out is the file that is trained on: its pass@1 will say nothing"
+    step = resumed_step(config)
+    if step is not None and step >= config.run.steps:
+        yield f"the newest checkpoint is of step {step}: nothing is left of run.steps to train"
+    if config.run.resume and step is None:
+        yield "run.resume=true, but there is no checkpoint: the run starts from the beginning"
+
+
+def _tokens(config: Config, inputs: Inputs) -> int:
+    """The most that a step can train on, prompts included."""
+    longest = config.data.max_prompt_tokens if inputs.train is None else inputs.train.longest
+    return config.rollout.batch_size * (longest + config.rollout.max_new_tokens)
+
+
+def _steps(config: Config, inputs: Inputs) -> str:
+    steps, optim = config.run.steps, config.optim
+    text = f"{steps}"
+    if inputs.train is not None:
+        passes = steps * config.rollout.prompts_per_step / inputs.train.prompts
+        text += f" ({passes:.2g} epochs)"
+    text += f", lr {optim.lr:g} {optim.schedule.name}"
+    return text + (
+        f", {_plural(optim.warmup_steps, 'update')} of warm-up" if optim.warmup_steps else ""
+    )
+
+
+def _source(source: Source) -> str:
+    out = f", {source.left_out} left out" if source.left_out else ""
+    lengths = f"{source.typical} tokens, longest {source.longest}"
+    return f"{_path(source.name, 30)}: {source.prompts}, median {lengths}{out}"
+
+
+def _servers(config: Config) -> str:
+    servers, stale = config.rollout.servers, config.rollout.max_staleness
+    lag = f"; answers up to {_plural(stale, 'version')} old" if stale else ""
+    if servers.mode is ServerMode.external:
+        more = len(servers.urls) - 2
+        return " ".join(servers.urls[:2]) + (f" and {more} more" if more > 0 else "") + lag
+    tensor = f" of TP {servers.tensor}" if servers.tensor > 1 else ""
+    return f"{servers.count}{tensor}, started and stopped by the run{lag}"
+
+
+def _evaluation(config: Config, inputs: Inputs) -> str:
+    evaluation, held_out = config.evaluation, inputs.held_out
+    if held_out is None or not evaluation.every:
+        return "none" if evaluation.every else "none (evaluation.every=0)"
+    used = min(evaluation.prompts, held_out.prompts)
+    answers = "greedy" if not evaluation.temperature else f"temperature {evaluation.temperature:g}"
+    samples = f" x {evaluation.samples}" if evaluation.samples > 1 else ""
+    where = f"{used} of {held_out.prompts} in {_path(held_out.name, 25)}"
+    return f"every {_plural(evaluation.every, 'step')}: {where}{samples}, {answers}"
+
+
+def _spec(config: Config) -> str:
+    """``auto`` is known without asking for a GPU where Transformer Engine is not installed."""
+    spec = config.parallel.spec
+    if spec is Spec.auto and find_spec("transformer_engine") is None:
+        spec = Spec.torch
+    return {Spec.torch: "PyTorch", Spec.te: "Transformer Engine"}.get(spec, "auto")
+
+
+def _count(number: int) -> str:
+    """A number for people: 3 significant digits."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _plural(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,36 @@
+"""Which tensors an HF checkpoint of a shape holds, and their sizes."""
+
+from math import prod
+
+from peergrad.parallel.hf.config import Shape
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """HF name -> size of every tensor of the model; a tied model has no head of its own.
+
+    Example:
+        >>> tensor_shapes(qwen3_0p6b)["model.layers.0.self_attn.k_proj.weight"]
+        (1024, 1024)
+    """
+    h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = dict.fromkeys(["q_norm", "k_norm"], (shape.head_dim,)) if shape.qk_norm else {}
+    attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+    mlp = {"gate_proj": (shape.ffn, h), "up_proj": (shape.ffn, h), "down_proj": (h, shape.ffn)}
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (h,),
+        **{f"self_attn.{name}": size for name, size in {**attention, **norms}.items()},
+        "post_attention_layernorm": (h,),
+        **{f"mlp.{name}": size for name, size in mlp.items()},
+    }
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, h)}
+    for i in range(shape.layers):
+        found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+    found["model.norm.weight"] = (h,)
+    if not shape.tied:
+        found["lm_head.weight"] = (shape.vocab, h)
+    return found
+
+
+def parameters(shape: Shape) -> int:
+    """Parameters of the model, the vocabulary not padded."""
+    return sum(map(prod, tensor_shapes(shape).values()))

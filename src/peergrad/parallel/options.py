@@ -1,0 +1,111 @@
+"""What ``parallel.spec`` and ``parallel.megatron`` may say."""
+
+import logging
+import types
+import typing
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, Literal, Union
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from peergrad.config import ParallelConfig, Spec, require
+from peergrad.config.rules import one_line
+
+log = logging.getLogger(__name__)
+
+UNSUPPORTED = (
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+ANOTHER_MODEL = (
+    *("num_moe_experts", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias"),
+    *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "window_size"),
+    *("window_attn_skip_freq", "rotary_interleaved", "softmax_scale", "softmax_type", "qk_l2_norm"),
+    *("apply_residual_connection_post_layernorm", "layernorm_zero_centered_gamma", "qk_clip"),
+    *("glu_linear_offset", "activation_func_clamp_value", "attention_output_gate"),
+    *("is_hybrid_model", "heterogeneous_block_specs", "mrope_section", "fp16"),
+)
+"""Fields that change the function which the weights mean: the engine would compute another one."""
+
+
+def choose_spec(spec: Spec) -> Spec:
+    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere.
+
+    Raises ValueError if ``te`` is asked for and cannot be had.
+    """
+    gpu, engine = torch.cuda.is_available(), find_spec("transformer_engine") is not None
+    if spec is Spec.te and not gpu:
+        raise ValueError(
+            "parallel.spec = 'te': Transformer Engine needs a GPU, and PyTorch sees none; "
+            "set parallel.spec=torch"
+        )
+    if spec is Spec.te and not engine:
+        raise ValueError(
+            "parallel.spec = 'te': the package transformer-engine is not installed; "
+            "install peergrad[gpu] or set parallel.spec=torch"
+        )
+    chosen = (Spec.te if gpu and engine else Spec.torch) if spec is Spec.auto else spec
+    log.info("layers: %s spec", chosen.name)
+    return chosen
+
+
+def with_users_fields(ours: dict[str, Any], parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration from ``ours`` and the fields of ``parallel.megatron``.
+
+    Raises ValueError for a field that does not exist, is not the user's to set, has a value of
+    another type, or that Megatron refuses.
+    """
+    known = typing.get_type_hints(TransformerConfig)
+    names = {field.name for field in fields(TransformerConfig) if not field.name.startswith("_")}
+    for name, value in parallel.megatron.items():
+        key = f"parallel.megatron.{name}"
+        remedy = "correct or remove it"
+        require(name in names, key, value, "is no field of TransformerConfig", remedy)
+        foreign = name not in ours and name not in (*UNSUPPORTED, *ANOTHER_MODEL)
+        foreign = foreign and not name.startswith("moe_")
+        require(foreign, key, value, "is set by peergrad or not supported", "remove it")
+        require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
+    try:
+        return TransformerConfig(**ours, **parallel.megatron)
+    except (ValueError, AssertionError, TypeError, KeyError, AttributeError, ImportError) as error:
+        if not parallel.megatron:
+            raise  # ours alone
+        rule = f"Megatron refuses this combination ({one_line(error)})"
+        raise ValueError(
+            f"parallel.megatron = {parallel.megatron}: {rule}; correct or remove the field"
+        ) from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is of the annotated type; a list does for a tuple."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        items = arguments[0] if arguments else Any
+        return isinstance(value, list) and all(_fits(item, items) for item in value)
+    if kind is Any:
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return type(value) is int
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _name(kind: Any) -> str:
+    """An annotation as a person would write it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_name(one) for one in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (list, tuple):
+        return f"a list of {_name(arguments[0]) if arguments else 'values'}"
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return "null" if kind is type(None) else plain.get(kind, "what YAML cannot say: leave it")
