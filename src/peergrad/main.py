@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(config, world=place.world)
         directory = check_run_dir(config.run)
         if options.check and place.rank == 0:
-            print(summary(config, place.world, read_inputs(config, directory)), end="")
+            print(check_all(config, directory, place), end="")
     except ValueError as error:
         return refuse(error, place)
     if options.check:
@@ -55,13 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(config, text, directory, place)
 
 
+def check_all(config: Config, directory: RunDir, place: Place) -> str:
+    """What will run, in some lines. Raises ValueError for what is wrong with it."""
+    from peergrad.rollout.servers import check_args
+
+    # Beside each other: the one waits for a process of its own.
+    with (
+        Screen(config.run.steps) as screen,
+        screen.waiting("the checks"),
+        ThreadPoolExecutor(1) as beside,
+    ):
+        arguments = beside.submit(check_args, config.rollout.servers.args)
+        inputs = read_inputs(config, directory)
+        arguments.result()
+    return summary(config, place.world, inputs)
+
+
 def read_inputs(config: Config, directory: RunDir) -> Inputs:
     """What the run reads and whom it asks, read and asked once. ValueError for what is wrong."""
     from peergrad.rollout.probe import probe
-    from peergrad.rollout.servers import check_args
 
     inputs = check_inputs(config)
-    check_args(config.rollout.servers)
     probe(config, directory.known_identity)
     return inputs
 
