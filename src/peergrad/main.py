@@ -19,6 +19,7 @@ from pathlib import Path
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
 from peergrad.checks import Inputs, check, check_inputs, summary
+from peergrad.checks.place import check_folder
 from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import read_metrics
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)
         directory = check_run_dir(config.run)
+        if place.rank == 0:
+            check_folder(config)
         if options.check and place.rank == 0:
             print(check_all(config, directory, place), end="")
     except ValueError as error:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peergrad.checks.account import check_account
-from peergrad.checks.place import check_folder
 from peergrad.checks.replay import check_recorded
 from peergrad.config import Config, RewardKind, ServerMode, Spec, require
 from peergrad.data import Prompt
@@ -71,7 +70,6 @@ def check_inputs(config: Config) -> Inputs:
 
 
 def _check_inputs(config: Config, shape: Shape) -> Inputs:
-    check_folder(config)
     check_account(config)
     _check_models(config, shape)
     if config.rollout.replay is not None:
