@@ -86,6 +86,7 @@ def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
 
 def _results(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
     every, keep = config.checkpoint.every, config.checkpoint.keep
+    every = every if every < config.run.steps else 0
     often = f"every {_plural(every, 'step')}" if every else "at the end"
     kept = f", {f'the newest {keep}' if keep else 'all'} kept" if every else ""
     size = gigabytes(checkpoint_bytes(config, inputs.shape))
