@@ -1,5 +1,6 @@
 """Weights in and out of a distributed Megatron model, under HF names."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.files import open_tensors
+from peergrad.parallel.hf.files import TensorReader, open_tensors
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
 from peergrad.parallel.model import PolicyModel
 
@@ -32,30 +33,69 @@ def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 
 
 @torch.no_grad()
-def load_hf(model: PolicyModel, path: str, shape: Shape, groups: Groups) -> None:
+def load_hf(
+    model: PolicyModel, path: str, shape: Shape, groups: Groups, *, key: str = "model.path"
+) -> None:
     """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
 
-    Raises ValueError for a missing tensor or a wrong shape.
+    Raises ValueError, which names the folder ``key``, for a missing tensor, a wrong shape or a file
+    that cannot be read.
     """
-    with open_tensors(path) as reader:
-        for name, parameter in local_parameters(model):
-            if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
-                name = "embedding.word_embeddings.weight"
-            mapped = hf_names(name)
-            shard = to_megatron(
-                [reader.get(n) for n in mapped.names],
-                mapped.layout,
-                shape,
-                dim=sharded_dim(parameter),
-                rank=groups.tensor.rank(),
-                ranks=groups.tensor.size(),
-            )
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"model.path = {path!r}: {' + '.join(mapped.names)} gives {tuple(shard.shape)} "
-                    f"where config.json asks for {tuple(parameter.shape)}; use matching files"
-                )
+    with open_tensors(path, key=key) as reader:
+        for parameter, shard in read_shards(model, reader, shape, groups):
             parameter.copy_(shard)
+
+
+def read_shards(
+    model: PolicyModel, reader: TensorReader, shape: Shape, groups: Groups
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Every parameter of this rank, with what the HF files say that it is, in their precision."""
+    for name, parameter in local_parameters(model):
+        if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
+            name = "embedding.word_embeddings.weight"
+        mapped = hf_names(name)
+        shard = to_megatron(
+            [reader.get(n, hf_size(n, shape)) for n in mapped.names],
+            mapped.layout,
+            shape,
+            dim=sharded_dim(parameter),
+            rank=groups.tensor.rank(),
+            ranks=groups.tensor.size(),
+        )
+        assert shard.shape == parameter.shape, name
+        yield parameter, shard
+
+
+def hf_size(name: str, shape: Shape) -> tuple[int, ...]:
+    """The size of HF tensor ``name`` in a model of ``shape``."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (shape.vocab, shape.hidden),
+        "lm_head": (shape.vocab, shape.hidden),
+        "q_proj": (queries, shape.hidden),
+        "k_proj": (keys, shape.hidden),
+        "v_proj": (keys, shape.hidden),
+        "o_proj": (shape.hidden, queries),
+        "q_norm": (shape.head_dim,),
+        "k_norm": (shape.head_dim,),
+        "gate_proj": (shape.ffn, shape.hidden),
+        "up_proj": (shape.ffn, shape.hidden),
+        "down_proj": (shape.hidden, shape.ffn),
+    }
+    return sizes.get(name.split(".")[-2], (shape.hidden,))  # the other norms
+
+
+def parameter_count(shape: Shape) -> int:
+    """Parameters of a model of ``shape``; a tied embedding counts once."""
+    layer = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    layer += ["input_layernorm", "post_attention_layernorm"]
+    layer += ["q_norm", "k_norm"] if shape.qk_norm else []
+    ends = ["embed_tokens", "norm"] + ([] if shape.tied else ["lm_head"])
+    return sum(
+        times * math.prod(hf_size(f"{name}.weight", shape))
+        for names, times in ((layer, shape.layers), (ends, 1))
+        for name in names
+    )
 
 
 @torch.no_grad()
