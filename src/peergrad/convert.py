@@ -317,7 +317,7 @@ def _written(out: Path) -> str:
 
 
 def _summary(shape: "Shape", stored: set[str], dtype: Dtype) -> str:
-    from peergrad.parallel.weights import parameter_count
+    from peergrad.parallel.hf.sizes import parameter_count
 
     rounded = sorted(stored - set(EXACT[dtype.name]))
     kind = f"{dtype.name} (rounded from {' and '.join(rounded)})" if rounded else dtype.name

@@ -27,7 +27,8 @@ _RULES = {
     errno.ENOENT: ("its folder is not there and cannot be made", "correct the path"),
     errno.EIO: ("the disk reports an input/output error", "choose another disk"),
 }
-_VAGUE = ("inline_container", "PytorchStreamWriter")  # how torch's zip writer names any failure
+_VAGUE = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""How torch's writer of zip files names any failure."""
 
 
 class StorageError(RuntimeError):

@@ -177,7 +177,7 @@ def _sharded(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
     if optimizer is not None:
-        _fill_adam(_sharded_adam(optimizer))
+        _fill_adam(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             state, is_loading=loading, metadata=_metadata()
         )
@@ -233,7 +233,11 @@ def _fill(
     if inner is not None:
         _load_sharded_adam(inner, state["optimizer"])
     elif optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        if _torch_adam(optimizer):
+            # Megatron leaves out a step of 0, which its loader then misses.
+            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
+        optimizer.load_state_dict(saved)
 
 
 def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
@@ -245,14 +249,17 @@ def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
     return None
 
 
-def _fill_adam(optimizer: Any) -> None:
+def _torch_adam(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The torch AdamW inside Megatron's wrappers; none with Transformer Engine or apex."""
+    wrappers = getattr(optimizer, "chained_optimizers", [])
+    return [w.optimizer for w in wrappers if isinstance(w.optimizer, torch.optim.AdamW)]
+
+
+def _fill_adam(optimizer: MegatronOptimizer) -> None:
     """Give a torch AdamW that has not stepped yet its initial state: Megatron cannot describe an
-    empty one, neither to load into it nor to save it."""
-    if optimizer is None:
-        return
-    inner = optimizer.optimizer
-    for group in inner.param_groups:
-        for parameter in group["params"]:
+    empty one to load into it, and what it saves of one cannot be loaded."""
+    for inner in _torch_adam(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter] = {
                     "step": torch.tensor(0.0),
