@@ -14,18 +14,29 @@ The same seed gives the same weights on the same machine and number of threads.
 """
 
 import argparse
+import logging
+import os
 import random
+import shutil
 import sys
-import tempfile
 import time
+import warnings
 from pathlib import Path
+
+from peergrad.config import require
+from peergrad.prompts.arithmetic import careless_answer, problems
+from peergrad.storage import partial_of, put_in_place, writing
+
+if __name__ == "__main__":
+    print("loading libraries ...", flush=True)
+    warnings.simplefilter("ignore")  # the libraries' warnings are no news
+    logging.basicConfig(handlers=[logging.NullHandler()])
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-from peergrad.prompts.arithmetic import careless_answer, problems
+from transformers.utils import logging as transformers_logging
 
 # 61 characters and 3 special tokens are 64: no id the model can sample is without a text.
 CHARACTERS = "0123456789+-*/= .,?!:()\nabcdefghijklmnopqrstuvwxyz;'\"<>%^_#$&"
@@ -40,26 +51,52 @@ PASS_RATE_RANGE = (0.2, 0.5)  # outside of it, the warm-up did not do what it sa
 
 def main() -> int:
     args = parse_arguments()
-    if args.out.exists() and not args.force:
-        print(f"{args.out} exists already: pass --force to replace it", file=sys.stderr)
-        return 2
-    if args.out.exists() and not (args.out / "config.json").is_file():
-        print(f"{args.out} is no checkpoint, --force does not replace it", file=sys.stderr)
-        return 2
-    torch.set_num_threads(1)  # so small that a second thread only waits for the first
-    tokenizer = make_tokenizer()
-    model, sampled, greedy = train(tokenizer, args.seed)
-    low, high = PASS_RATE_RANGE
-    if not low <= sampled <= high:
-        print(
-            f"pass rate {sampled:.3f} is not in [{low}, {high}]: nothing written, try a new --seed",
-            file=sys.stderr,
-        )
-        return 1
-    write(args.out, model, tokenizer)
+    try:
+        check_out(args.out, force=args.force)
+        torch.set_num_threads(1)  # so small that a second thread only waits for the first
+        tokenizer = make_tokenizer()
+        model, sampled, greedy = train(tokenizer, args.seed)
+        low, high = PASS_RATE_RANGE
+        if not low <= sampled <= high:
+            raise RuntimeError(
+                f"--seed = {args.seed}: the model's pass rate {sampled:.3f} is not in "
+                f"[{low}, {high}], nothing was written; try another seed"
+            )
+        write(args.out, model, tokenizer)
+    except (ValueError, RuntimeError) as error:
+        if "\n" in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"wrote {args.out} (greedy pass rate {greedy:.3f})")
     print(f"pass rate {sampled:.3f}")
     return 0
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Before the minutes of training: ValueError or StorageError if ``out`` cannot be written."""
+    there = os.path.lexists(out)
+    require(
+        force or not there,
+        "--out",
+        str(out),
+        "exists already",
+        "pass --force to replace it, or name a new folder",
+    )
+    require(
+        not there or (out / "config.json").is_file(),
+        "--out",
+        str(out),
+        "is no checkpoint, and --force replaces nothing else",
+        "name a new folder",
+    )
+    with writing("--out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission is denied", str(out.parent))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -176,19 +213,19 @@ def schedule(step: int) -> float:
 
 
 def write(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write into a temporary folder next to ``out``, then rename: never half a model."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        model.generation_config = GenerationConfig(
-            do_sample=True, eos_token_id=EOS, pad_token_id=PAD
-        )
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
+    """Write under a hidden name next to ``out``, then rename: never half a model."""
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=EOS, pad_token_id=PAD)
+    partial = partial_of(out)
+    try:
+        with writing("--out", out):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            put_in_place(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":
+    transformers_logging.disable_progress_bar()
     sys.exit(main())

@@ -1,20 +1,41 @@
 """Checkpoint conversions, HF <-> Megatron, as the programs in ``tools/`` offer them.
 
-On one process or, under torchrun, at any TP x PP; the result is the same bits.
+On one process or, under torchrun, at any TP x PP; the result is the same bits. What was written is
+read back from the disk and compared with the source, tensor by tensor, before success is claimed.
 """
 
+import logging
+import os
+import re
+import shutil
 import sys
+import time
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peergrad.checks import read_model_config
-from peergrad.config import Config, Dtype, ModelConfig, ParallelConfig
+from peergrad.config import Dtype, ParallelConfig, require
+from peergrad.observing.progress import Progress
+from peergrad.storage import in_bytes, size_of, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peergrad.parallel.groups import Groups
+    from peergrad.parallel.hf.config import Shape
+    from peergrad.parallel.model import PolicyModel
+
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXACT = {"float32": ("float32", "float16", "bfloat16"), "bfloat16": ("bfloat16",)}
+INTERRUPTED = 130
 
 
-def run(description: str, source: str, convert: Callable[[Namespace], None]) -> int:
-    """Read the command line (``source`` names the option for what to convert), convert, and return
-    the exit status; a ValueError becomes one line."""
+def run(description: str, source: str, convert: Callable[[Namespace, Progress], str]) -> int:
+    """Read the command line (``source`` names the option for what to convert), convert, say what
+    was written, and return the exit status; what a user can cause becomes one line."""
     parser = ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(source, dest="source", required=True, type=Path, help="folder to convert")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
@@ -24,60 +45,280 @@ def run(description: str, source: str, convert: Callable[[Namespace], None]) -> 
         "--pipeline", type=int, default=1, help="pipeline-parallel size of the work"
     )
     options = parser.parse_args()
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' warnings are no news
+    warnings.simplefilter("ignore")
+    start = time.monotonic()
     try:
-        if options.out.exists():
-            raise ValueError(f"--out = {options.out}: exists already; name a new folder")
-        convert(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with Progress(speak=speaks) as progress:
+            progress.say(f"converting {options.source} to {options.out}")
+            _check_options(options, source)
+            done = convert(options, progress)
+    except (ValueError, RuntimeError) as error:
+        if "\n" in str(error):
+            raise
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        if speaks:
+            print("interrupted; nothing was left behind", file=sys.stderr)
+        return INTERRUPTED
+    if speaks:
+        seconds = time.monotonic() - start
+        size = in_bytes(size_of(options.out))
+        print(f"wrote {options.out}: {done}, {size} in {seconds:.0f} s; {CHECKED}", flush=True)
     return 0
 
 
-def hf_to_megatron(options: Namespace) -> None:
+CHECKED = "every tensor read back and compared"
+
+
+def hf_to_megatron(options: Namespace, progress: Progress) -> str:
     """Write the HF folder ``options.source`` as a checkpoint that ``model.weights`` takes."""
-    # Imported in the functions: --help should not have to wait for Megatron.
-    from peergrad.parallel.groups import close_groups, init_groups
-    from peergrad.parallel.policy import Scorer
-    from peergrad.parallel.snapshot import save_weights
+    path, key = options.source, "--hf"
+    _require_hf_folder(path, key)
+    # Imported in the functions: --help and wrong options should not have to wait for Megatron.
+    progress.begin("loading libraries")
+    from peergrad.parallel.hf.files import open_tensors
+    from peergrad.parallel.snapshot import load_weights, on_every_rank, save_weights
+    from peergrad.parallel.weights import load_hf, read_shards
 
-    path = str(options.source)
-    config = _config(options, path, stored=read_model_config(path, "--hf").get("dtype"))
-    groups = init_groups(config.parallel, seed=0)
-    try:
-        scorer = Scorer(config, groups, path=path)
-        save_weights(options.out, scorer.model, scorer.shape, groups, companions=options.source)
-    finally:
-        close_groups()
+    with open_tensors(path, key=key) as reader:
+        stored = {STORED.get(dtype, dtype) for dtype in reader.dtypes()}
+    dtype = _target(options.dtype, stored)
+    with _model(options, path, key, dtype) as (model, shape, groups):
+        progress.begin(f"reading {path}")
+        on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
+        progress.begin(f"writing {options.out}", lambda: _written(options.out))
+        save_weights(options.out, model, shape, groups, companions=path, key=key)
+
+        def compare() -> None:
+            with open_tensors(path, key=key) as reader:
+                for parameter, shard in read_shards(model, reader, shape, groups):
+                    _require_same(parameter.data, shard.to(parameter.dtype), options.out)
+
+        with _discarding(options.out, groups):
+            progress.begin("reading it back")
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
+            load_weights(options.out, model, shape, key="--out")
+            on_every_rank(groups, compare)
+    return _summary(shape, stored, dtype)
 
 
-def megatron_to_hf(options: Namespace) -> None:
+def megatron_to_hf(options: Namespace, progress: Progress) -> str:
     """Write the weights of checkpoint ``options.source`` as an HF folder."""
-    from peergrad.parallel.groups import close_groups, init_groups
-    from peergrad.parallel.policy import Scorer
-    from peergrad.parallel.snapshot import damage, read_meta
+    path, key = _step_folder(options.source, progress), "--checkpoint"
+    progress.begin("loading libraries")
+    from peergrad.parallel.damage import damage, read_meta
+    from peergrad.parallel.hf.files import open_tensors, write_hf
+    from peergrad.parallel.snapshot import load_weights
+    from peergrad.parallel.weights import export_hf
 
-    problem = damage(options.source)
-    if problem is not None:
-        raise ValueError(
-            f"--checkpoint = {options.source}: is no whole checkpoint ({problem}); "
-            "name a step folder"
+    problem = damage(path)
+    require(
+        problem is None, key, str(path), f"is no whole checkpoint ({problem})", "name another one"
+    )
+    stored = {str(read_meta(path)["dtype"])}
+    dtype = _target(options.dtype, stored)
+    hf = path / "hf"
+    with _model(options, hf, key, dtype) as (model, shape, groups):
+        progress.begin(f"reading {path}")
+        load_weights(path, model, shape, key=key)
+        progress.begin(f"writing {options.out}", lambda: _written(options.out))
+        _on_rank_0(
+            groups,
+            export_hf(model, shape, groups),
+            lambda stream: write_hf(stream, options.out, companions=hf, replace=False, key=key),
         )
-    hf = options.source / "hf"
-    config = _config(options, str(hf), stored=read_meta(options.source)["dtype"])
-    groups = init_groups(config.parallel, seed=0)
+
+        def compare(stream: "Iterator[tuple[str, Tensor]]") -> None:
+            with open_tensors(options.out, key="--out") as reader:
+                names = reader.names()
+                for name, tensor in stream:
+                    _require_same(tensor.cpu(), reader.get(name), options.out)
+                    names.remove(name)
+            assert not names
+
+        with _discarding(options.out, groups):
+            progress.begin("reading it back")
+            _on_rank_0(groups, export_hf(model, shape, groups), compare)
+    return _summary(shape, stored, dtype)
+
+
+def _check_options(options: Namespace, source: str) -> None:
+    out, path = options.out, options.source
+    require(not os.path.lexists(out), "--out", str(out), "exists already", "name a new folder")
+    inside = out.resolve().is_relative_to(path.resolve())
+    require(not inside, "--out", str(out), f"is inside {source}", "name a folder beside it")
+    for name in ("tensor", "pipeline"):
+        size = getattr(options, name)
+        require(size > 0, f"--{name}", size, "must be at least 1", "leave it out")
+    needed = options.tensor * options.pipeline
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    started = f"{world} process was" if world == 1 else f"{world} processes were"
+    require(
+        world % needed == 0,
+        "--tensor x --pipeline",
+        needed,
+        f"needs {needed} processes and {started} started",
+        f"start it with torchrun --nproc-per-node {needed}, or leave both out: the result is the "
+        "same",
+    )
+    with writing("--out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(13, "permission is denied", str(out.parent))
+
+
+def _require_hf_folder(path: Path, key: str) -> None:
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists()
+    name = str(path)
+    require(
+        not hub,
+        key,
+        name,
+        "is no folder here, and no model hub is asked for it",
+        f"download it first (hf download {name} --local-dir models/{path.name}) and name that "
+        "folder",
+    )
+    require(path.exists(), key, name, "is not there", "correct the path")
+    require(path.is_dir(), key, name, "is a file", "name the folder that it is in")
+    from peergrad.checks import read_model_config
+
+    read_model_config(name, key)
+
+
+def _step_folder(path: Path, progress: Progress) -> Path:
+    """The step folder that ``path`` is, or the latest of the run or checkpoints folder that it
+    is."""
+    key, name = "--checkpoint", str(path)
+    require(path.exists(), key, name, "is not there", "correct the path")
+    require(path.is_dir(), key, name, "is a file", "name the step folder that it is in")
+    if (path / "meta.json").is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted(p.name for p in folder.glob("step_*") if (p / "meta.json").is_file())
     try:
-        scorer = Scorer(config, groups, path=str(hf), weights=str(options.source))
-        scorer.export(options.out, companions=hf)
+        latest = (folder / "latest").read_text().strip()
+    except (OSError, ValueError):
+        latest = ""
+    if latest in steps:
+        progress.say(f"taking {latest}, the latest of {folder}")
+        return folder / latest
+    remedy = (
+        f"name one of {', '.join(str(folder / step) for step in steps[-3:])}"
+        if steps
+        else "name a step folder of a run, such as runs/x/checkpoints/step_000100"
+    )
+    raise ValueError(f"{key} = {name!r}: is no checkpoint (meta.json is missing); {remedy}")
+
+
+def _target(asked: str | None, stored: set[str]) -> Dtype:
+    """The precision to write: as asked, or the one that is stored; of a kind that Megatron does not
+    train in bfloat16, and of a mixture the wider."""
+    if asked is not None:
+        return Dtype[asked]
+    wide = stored & {"float32", "float64"}
+    return Dtype.float32 if wide else Dtype.bfloat16
+
+
+@contextmanager
+def _model(
+    options: Namespace, path: Path, key: str, dtype: Dtype
+) -> "Iterator[tuple[PolicyModel, Shape, Groups]]":
+    """This rank's part of the model whose config.json is in ``path``, yet to be filled."""
+    from peergrad.parallel.groups import close_groups, init_groups
+    from peergrad.parallel.hf.config import read_shape
+    from peergrad.parallel.model import build_model
+
+    try:
+        shape = read_shape(str(path))[1]
+    except ValueError as error:  # the trainer's name for this folder
+        raise ValueError(str(error).replace("model.path", key, 1)) from error
+    _check_sizes(options, shape)
+    parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
+    groups = init_groups(parallel, seed=0)
+    try:
+        yield build_model(shape, parallel, dtype, groups), shape, groups
     finally:
         close_groups()
 
 
-def _config(options: Namespace, path: str, *, stored: object) -> Config:
-    """``stored``: the precision to keep unless another is asked for; of a kind that Megatron does
-    not train in, bfloat16."""
-    known = str(stored) if str(stored) in Dtype.__members__ else Dtype.bfloat16.name
-    return Config(
-        model=ModelConfig(path=path, dtype=Dtype[options.dtype or known]),
-        parallel=ParallelConfig(tensor=options.tensor, pipeline=options.pipeline),
+def _check_sizes(options: Namespace, shape: "Shape") -> None:
+    divided = {"attention heads": shape.heads, "key-value heads": shape.kv_heads}
+    divided |= {"MLP columns": shape.ffn, "padded vocabulary rows": 16}
+    for key, size, counts in (
+        ("--tensor", options.tensor, divided),
+        ("--pipeline", options.pipeline, {"layers": shape.layers}),
+    ):
+        for what, number in counts.items():
+            rule = f"must divide the model's {number} {what}"
+            require(number % size == 0, key, size, rule, f"use a divisor of {number}, or leave it")
+
+
+def _on_rank_0(
+    groups: "Groups",
+    stream: "Iterator[tuple[str, Tensor]]",
+    function: "Callable[[Iterator[tuple[str, Tensor]]], None]",
+) -> None:
+    """Give rank 0's ``function`` the stream that every rank must drain. Collective."""
+    from peergrad.parallel.snapshot import on_every_rank
+
+    failure: Exception | None = None
+    if groups.rank == 0:
+        try:
+            function(stream)
+        except Exception as error:
+            failure = error
+    for _ in stream:
+        pass
+
+    def fail() -> None:
+        if failure is not None:
+            raise failure
+
+    on_every_rank(groups, fail)
+
+
+@contextmanager
+def _discarding(out: Path, groups: "Groups") -> Iterator[None]:
+    """Remove what was written if it cannot be read back."""
+    try:
+        yield
+    except BaseException:
+        if groups.rank == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _require_same(written: "Tensor", source: "Tensor", out: Path) -> None:
+    """Bit for bit, so that NaN and the sign of zero count too."""
+    import torch
+
+    kinds = {2: torch.int16, 4: torch.int32}
+    same = written.dtype == source.dtype and torch.equal(
+        *(t.cpu().contiguous().view(kinds[t.itemsize]) for t in (written, source))
     )
+    if not same:
+        raise RuntimeError(
+            f"--out = {str(out)!r}: does not read back as it was written, and was removed; "
+            "try again on another disk"
+        )
+
+
+def _written(out: Path) -> str:
+    partials = out.parent.glob(f".{out.name}.partial*")
+    try:
+        return f"{in_bytes(sum(size_of(path) for path in partials))} written"
+    except OSError:
+        return ""  # renamed while it was counted
+
+
+def _summary(shape: "Shape", stored: set[str], dtype: Dtype) -> str:
+    from peergrad.parallel.hf.sizes import parameter_count
+
+    rounded = sorted(stored - set(EXACT[dtype.name]))
+    kind = f"{dtype.name} (rounded from {' and '.join(rounded)})" if rounded else dtype.name
+    return f"{shape.layers} layers, {parameter_count(shape):,} parameters, {kind}"

@@ -4,15 +4,17 @@ Nothing here imports torch, so that the collector process stays light. The packe
 trainer works on are ``peergrad.algo.packing.MicroBatch``.
 """
 
-import io
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
+
+from peergrad.storage import flush, partial_of, remove, writing
 
 FINISH_REASONS = ("stop", "length", "abort")
 
@@ -141,15 +143,37 @@ def write_groups(path: Path, groups: Iterable[Group]) -> None:
 
     The file appears under its name only when it is complete.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with zstandard.open(partial, "wt", encoding="utf-8") as out:
-        for group in groups:
-            out.write(json.dumps(_group_to_json(group), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    with writing("rollouts", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        with writing("rollouts", path):
+            with zstandard.open(partial, "wt", encoding="utf-8") as out:
+                for group in groups:
+                    out.write(json.dumps(_group_to_json(group), ensure_ascii=False) + "\n")
+            flush(partial)
+            partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            remove(partial)
+        raise
 
 
 def read_groups(path: Path) -> list[Group]:
-    """Read what ``write_groups`` wrote. Raises FileNotFoundError if there is no such file."""
-    with zstandard.open(path, "rb") as raw:
-        return [_group_from_json(json.loads(line)) for line in io.TextIOWrapper(raw, "utf-8")]
+    """Read what ``write_groups`` wrote.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged.
+    """
+    try:
+        # In one piece: the library's stream readers take a cut file for a shorter one.
+        reader = zstandard.ZstdDecompressor().decompressobj()
+        text = reader.decompress(path.read_bytes()).decode()
+        if not reader.eof:
+            raise ValueError("it is cut short")
+        return [_group_from_json(json.loads(line)) for line in text.split("\n")[:-1]]
+    except (zstandard.ZstdError, ValueError, KeyError, TypeError, IndexError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"rollouts = {str(path)!r}: is damaged ({type(error).__name__}: {what}); "
+            "use another recording"
+        ) from error

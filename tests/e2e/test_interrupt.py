@@ -106,7 +106,7 @@ def check_end(run: Run, *, inside: str) -> None:
 
 def check_checkpoints(folder: Path) -> None:
     """Whatever is visible is whole, and what ``latest`` names is visible."""
-    from peergrad.parallel.snapshot import damage
+    from peergrad.parallel.damage import damage
 
     for path in folder.glob("step_*"):
         assert damage(path) is None

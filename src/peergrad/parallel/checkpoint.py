@@ -8,31 +8,43 @@ reference has been replaced by a policy of the run, ``reference/``.
 import json
 import logging
 import random
+import re
 import shutil
+import time
 from collections.abc import Mapping
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from peergrad.config import CheckpointConfig
+from peergrad.config import CheckpointConfig, require
+from peergrad.parallel.damage import (
+    damage,
+    first_line,
+    read_meta,
+    require_same_model,
+    require_same_optimizer,
+)
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
-    damage,
-    fresh,
+    Unloadable,
     load_megatron,
-    publish,
-    read_meta,
-    require_same_model,
+    new_snapshot,
+    on_every_rank,
+    point_to,
     save_megatron,
     write_meta,
 )
+from peergrad.storage import put_in_place, remove, restore_old, size_of
 
 log = logging.getLogger(__name__)
-REFERENCE = "reference"
+REFERENCE, ALGO = "reference", "algo.json"
+STEP = re.compile(r"step_\d{6,}")
 
 
 class Checkpoints:
@@ -56,53 +68,95 @@ class Checkpoints:
     ) -> Path:
         """Write the state after ``step``. Collective. Saving a step again replaces it.
 
-        ``reference``: None if it can be had from where the run was started.
+        ``reference``: None if it can be had from where the run was started. Raises StorageError if
+        the disk refuses; older checkpoints are then as they were.
         """
+        start = time.monotonic()
         target = self.folder / f"step_{step:06d}"
-        partial = self.folder / f".{target.name}.partial"
-        self.groups.share(lambda: fresh(partial))
-        save_megatron(partial / "model", policy.model, policy.optimizer)
-        if reference is not None:
-            self.groups.share((partial / REFERENCE).mkdir)
-            save_megatron(partial / REFERENCE, reference.model, None)
-        torch.save(_rng_state(), partial / f"rng_{self.groups.rank:05d}.pt")
+        then = partial(self._then, target)
+        with new_snapshot("checkpoint", target, self.groups, then=then) as folder:
+            save_megatron(folder / "model", policy.model, policy.optimizer)
+            if reference is not None:
+                self.groups.share((folder / REFERENCE).mkdir)
+                save_megatron(folder / REFERENCE, reference.model, None)
+            rng = folder / f"rng_{self.groups.rank:05d}.pt"
+            on_every_rank(self.groups, lambda: rng.write_bytes(_rng_state()))
 
-        def finish() -> None:
-            if collector is not None:
-                (partial / "collector.pt").write_bytes(collector)
-            (partial / "algo.json").write_text(json.dumps(algo))
-            copy_companions(Path(policy.config.model.path), partial / "hf")
-            write_meta(
-                partial,
-                policy.model,
-                policy.shape,
-                step=step,
-                updates=policy.updates,
-                groups=self.groups,
-            )
-            publish(partial, target)
-            self._prune(target)
+            def finish() -> None:
+                if collector is not None:
+                    (folder / "collector.pt").write_bytes(collector)
+                (folder / ALGO).write_text(json.dumps(algo))
+                copy_companions(Path(policy.config.model.path), folder / "hf")
+                write_meta(
+                    folder,
+                    policy.model,
+                    policy.shape,
+                    policy.optimizer,
+                    step=step,
+                    updates=policy.updates,
+                    groups=self.groups,
+                )
+                put_in_place(folder, target)
+                point_to(target)
 
-        self.groups.barrier()
-        self.groups.share(finish)
+            self.groups.share(finish)
+        self.groups.share(lambda: self._prune(step))
+        self._log("saved", target, step, start)
         return target
+
+    def _then(self, target: Path) -> str:
+        """What a person can do once the disk takes checkpoints again."""
+        whole = [p for p in self._steps() if p != target and damage(p) is None]
+        if not whole:
+            return ", then start anew (there is no older checkpoint)"
+        return f", then resume with run.resume=true: {whole[0].name} is whole"
+
+    def _log(self, done: str, path: Path, step: int, start: float) -> None:
+        if self.groups.rank == 0:
+            seconds, size = time.monotonic() - start, size_of(path)
+            log.info("%s %s: step %d, %d bytes in %.1f s", done, path, step, size, seconds)
 
     def restore(self, policy: Policy) -> int:
         """Load the newest checkpoint into ``policy``; the step it was taken after, 0 if there is
         none. Collective. ValueError for a damaged or foreign one, unless ``checkpoint.fallback``
         finds an older whole one."""
+        start = time.monotonic()
         path = self.groups.share(self._newest)
         if path is None:
             return 0
-        meta = read_meta(path)
+        self._require_shared(path)
+        meta = self.groups.share(lambda: read_meta(path))
         require_same_model(path, meta, policy.shape)
-        load_megatron(path / "model", policy.model, policy.optimizer)
+        require_same_optimizer(path, meta, policy.optimizer, policy.config.model.dtype)
+        try:
+            load_megatron(path / "model", policy.model, policy.optimizer)
+        except Unloadable as error:
+            raise self._refused(path, str(error)) from error.__cause__
         policy.updates = meta["updates"]
-        rng = path / f"rng_{self.groups.rank:05d}.pt"
-        if meta["world"] == self.groups.world and rng.exists():
-            _set_rng_state(torch.load(rng, weights_only=False))
-        log.info("resumed from %s", path)
+        on_every_rank(self.groups, lambda: self._restore_rng(path, meta["world"]))
+        self._log("resumed from", path, meta["step"], start)
         return int(meta["step"])
+
+    def _restore_rng(self, path: Path, world: int) -> None:
+        file = path / f"rng_{self.groups.rank:05d}.pt"
+        if world != self.groups.world:
+            return
+        try:
+            _set_rng_state(torch.load(file, weights_only=False))
+        except Exception as error:
+            text = f"is damaged: {file.name} ({first_line(error)})"
+            raise self._refused(path, text) from error
+
+    def _require_shared(self, path: Path) -> None:
+        """Every rank must see the checkpoint: on several machines, a shared disk. Collective."""
+        blind = [rank for rank, seen in enumerate(self.groups.gather(path.is_dir())) if not seen]
+        require(
+            not blind,
+            "run.resume",
+            True,
+            f"checkpoint {path.absolute()} is not there on the machines of ranks {blind[:8]}",
+            "put run.root on a disk that all machines share",
+        )
 
     def collector_state(self, step: int) -> bytes | None:
         """What the collector saved with the checkpoint of ``step``; None if there is none."""
@@ -111,55 +165,131 @@ class Checkpoints:
 
     def algo_state(self, step: int) -> dict[str, object] | None:
         """What the objective remembered after ``step``; None if nothing was saved."""
-        path = self.folder / f"step_{step:06d}" / "algo.json"
-        found: dict[str, object] | None = json.loads(path.read_text()) if path.exists() else None
-        return found
+        path = self.folder / f"step_{step:06d}" / ALGO
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            if isinstance(found, dict):
+                return found
+            text = f"is damaged: {ALGO} (no object)"
+            raise self._refused(path.parent, text)
+        except json.JSONDecodeError as error:
+            text = f"is damaged: {ALGO} ({error})"
+            raise self._refused(path.parent, text) from error
 
     def restore_reference(self, reference: Scorer, step: int) -> None:
-        """Load the reference that was saved after ``step``. Collective."""
-        load_megatron(self.folder / f"step_{step:06d}" / REFERENCE, reference.model, None)
+        """Load the reference that was saved after ``step``. Collective. ValueError if it is
+        damaged."""
+        path = self.folder / f"step_{step:06d}"
+        require(
+            (path / REFERENCE).is_dir(),
+            "run.resume",
+            True,
+            f"checkpoint {path} has no {REFERENCE}/, though the policy had become the reference",
+            "set algo.kl.coef=0, or choose a new run.name",
+        )
+        try:
+            load_megatron(path / REFERENCE, reference.model, None)
+        except Unloadable as error:
+            raise self._refused(path, str(error)) from error.__cause__
+
+    def _steps(self) -> list[Path]:
+        """The step folders, the newest first."""
+        found = [p for p in self.folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
+        return sorted(found, key=_number, reverse=True)
 
     def _newest(self) -> Path | None:
         """The checkpoint to resume from: the one ``latest`` names, or with ``fallback`` the newest
         one that is whole."""
-        pointer = self.folder / "latest"
-        whole = [p for p in sorted(self.folder.glob("step_*"), reverse=True) if not damage(p)]
-        if pointer.exists():
-            named = self.folder / pointer.read_text().strip()
-        elif whole:  # a job that died between the two renames
-            named = whole[0]
-        else:
+        for old in self.folder.glob(".step_*.old"):  # a job that died between two renames
+            if damage(old) is None:
+                restore_old(old.with_name(old.name[1:].removesuffix(".old")))
+        steps = self._steps()
+        whole = [path for path in steps if _problem(path) is None]
+        if not steps and not (self.folder / "latest").exists():
             log.warning("%s holds no checkpoint: starting from the beginning", self.folder)
             return None
-        problem = damage(named)
-        if problem is None:
-            return named
-        if self.config.fallback and whole:
-            log.warning("%s is damaged (%s): falling back to %s", named, problem, whole[0])
+        named, problem = self._latest()
+        if named is None and problem is None and whole:  # a job that died before it wrote latest
             return whole[0]
-        raise ValueError(
-            f"run.resume = True: checkpoint {named} is damaged ({problem}); set "
-            "checkpoint.fallback=true to use an older one, or choose a new run.name"
+        problem = problem or "no step folder is whole"
+        if named is not None:
+            problem = _problem(named)
+            if problem is None:
+                return named
+        if self.config.fallback and whole:
+            log.warning("%s: %s; falling back to %s", named or self.folder, problem, whole[0])
+            return whole[0]
+        raise self._refused(named or self.folder, f"is damaged ({problem})")
+
+    def _latest(self) -> tuple[Path | None, str | None]:
+        """(the step folder that ``latest`` names, what is wrong with ``latest``)."""
+        pointer = self.folder / "latest"
+        if not pointer.exists():
+            return None, None
+        try:
+            name = pointer.read_text().strip()
+        except (OSError, ValueError) as error:
+            return None, f"latest cannot be read: {first_line(error)}"
+        if not STEP.fullmatch(name):
+            return None, f"latest holds {name[:40]!r} instead of the name of a step folder"
+        return self.folder / name, None
+
+    def _refused(self, path: Path, problem: str) -> ValueError:
+        """The error for the checkpoint ``path``, with a remedy that is there."""
+        others = [p for p in self._steps() if p != path and _problem(p) is None]
+        text = f"run.resume = True: checkpoint {path} {problem}"
+        if not others:
+            return ValueError(
+                f"{text}; no other whole checkpoint is in {self.folder}: choose a new run.name"
+            )
+        seen = path.exists() and path != self.folder and _problem(path) is None
+        move = f"move {path.name} away and " if seen else ""  # its sizes alone would be trusted
+        return ValueError(
+            f"{text}; {move}set checkpoint.fallback=true to go on from {others[0].name}, or choose "
+            "a new run.name"
         )
 
-    def _prune(self, newest: Path) -> None:
-        """Keep the last ones up to ``newest``; later ones, of a course that a fallback has left,
-        are not counted."""
-        whole = [p for p in sorted(self.folder.glob("step_*")) if p.name <= newest.name]
-        for path in whole[: -self.config.keep] if self.config.keep else []:
-            # Hidden first: a crash in the middle of rmtree must not leave a half that looks whole.
-            doomed = path.replace(path.with_name(f".{path.name}.old"))
-            shutil.rmtree(doomed)
+    def _prune(self, newest: int) -> None:
+        """Keep the last ones up to step ``newest``; later ones, of a course that a fallback has
+        left, are not counted. Links are left alone: what they point to is somebody's own."""
+        steps = [p for p in self._steps() if _number(p) <= newest and not p.is_symlink()]
+        olds = self.folder.glob(".step_*.old")
+        left = [old for old in olds if (self.folder / old.name[1:].removesuffix(".old")).exists()]
+        for path in [*left, *self.folder.glob(".step_*.pruned")]:  # by a job that died
+            shutil.rmtree(path, ignore_errors=True)
+        for path in steps[self.config.keep :] if self.config.keep else []:
+            try:
+                # Hidden first: a crash in the middle must not leave a half that looks whole.
+                remove(path.replace(path.with_name(f".{path.name}.pruned")))
+            except OSError as error:
+                log.warning("%s cannot be removed (%s)", path, error.strerror)
 
 
-def _rng_state() -> dict[str, Any]:
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with the step folder ``path``; None if it can be resumed from."""
+    problem = damage(path)
+    if problem is None and (step := read_meta(path)["step"]) != _number(path):
+        return f"meta.json is of step {step}"  # what lies beside it is found by the folder's name
+    return problem
+
+
+def _rng_state() -> bytes:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
+    state = {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
         "numpy": np.random.get_state(),
         "python": random.getstate(),
     }
+    content = BytesIO()  # torch's writer of files does not say why it fails
+    torch.save(state, content)
+    return content.getvalue()
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

@@ -2,13 +2,17 @@
 
 ``model/`` holds weights and, in a run's checkpoint, the optimizer, readable at any TP x PP x DP;
 ``hf/`` configuration and tokenizer; ``meta.json`` step, shape and the size of every file. It is all
-written under a hidden name, flushed to disk, and appears by one rename; ``latest`` beside it is
-written after that. Whatever moment a job dies at, the newest visible checkpoint is whole.
+written under a hidden name, flushed to disk, and appears by one rename; in a run ``latest`` beside
+it is written after that. Whatever moment a job dies at, the newest visible checkpoint is whole.
 """
 
 import json
+import logging
 import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -20,130 +24,144 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
+from peergrad.parallel.damage import (
+    FORMAT,
+    culprit,
+    damage,
+    describe_files,
+    describe_optimizer,
+    first_line,
+    read_meta,
+    require_same_model,
+)
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.model import PolicyModel
 from peergrad.running.lifetime import die_with_parent
+from peergrad.storage import flush, partial_of, put_in_place, writing
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+CONFIGURED = ("betas", "eps", "weight_decay", "max_lr", "min_lr")
+
+
+class Unloadable(ValueError):
+    """What is wrong with a checkpoint, said without its name: "is damaged: FILE (...)"."""
 
 
 def save_weights(
-    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, companions: Path
+    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, companions: Path, key: str
 ) -> None:
-    """Write a checkpoint of weights alone (no optimizer): what a conversion makes. Collective."""
-    partial = path.with_name(f".{path.name}.partial")
-    groups.share(lambda: fresh(partial))
-    save_megatron(partial / "model", model, None)
+    """Write a checkpoint of weights alone (no optimizer): what a conversion makes. Collective.
 
-    def finish() -> None:
-        copy_companions(companions, partial / "hf")
-        write_meta(partial, model, shape, step=0, updates=0, groups=groups)
-        publish(partial, path)
+    Something of that name is refused. Raises StorageError if the disk refuses; ``key`` names
+    ``companions`` in errors.
+    """
+    with new_snapshot("checkpoint", path, groups) as partial:
+        save_megatron(partial / "model", model, None)
 
-    groups.barrier()
-    groups.share(finish)
+        def finish() -> None:
+            copy_companions(companions, partial / "hf", key=key)
+            write_meta(partial, model, shape, None, step=0, updates=0, groups=groups)
+            put_in_place(partial, path, replace=False)
+
+        groups.barrier()
+        groups.share(finish)
 
 
-def load_weights(path: Path, model: PolicyModel, shape: Shape) -> None:
+def load_weights(
+    path: Path, model: PolicyModel, shape: Shape, *, key: str = "model.weights"
+) -> None:
     """Fill ``model`` from the weights of checkpoint ``path``. Collective.
 
-    Raises ValueError if it is missing, damaged, or of another model.
+    Raises ValueError, which names it ``key``, if it is missing, damaged, or of another model.
     """
+    start = time.monotonic()
+    remedy = "name another step folder, or make it again with tools/hf_to_megatron.py"
     problem = damage(path)
     if problem is not None:
-        raise ValueError(
-            f"model.weights = {str(path)!r}: is no whole checkpoint ({problem}); "
-            "name a step folder written by a run or by tools/hf_to_megatron.py"
-        )
+        raise ValueError(f"{key} = {str(path)!r}: is no whole checkpoint ({problem}); {remedy}")
     require_same_model(path, read_meta(path), shape)
-    load_megatron(path / "model", model, None)
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-    return meta
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint folder ``path``; None if it is whole.
-
-    Compares the size of every file with the list in ``meta.json``.
-    """
-    if not path.is_dir():
-        return "no such folder"
     try:
-        meta = read_meta(path)
-    except (OSError, ValueError) as error:
-        return f"meta.json: {error}"
-    if meta.get("format") != FORMAT:
-        return f"format {meta.get('format')} instead of {FORMAT}"
-    for name, size in meta["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
+        load_megatron(path / "model", model, None)
+    except Unloadable as error:
+        raise ValueError(f"{key} = {str(path)!r}: {error}; {remedy}") from error.__cause__
+    log.info("read the weights of %s in %.1f s", path, time.monotonic() - start)
 
 
-def require_same_model(path: Path, meta: dict[str, Any], shape: Shape) -> None:
-    ours = asdict(shape)
-    other = {k: (v, ours.get(k)) for k, v in meta["shape"].items() if ours.get(k) != v}
-    if other:
-        key, (theirs, mine) = next(iter(other.items()))
-        raise ValueError(
-            f"checkpoint {path}: is of another model ({key} {theirs} instead of {mine}); "
-            "set model.path to the model it was made from"
-        )
+@contextmanager
+def new_snapshot(
+    what: str, target: Path, groups: Groups, *, then: Callable[[], str] = str
+) -> Iterator[Path]:
+    """A fresh hidden folder beside ``target``, the same on every rank, for the body to fill and put
+    in place; removed if that fails. Collective. Raises StorageError if the disk refuses, which
+    calls the target ``what`` and ends in ``then()``."""
+    with writing(what, target, then=then):
+        partial = groups.share(lambda: _fresh(target))
+    try:
+        with writing(what, target, then=then):
+            yield partial
+    except BaseException:
+        if groups.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "model").mkdir(parents=True)
+def _fresh(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    steps = "step_*" if target.name.startswith("step_") else None  # one writer for all of a run's
+    partial = partial_of(target, siblings=steps)
+    (partial / "model").mkdir(parents=True)
+    return partial
+
+
+def on_every_rank(groups: Groups, function: Callable[[], object]) -> None:
+    """Run ``function``, which has no collective, on every rank. If it fails anywhere it fails
+    everywhere, so that no rank waits for another: own errors as they are. Collective."""
+    failure: Exception | None = None
+    try:
+        function()
+    except Exception as error:
+        failure = error
+    mine = None if failure is None else (isinstance(failure, ValueError), str(failure))
+    found = [other for other in groups.gather(mine) if other is not None]
+    if failure is not None:
+        raise failure
+    for wrong_value, text in found:
+        raise (ValueError if wrong_value else RuntimeError)(text)
 
 
 def write_meta(
-    folder: Path, model: PolicyModel, shape: Shape, *, step: int, updates: int, groups: Groups
+    folder: Path,
+    model: PolicyModel,
+    shape: Shape,
+    optimizer: MegatronOptimizer | None,
+    *,
+    step: int,
+    updates: int,
+    groups: Groups,
 ) -> None:
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    """Describe the complete checkpoint ``folder`` in its meta.json."""
     meta = {
         "format": FORMAT,
         "step": step,
         "updates": updates,
         "world": groups.world,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
+        "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "shape": asdict(shape),
-        "files": files,
+        **describe_files(folder),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def publish(partial: Path, target: Path) -> None:
-    """Flush ``partial`` to disk, rename it to ``target``, then point ``latest`` at it."""
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.replace(old)
-    partial.replace(target)
-    _flush(target.parent)
+def point_to(target: Path) -> None:
+    """Make ``latest`` beside the checkpoint ``target`` name it."""
     pointer = target.with_name("latest.partial")
     pointer.write_text(target.name)
-    _flush(pointer)
+    flush(pointer)
     pointer.replace(target.with_name("latest"))
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target.parent)
 
 
 def _metadata() -> dict[str, Any]:
@@ -159,7 +177,7 @@ def _sharded(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
     if optimizer is not None:
-        _fill_adam(_sharded_adam(optimizer))
+        _fill_adam(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             state, is_loading=loading, metadata=_metadata()
         )
@@ -184,13 +202,42 @@ def _start_result_queue() -> None:
 
 
 def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
-    inner = _sharded_adam(optimizer)
-    state = dist_checkpointing.load(_sharded(model, optimizer, loading=True), str(path))
+    """Fill model and optimizer from what ``save_megatron`` wrote; what ``optim`` configures stays
+    as it is. Collective. Raises Unloadable."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    configured = [{k: group[k] for k in CONFIGURED if k in group} for group in groups]
+    wanted = _sharded(model, optimizer, loading=True)
+    try:
+        _fill(wanted, path, model, optimizer)
+    except (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        file = culprit(path)
+        raise Unloadable(
+            f"is damaged: {file}" if file else f"cannot be loaded ({first_line(error)})"
+        ) from error
+    groups = [] if optimizer is None else optimizer.param_groups
+    for group, values in zip(groups, configured, strict=True):
+        changed = {k: v for k, v in values.items() if group.get(k) != v}
+        if changed:
+            log.info("optimizer: %s as configured now, not as in %s", changed, path)
+        group.update(values)
+
+
+def _fill(
+    wanted: dict[str, Any], path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None
+) -> None:
+    state = dist_checkpointing.load(wanted, str(path))
     model.load_state_dict(state["model"])
+    inner = _sharded_adam(optimizer)
     if inner is not None:
         _load_sharded_adam(inner, state["optimizer"])
     elif optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        if _torch_adam(optimizer):
+            # Megatron leaves out a step of 0, which its loader then misses.
+            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
+        optimizer.load_state_dict(saved)
 
 
 def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
@@ -202,14 +249,17 @@ def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
     return None
 
 
-def _fill_adam(optimizer: Any) -> None:
+def _torch_adam(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The torch AdamW inside Megatron's wrappers; none with Transformer Engine or apex."""
+    wrappers = getattr(optimizer, "chained_optimizers", [])
+    return [w.optimizer for w in wrappers if isinstance(w.optimizer, torch.optim.AdamW)]
+
+
+def _fill_adam(optimizer: MegatronOptimizer) -> None:
     """Give a torch AdamW that has not stepped yet its initial state: Megatron cannot describe an
-    empty one, neither to load into it nor to save it."""
-    if optimizer is None:
-        return
-    inner = optimizer.optimizer
-    for group in inner.param_groups:
-        for parameter in group["params"]:
+    empty one to load into it, and what it saves of one cannot be loaded."""
+    for inner in _torch_adam(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter] = {
                     "step": torch.tensor(0.0),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.files import open_tensors
+from peergrad.parallel.hf.files import TensorReader, open_tensors
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
+from peergrad.parallel.hf.sizes import hf_size
 from peergrad.parallel.model import PolicyModel
 
 
@@ -32,30 +33,37 @@ def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 
 
 @torch.no_grad()
-def load_hf(model: PolicyModel, path: str, shape: Shape, groups: Groups) -> None:
+def load_hf(
+    model: PolicyModel, path: str, shape: Shape, groups: Groups, *, key: str = "model.path"
+) -> None:
     """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
 
-    Raises ValueError for a missing tensor or a wrong shape.
+    Raises ValueError, which names the folder ``key``, for a missing tensor, a wrong shape or a file
+    that cannot be read.
     """
-    with open_tensors(path) as reader:
-        for name, parameter in local_parameters(model):
-            if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
-                name = "embedding.word_embeddings.weight"
-            mapped = hf_names(name)
-            shard = to_megatron(
-                [reader.get(n) for n in mapped.names],
-                mapped.layout,
-                shape,
-                dim=sharded_dim(parameter),
-                rank=groups.tensor.rank(),
-                ranks=groups.tensor.size(),
-            )
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"model.path = {path!r}: {' + '.join(mapped.names)} gives {tuple(shard.shape)} "
-                    f"where config.json asks for {tuple(parameter.shape)}; use matching files"
-                )
+    with open_tensors(path, key=key) as reader:
+        for parameter, shard in read_shards(model, reader, shape, groups):
             parameter.copy_(shard)
+
+
+def read_shards(
+    model: PolicyModel, reader: TensorReader, shape: Shape, groups: Groups
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Every parameter of this rank, with what the HF files say that it is, in their precision."""
+    for name, parameter in local_parameters(model):
+        if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
+            name = "embedding.word_embeddings.weight"
+        mapped = hf_names(name)
+        shard = to_megatron(
+            [reader.get(n, hf_size(n, shape)) for n in mapped.names],
+            mapped.layout,
+            shape,
+            dim=sharded_dim(parameter),
+            rank=groups.tensor.rank(),
+            ranks=groups.tensor.size(),
+        )
+        assert shard.shape == parameter.shape, name
+        yield parameter, shard
 
 
 @torch.no_grad()

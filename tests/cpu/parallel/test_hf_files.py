@@ -1,6 +1,7 @@
 """HF folders: reading, sharded writing, refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.files import INDEX, open_tensors, write_hf
+from peergrad.parallel.hf.sizes import hf_size, parameter_count
+from peergrad.storage import StorageError
+from tests.disk import small_disk
 from tests.models import make_hf_model
 
 
@@ -55,6 +59,119 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \*\.safetensors"), open_tensors(source):
         pass
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, 'model.safetensors is a Git LFS pointer, not the weights; run "git lfs pull"'),
+        (b"", "model.safetensors is empty; download that file again"),
+        (None, "model.safetensors is cut short or no safetensors file ("),  # None: half of it
+        (b"<html>not found</html>", "model.safetensors is cut short or no safetensors file ("),
+        (b"\xff" * 100, "model.safetensors is cut short or no safetensors file ("),
+        ("folder", "model.safetensors cannot be read ("),
+        ("link", "model.safetensors cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_file_that_holds_no_tensors_is_named(
+    tmp_path: Path, content: bytes | str | None, message: str
+) -> None:
+    source = make_hf_model(tmp_path / "a", layers=1)
+    file = source / "model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    if content == "folder":
+        file.mkdir()
+    elif content == "link":  # into a cache that was cleaned
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        assert not isinstance(content, str)
+        file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError) as caught, open_tensors(source, key="model.reference"):
+        pass
+    line = str(caught.value)
+    assert line.startswith(f"model.reference = '{source}': {message}"), line
+    assert "\n" not in line
+
+
+def test_a_folder_without_the_files_of_its_index_is_refused(tmp_path: Path) -> None:
+    source, target = make_hf_model(tmp_path / "a", layers=2), tmp_path / "b"
+    with open_tensors(source) as reader:
+        stream = [(name, reader.get(name)) for name in sorted(reader.names())]
+    write_hf(stream, target, companions=source, shard_bytes=100_000)
+    shard = sorted(target.glob("model-00002-of-*"))[0]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing, which {INDEX} names; downl"):
+        open_tensors(target).__enter__()
+    for damaged in (LFS, b"{}", b"[]", b"\xff", b'{"weight_map": []}'):
+        (target / INDEX).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{INDEX} is [^\n]*; download that file again$"):
+            open_tensors(target).__enter__()
+    (target / "x.bin").touch()
+    (target / INDEX).unlink()
+    for shard in target.glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"no \*\.safetensors file; convert x\.bin to safetensors"):
+        open_tensors(target).__enter__()
+    with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
+        open_tensors(tmp_path / "nowhere").__enter__()
+
+
+def test_tensors_of_another_size_or_kind_are_refused(tmp_path: Path) -> None:
+    source, target = make_hf_model(tmp_path / "a", layers=1), tmp_path / "b"
+    write_hf([("x", torch.zeros(2, dtype=torch.int8))], target, companions=source)
+    with open_tensors(target) as reader, pytest.raises(ValueError, match=r"is stored as I8; use t"):
+        reader.get("x")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with open_tensors(source) as reader:
+        assert reader.dtypes() == {"F32"}
+        assert reader.get(name, (96, 64)).shape == (96, 64)
+        with pytest.raises(
+            ValueError, match=r"has shape \[96, 64\] where config.json asks for \[9"
+        ):
+            reader.get(name, (96, 65))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sizes_and_their_sum_are_those_of_transformers(tmp_path: Path, tied: bool) -> None:
+    for family in ("qwen3", "llama"):
+        source = make_hf_model(tmp_path / family, family=family, tied=tied, vocab=125)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        _, shape = read_shape(str(source))
+        assert parameter_count(shape) == model.num_parameters()
+        for name, parameter in model.named_parameters():
+            assert hf_size(name, shape) == tuple(parameter.shape), name
+
+
+def test_a_full_disk_leaves_the_older_folder(tmp_path: Path) -> None:
+    """The link's own disk is written, and none but it: nothing is renamed across devices."""
+    source = make_hf_model(tmp_path / "a", layers=1)
+    (tmp_path / "run").mkdir()
+    target = tmp_path / "run" / "hf"
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        target.symlink_to(disk / "hf")
+        write_hf([("x", torch.zeros(2))], target, companions=source)
+        with pytest.raises(StorageError) as caught:
+            write_hf([("x", torch.zeros(1 << 20))], target, companions=source)
+        line = str(caught.value)
+        assert line.startswith(f"HF checkpoint = '{disk}/hf': cannot be written, the disk is full")
+        with open_tensors(target) as reader:
+            assert reader.get("x").tolist() == [0, 0]
+        write_hf([("x", torch.ones(2))], target, companions=source)
+        with open_tensors(target) as reader:
+            assert reader.get("x").tolist() == [1, 1]
+        assert target.is_symlink() and os.listdir(disk) == ["hf"]
+        assert os.listdir(target.parent) == ["hf"]
+
+
+def test_a_model_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught:
+        write_hf([("x", torch.ones(2))], tmp_path / "b", companions=tmp_path / "gone", key="--hf")
+    assert str(caught.value).startswith(f"--hf = '{tmp_path}/gone': configuration and tokenizer")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

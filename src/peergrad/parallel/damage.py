@@ -1,0 +1,177 @@
+"""Whether a checkpoint folder is whole, and whether this run can go on from it.
+
+``meta.json`` holds the size of every file and the CRC-32 of those below ``CHECKED_BYTES``. Weights
+and optimizer state of real models are larger: of those the size is checked here and the structure
+as they are read, but not every bit.
+"""
+
+import json
+import pickle
+import zlib
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from peergrad.config import Dtype, require
+from peergrad.parallel.hf.config import Shape
+
+FORMAT = 1
+CHECKED_BYTES = 64 << 20
+_KINDS: dict[str, type] = {
+    "step": int,
+    "updates": int,
+    "world": int,
+    "dtype": str,
+    "shape": dict,
+    "files": dict,
+}
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.json of checkpoint ``path``. ValueError, which says why, if it is none."""
+    try:
+        found = json.loads((path / "meta.json").read_bytes())
+    except OSError as error:
+        raise ValueError(f"meta.json: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"meta.json is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"meta.json holds a {type(found).__name__} instead of an object")
+    if found.get("format") != FORMAT:
+        raise ValueError(f"format {found.get('format')} instead of {FORMAT}")
+    for key, kind in _KINDS.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(f"meta.json has no {key}, or not of the right kind")
+    return found
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint folder ``path``; None if it is whole."""
+    if not path.is_dir():
+        return "no such folder"
+    try:
+        meta = read_meta(path)
+        return _damaged_file(path, meta["files"], meta.get("crc32", {}))
+    except (ValueError, OSError, AttributeError) as error:
+        return " ".join(str(error).split())
+
+
+def _damaged_file(path: Path, sizes: dict[str, int], checksums: dict[str, int]) -> str | None:
+    for name, size in sizes.items():
+        inside = PurePath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            return f"meta.json names {name!r}, which is not inside the folder"
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if name in checksums and zlib.crc32(file.read_bytes()) != checksums[name]:
+            return f"{name} has another content than was written (CRC-32)"
+    return None
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, int]]:
+    """Sizes and checksums of all files in ``folder``, as ``meta.json`` keeps them."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    small = {name: file for name, file in files.items() if sizes[name] < CHECKED_BYTES}
+    return {
+        "files": sizes,
+        "crc32": {name: zlib.crc32(file.read_bytes()) for name, file in small.items()},
+    }
+
+
+def require_same_model(path: Path, meta: dict[str, Any], shape: Shape) -> None:
+    ours = asdict(shape)
+    other = {k: (v, ours.get(k)) for k, v in meta["shape"].items() if ours.get(k) != v}
+    if other:
+        key, (theirs, mine) = next(iter(other.items()))
+        raise ValueError(
+            f"checkpoint {path}: is of another model ({key} {theirs} instead of {mine}); "
+            "set model.path to the model it was made from"
+        )
+
+
+def describe_optimizer(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """How the optimizer's state is kept, which decides who can read it."""
+    wrapper = (getattr(optimizer, "chained_optimizers", None) or [optimizer])[0]
+    return {
+        "distributed": type(wrapper).__name__ == "DistributedOptimizer",
+        "kind": type(wrapper.optimizer).__name__,
+    }
+
+
+def require_same_optimizer(
+    path: Path, meta: dict[str, Any], optimizer: MegatronOptimizer, dtype: Dtype
+) -> None:
+    """Refuse an optimizer state that Megatron cannot read into ``optimizer``: of the other setting
+    of ``parallel.distributed_optimizer``, or undistributed and of another precision."""
+    ours = describe_optimizer(optimizer)["distributed"]
+    theirs = _distributed(path, meta)
+    require(
+        theirs in (ours, None),
+        "parallel.distributed_optimizer",
+        ours,
+        f"checkpoint {path} was written with {theirs}",
+        f"resume with parallel.distributed_optimizer={theirs}",
+    )
+    require(
+        ours or meta["dtype"] == dtype.name,
+        "model.dtype",
+        dtype.name,
+        f"checkpoint {path} was written with {meta['dtype']} and without the distributed "
+        "optimizer, whose state alone fits both precisions",
+        f"resume with model.dtype={meta['dtype']}",
+    )
+
+
+def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
+    """Whether checkpoint ``path`` holds the state of a distributed optimizer; None: not known."""
+    try:
+        return bool(meta["optimizer"]["distributed"])
+    except (KeyError, TypeError):  # of an older peergrad
+        try:
+            common = torch.load(path / "model" / "common.pt", weights_only=False)
+            return "param_state_sharding_type" in common["optimizer"]
+        except Exception:
+            return None  # damaged: loading it will say so
+
+
+def culprit(model: Path) -> str | None:
+    """The file of a Megatron checkpoint that cannot be read, and why. Reads all of it: for a
+    checkpoint whose loading has failed."""
+    readers = {
+        "metadata.json": lambda file: json.loads(file.read_text()),
+        "common.pt": lambda file: torch.load(file, weights_only=False, map_location="cpu"),
+        ".metadata": lambda file: pickle.loads(file.read_bytes()),
+    }
+    for name, read in readers.items():
+        try:
+            read(model / name)
+        except Exception as error:
+            return f"{model.name}/{name} ({first_line(error)})"
+    reader = FileSystemReader(model)  # type: ignore[no-untyped-call]
+    for part in reader.read_metadata().storage_data.values():
+        try:
+            with (model / part.relative_path).open("rb") as file:
+                file.seek(part.offset)
+                content = BytesIO(file.read(part.length))
+            torch.load(content, weights_only=False, map_location="cpu")
+        except Exception as error:
+            return f"{model.name}/{part.relative_path} ({first_line(error)})"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The error in one line; of torch's CheckpointException, which quotes all ranks, the first."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,0 +1,94 @@
+"""Real conversions there and back on two ranks: the bits, what is said, what a full disk leaves."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.disk import small_disk
+from tests.models import make_hf_model
+from tests.spawn import run_ranks
+
+
+@contextmanager
+def redirected(file: Path) -> Iterator[None]:
+    """Everything that this process writes to its standard streams goes to ``file``."""
+    kept = os.dup(1), os.dup(2)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.stdout.flush()
+    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+
+
+def convert_all(root: str, commands: list[str]) -> list[tuple[int, str]]:
+    """(exit status, what was said) of each command line."""
+    from peergrad.convert import hf_to_megatron, megatron_to_hf, run
+
+    found = []
+    os.chdir(root)
+    for number, command in enumerate(commands):
+        sys.argv = ["convert", *command.split()]
+        source = sys.argv[1]
+        said = Path(f"said.{os.environ['RANK']}.{number}")
+        with redirected(said):
+            status = run("x", source, hf_to_megatron if source == "--hf" else megatron_to_hf)
+        found.append((status, said.read_text()))
+    return found
+
+
+@pytest.mark.distributed
+def test_conversions_there_and_back(tmp_path: Path) -> None:
+    make_hf_model(tmp_path / "m", layers=2, vocab=125)
+    make_hf_model(tmp_path / "lfs", layers=2)
+    (tmp_path / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/")
+    commands = [
+        "--hf m --out new/ckpt --tensor 2",
+        "--checkpoint new/ckpt --out back --pipeline 2",
+        "--checkpoint new/ckpt --out rounded --dtype bfloat16",
+        "--hf m --out x --tensor 3",
+        "--hf lfs --out x",
+        "--hf m --out disk/x",
+    ]
+    with small_disk(tmp_path / "disk", "200k"):
+        first, second = run_ranks(2, convert_all, str(tmp_path), commands)
+        assert os.listdir(tmp_path / "disk") == []
+    there, back, rounded, layout, pointer, full = first
+    assert all(said == "" for _, said in second), second  # only rank 0 speaks
+    assert [status for status, _ in first] == [0, 0, 0, 2, 2, 1]
+    assert [status for status, _ in second] == [0, 0, 0, 2, 2, 1]
+    total = sum(t.numel() for t in load_file(tmp_path / "m" / "model.safetensors").values())
+    size = f"2 layers, {total:,} parameters"
+    assert there[1].splitlines()[-1].startswith(f"wrote new/ckpt: {size}, float32, ")
+    assert there[1].endswith(" s; every tensor read back and compared\n")
+    assert f"wrote rounded: {size}, bfloat16 (rounded from float32), " in rounded[1]
+    assert [line.split(" ...")[0] for line in back[1].splitlines() if " ... " not in line] == [
+        "converting new/ckpt to back",
+        "loading libraries",
+        "reading new/ckpt",
+        "writing back",
+        "reading it back",
+        back[1].splitlines()[-1],
+    ]
+    assert same_files(tmp_path / "m", tmp_path / "back")
+    assert not (tmp_path / "new" / "latest").exists()
+    assert "needs 3 processes and 2 processes were started" in layout[1]
+    assert "error: --hf = 'lfs': model.safetensors is a Git LFS pointer" in pointer[1]
+    assert "error: checkpoint = 'disk/x': cannot be written, the disk is full (" in full[1]
+    assert sorted(os.listdir(tmp_path / "new")) == ["ckpt"]
+
+
+def same_files(one: Path, two: Path) -> bool:
+    tensors: list[dict[str, Any]] = [load_file(p / "model.safetensors") for p in (one, two)]
+    assert tensors[0].keys() == tensors[1].keys()
+    return all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
