@@ -24,7 +24,7 @@ RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export TORCH_CPP_LOG_LEVEL := ERROR
-# A laptop's host name need not resolve.
+# A laptop's host name need not resolve: hence this, and --local-addr.
 export GLOO_SOCKET_IFNAME := lo
 
 # The lock's torchvision is older than its torch, see there; nothing here reads images.
@@ -34,7 +34,7 @@ train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(
 
 train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
-	@$(BIN)/torchrun --nproc-per-node $(RANKS) -m peergrad.main $(RUN)
+	@$(BIN)/torchrun --local-addr 127.0.0.1 --nproc-per-node $(RANKS) -m peergrad.main $(RUN)
 
 # Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
 test: $(READY)
