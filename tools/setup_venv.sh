@@ -61,6 +61,8 @@ check_python() {
 check_tools() {
     command -v gcc >/dev/null ||
         stop "gcc: not found; install it (Debian and Ubuntu: apt install gcc, Fedora: dnf install gcc)"
+    lscpu -p=CPU,Core,Socket,Node >/dev/null 2>&1 ||
+        stop "lscpu: does not run, SGLang asks it for the cores; install util-linux, and mount /sys in a container or chroot"
 }
 
 # stage LABEL COMMAND...: run it with its output in the log, and say on one growing line that it goes on.
