@@ -1,15 +1,20 @@
 # make train · make test · make test-all · make check · make bench
 #
-# Needs Python 3.11, git, make and gcc; everything else goes into .venv. Options:
+# Needs Python 3.11 and gcc; everything else goes into .venv. Options:
 #   make train NAME=second               a new run beside the first
 #   make train RESUME=1                  continue an interrupted run
 #   make train ARGS="optim.lr=2e-4"      any override of conf/
+#   make PYTHON=/opt/python3.11/bin/python3
+#   make TORCH_INDEX=/srv/wheels         index or folder with the CPU build of torch, asked where
+#                                        pip looks by default has none
 PYTHON ?= python3.11
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 NAME ?= quickstart_cpu
 RANKS ?= 2
 ARGS ?=
 
-VENV := .venv
+comma := ,
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := models/tiny
@@ -19,14 +24,17 @@ RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export TORCH_CPP_LOG_LEVEL := ERROR
-# A laptop's host name need not resolve.
+# A laptop's host name need not resolve: hence this, and --local-addr.
 export GLOO_SOCKET_IFNAME := lo
+
+# The lock's torchvision is older than its torch, see there; nothing here reads images.
+train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
 .PHONY: train test test-all test-alone test-together check bench clean
 
 train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
-	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
+	@$(BIN)/python -m peergrad.launch --local-addr 127.0.0.1 --nproc-per-node $(RANKS) $(RUN)
 
 # Every area, with one whole run; the rest is in test-all. Two halves at a time, as most tests keep
 # one core busy; where make can, each half prints when it is done.
@@ -56,13 +64,8 @@ check: $(READY)
 bench: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/step.py
 
-# --no-deps: the lock is complete, and sglang's own pins would pull gigabytes of CUDA.
 $(READY): requirements-cpu.lock pyproject.toml
-	@echo "setting up $(VENV) (2.5 GB, a few minutes)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" sh tools/setup_venv.sh $(VENV)
 
 $(MODEL): | $(READY)
 	$(BIN)/python tools/make_tiny_model.py --out $@

@@ -233,10 +233,7 @@ def _model(
     from peergrad.parallel.hf.config import read_shape
     from peergrad.parallel.model import build_model
 
-    try:
-        shape = read_shape(str(path))[1]
-    except ValueError as error:  # the trainer's name for this folder
-        raise ValueError(str(error).replace("model.path", key, 1)) from error
+    shape = read_shape(str(path), key)
     _check_sizes(options, shape)
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     groups = init_groups(parallel, seed=0)

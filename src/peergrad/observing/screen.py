@@ -5,12 +5,13 @@ a step, and a line whenever something has been waited for long. All of it also g
 """
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Self
 
 from rich.console import Console
@@ -25,6 +26,12 @@ log = logging.getLogger(__name__)
 SHOWN = 12
 RECENT = 20
 TICK_SECONDS = 0.5
+SPEAKING = Lock()
+"""Held while something is printed, and while this process forks, as a Megatron checkpoint does: a
+child born while the thread here holds the lock of the output would wait for it for ever."""
+os.register_at_fork(
+    before=SPEAKING.acquire, after_in_parent=SPEAKING.release, after_in_child=SPEAKING.release
+)
 REMINDERS = (10.0, 20.0, 30.0, 60.0)  # seconds of one wait after which it is said; then every last
 
 
@@ -83,8 +90,7 @@ class Screen:
     def say(self, text: str) -> None:
         """A line for the screen and the log."""
         log.info("%s", text)
-        if self._shown:
-            self._console.print(text, soft_wrap=True, markup=False)
+        self._print(text)
 
     @contextmanager
     def waiting(self, what: str, *, announce: bool = False) -> Iterator[None]:
@@ -118,7 +124,7 @@ class Screen:
         if self._thread.is_alive():
             self._thread.join()
         if self._live:
-            self._live.update(self._picture(status=False), refresh=True)
+            self._show(status=False)
             self._live.stop()
             self._live = None
 
@@ -133,9 +139,19 @@ class Screen:
         self._footer = f"{times}  {phases(row)}"
         self._rows.append(shown)
         if self._live:
-            self._live.update(self._picture(), refresh=True)
-        elif self._shown:
-            self._console.print(f"{line}  {times}", soft_wrap=True, markup=False)
+            self._show()
+        else:
+            self._print(f"{line}  {times}")
+
+    def _print(self, text: str) -> None:
+        if self._shown:
+            with SPEAKING:
+                self._console.print(text, soft_wrap=True, markup=False)
+
+    def _show(self, *, status: bool = True) -> None:
+        assert self._live is not None
+        with SPEAKING:
+            self._live.update(self._picture(status=status), refresh=True)
 
     def _left(self, step: int) -> str:
         """Time to the last step at the pace of the recent ones, everything between them
@@ -145,7 +161,7 @@ class Screen:
             return "?"
         return duration((end - start) / (last - first) * (self._steps - step))
 
-    def _picture(self, *, status: bool = True) -> Text:
+    def _picture(self, *, status: bool) -> Text:
         now, width = time.monotonic(), self._console.width
         lines = fit(list(self._rows), width) if self._rows else []
         lines += [self._footer] if self._footer else []
@@ -157,7 +173,7 @@ class Screen:
         while not self._stop.wait(TICK_SECONDS):
             waits = self._waits[-1:]  # the main thread may end it meanwhile
             if self._live:
-                self._live.update(self._picture(), refresh=True)
+                self._show()
             elif waits and waits[0].due(now := time.monotonic()):
                 waits[0].said += 1
                 self.say(f"{duration(now - self._began)}  {waits[0].text(now)}")

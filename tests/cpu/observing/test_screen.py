@@ -1,10 +1,12 @@
 """What a person sees: nothing is cut, and no wait is silent."""
 
 import logging
+import os
 import re
 import time
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -129,6 +131,24 @@ def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 6):
         screen.write("train", step, {"time/step": 4.0})
     assert "left 0:00:50" in screen._footer
+
+
+def test_a_fork_waits_until_nothing_is_being_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Else the child would inherit the lock of the output, held by a thread that it does not
+    have."""
+    module.SPEAKING.acquire()
+    Timer(0.5, module.SPEAKING.release).start()
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        with Screen(steps=1) as screen:
+            screen.say("from the child")
+        os._exit(0)
+    assert time.monotonic() - began >= 0.5
+    assert os.waitpid(child, 0)[1] == 0
+    assert "from the child" in capfd.readouterr().out
+    with module.SPEAKING:
+        pass  # free again
 
 
 def test_words() -> None:
