@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _RULES = {
-    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.ENOSPC: ("the disk has too little space", "free some space"),
     errno.EDQUOT: ("the disk quota is used up", "free some of the quota"),
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written"),
     errno.EACCES: ("permission is denied", "choose a folder that can be written"),
     errno.EPERM: ("the system does not permit it", "choose a folder that can be written"),
     errno.ENOTDIR: ("a file is where a folder should be", "move that file, or choose another name"),
-    errno.EEXIST: ("something of that name is there", "move it, or choose another name"),
-    errno.ENOTEMPTY: ("something of that name is there", "move it, or choose another name"),
+    errno.EEXIST: ("something is there already", "move it, or choose another name"),
+    errno.ENOTEMPTY: ("something is there already", "move it, or choose another name"),
     errno.EBUSY: ("it is in use, perhaps a mount point", "choose another name"),
     errno.ENOENT: ("its folder is not there and cannot be made", "correct the path"),
     errno.EIO: ("the disk reports an input/output error", "choose another disk"),
@@ -65,7 +65,9 @@ def refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
             rule, remedy = _RULES[number]
             return f"{rule}{_space(path)}", remedy
         if number is not None:
-            return _RULES.get(number, (os.strerror(number), "choose another folder"))
+            rule, remedy = _RULES.get(number, (os.strerror(number), "choose another folder"))
+            blocked = number in (errno.ENOTDIR, errno.EEXIST) and isinstance(seen, OSError)
+            return f"{rule} ({seen.filename})" if blocked and seen.filename else rule, remedy
         seen = seen.__cause__
     return None
 

@@ -99,8 +99,8 @@ def test_an_out_that_cannot_be_written_fails_first(
     status, line = error_of(monkeypatch, capfd, "--hf", str(tmp_path / "m"), "--out", str(out))
     assert status == 1
     assert line == (
-        f"error: --out = '{out}': cannot be written, a file is where a folder should be; move that "
-        "file, or choose another name"
+        f"error: --out = '{out}': cannot be written, a file is where a folder should be "
+        f"({out.parent}); move that file, or choose another name"
     )
 
 

@@ -51,7 +51,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(StorageError) as caught:
             write_groups(path, map(group, range(5)))
         line = str(caught.value)
-        assert line.startswith(f"rollouts = '{path}': cannot be written, the disk is full (")
+        assert line.startswith(
+            f"rollouts = '{path}': cannot be written, the disk has too little space ("
+        )
         assert "of 614.4 kB free); free some space" in line and "\n" not in line
         assert isinstance(caught.value.__cause__, OSError)
         assert path.read_bytes() == before
@@ -77,8 +79,14 @@ def test_a_damaged_recording_is_one_line(tmp_path: Path) -> None:
     [
         (OSError(errno.EDQUOT, "x"), "the disk quota is used up ("),
         (OSError(errno.EROFS, "x"), "the file system is read-only; choose a folder"),
-        (RuntimeError("Worker failure: [Errno 28] No space left"), "the disk is full ("),
-        (Exception("Error: I/O error: No space left (os error 28)"), "the disk is full ("),
+        (
+            RuntimeError("Worker failure: [Errno 28] No space left"),
+            "the disk has too little space (",
+        ),
+        (
+            Exception("Error: I/O error: No space left (os error 28)"),
+            "the disk has too little space (",
+        ),
     ],
 )
 def test_every_writer_s_words_for_it_are_understood(

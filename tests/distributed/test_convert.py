@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.disk import small_disk
 from tests.models import make_hf_model
-from tests.spawn import run_ranks
+from tests.spawn import free_port, run_ranks
 
 
 @contextmanager
@@ -31,8 +31,9 @@ def redirected(file: Path) -> Iterator[None]:
         os.dup2(kept[0], 1), os.dup2(kept[1], 2)
 
 
-def convert_all(root: str, commands: list[str]) -> list[tuple[int, str]]:
-    """(exit status, what was said) of each command line."""
+def convert_all(root: str, commands: list[str], ports: list[int]) -> list[tuple[int, str]]:
+    """(exit status, what was said) of each command line, each a job that meets at a port of its
+    own."""
     from peergrad.convert import hf_to_megatron, megatron_to_hf, run
 
     found = []
@@ -40,6 +41,7 @@ def convert_all(root: str, commands: list[str]) -> list[tuple[int, str]]:
     for number, command in enumerate(commands):
         sys.argv = ["convert", *command.split()]
         source = sys.argv[1]
+        os.environ["MASTER_PORT"] = str(ports[number])
         said = Path(f"said.{os.environ['RANK']}.{number}")
         with redirected(said):
             status = run("x", source, hf_to_megatron if source == "--hf" else megatron_to_hf)
@@ -60,8 +62,9 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
         "--hf lfs --out x",
         "--hf m --out disk/x",
     ]
+    ports = [free_port() for _ in commands]
     with small_disk(tmp_path / "disk", "200k"):
-        first, second = run_ranks(2, convert_all, str(tmp_path), commands)
+        first, second = run_ranks(2, convert_all, str(tmp_path), commands, ports)
         assert os.listdir(tmp_path / "disk") == []
     there, back, rounded, layout, pointer, full = first
     assert all(said == "" for _, said in second), second  # only rank 0 speaks
@@ -84,7 +87,10 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "latest").exists()
     assert "needs 3 processes and 2 processes were started" in layout[1]
     assert "error: --hf = 'lfs': model.safetensors is a Git LFS pointer" in pointer[1]
-    assert "error: checkpoint = 'disk/x': cannot be written, the disk is full (" in full[1]
+    assert (
+        "error: checkpoint = 'disk/x': cannot be written, the disk has too little space ("
+        in full[1]
+    )
     assert sorted(os.listdir(tmp_path / "new")) == ["ckpt"]
 
 

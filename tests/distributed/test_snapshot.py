@@ -355,13 +355,13 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(
     root, seen = found[0] / "disk", found[1]["disks"]
     start = f"StorageError: checkpoint = '{root}/checkpoints/step_%06d': cannot be written, "
     line = seen["first"]
-    assert line.startswith(start % 1 + "the disk is full ("), line
+    assert line.startswith(start % 1 + "the disk has too little space ("), line
     assert line.endswith("free some space, then start anew (there is no older checkpoint)")
     for part in (0.99, 0.97, 0.5, 0.02, 0):
         line = seen[str(part)]
-        assert line.startswith(start % 2 + "the disk is full ("), line
+        assert line.startswith(start % 2 + "the disk has too little space ("), line
         assert line.endswith("then resume with run.resume=true: step_000001 is whole")
         assert "\n" not in line
         assert seen[f"{part} left"] == ["latest", "step_000001"]
     assert seen["resumed"] == 1
-    assert "a file is where a folder should be; move that file" in seen["file"]
+    assert "a file is where a folder should be (" in seen["file"]

@@ -23,6 +23,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from peergrad.parallel.damage import (
     FORMAT,
@@ -187,9 +188,14 @@ def _sharded(
 def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
     _start_result_queue()
     described = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
-    dist_checkpointing.save(
-        _sharded(model, optimizer, loading=False), str(path), content_metadata=described
-    )
+    state = _sharded(model, optimizer, loading=False)
+    try:
+        dist_checkpointing.save(state, str(path), content_metadata=described)
+    except CheckpointException as error:
+        if error.failures:
+            raise
+        # Only rank 0 is told by Megatron what failed, and where; it says so.
+        raise RuntimeError(f"rank 0 failed: a rank could not write {path}") from error
 
 
 def _start_result_queue() -> None:

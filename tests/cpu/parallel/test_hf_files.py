@@ -157,7 +157,9 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path: Path) -> None:
         with pytest.raises(StorageError) as caught:
             write_hf([("x", torch.zeros(1 << 20))], target, companions=source)
         line = str(caught.value)
-        assert line.startswith(f"HF checkpoint = '{disk}/hf': cannot be written, the disk is full")
+        assert line.startswith(
+            f"HF checkpoint = '{disk}/hf': cannot be written, the disk has too little space"
+        )
         with open_tensors(target) as reader:
             assert reader.get("x").tolist() == [0, 0]
         write_hf([("x", torch.ones(2))], target, companions=source)
