@@ -314,8 +314,8 @@ def _written(out: Path) -> str:
 
 
 def _summary(shape: "Shape", stored: set[str], dtype: Dtype) -> str:
-    from peergrad.parallel.hf.sizes import parameter_count
+    from peergrad.parallel.hf.tensors import parameters
 
     rounded = sorted(stored - set(EXACT[dtype.name]))
     kind = f"{dtype.name} (rounded from {' and '.join(rounded)})" if rounded else dtype.name
-    return f"{shape.layers} layers, {parameter_count(shape):,} parameters, {kind}"
+    return f"{shape.layers} layers, {parameters(shape):,} parameters, {kind}"

@@ -66,8 +66,10 @@ def refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
             return f"{rule}{_space(path)}", remedy
         if number is not None:
             rule, remedy = _RULES.get(number, (os.strerror(number), "choose another folder"))
-            blocked = number in (errno.ENOTDIR, errno.EEXIST) and isinstance(seen, OSError)
-            return f"{rule} ({seen.filename})" if blocked and seen.filename else rule, remedy
+            blocked = (
+                seen.filename if isinstance(seen, FileExistsError | NotADirectoryError) else ""
+            )
+            return f"{rule} ({blocked})" if blocked else rule, remedy
         seen = seen.__cause__
     return None
 

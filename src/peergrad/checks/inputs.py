@@ -12,7 +12,6 @@ import numpy as np
 from peergrad.checks.account import check_account
 from peergrad.checks.replay import check_recorded
 from peergrad.config import Config, RewardKind, ServerMode, Spec, require
-from peergrad.config.rules import one_line
 from peergrad.data import Prompt
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.folder import check_weights
@@ -108,28 +107,17 @@ def _servers_load(config: Config) -> bool:
 
 
 def _check_checkpoint(path: Path, shape: Shape) -> None:
-    from peergrad.parallel.snapshot import damage, read_meta
+    from peergrad.parallel.damage import damage, read_meta, require_same_model
 
-    try:
-        problem = damage(path)
-        theirs = {} if problem else dict(read_meta(path)["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem, theirs = f"meta.json: {type(error).__name__}: {one_line(error)}", {}
+    problem = damage(path)
     require(
         problem is None,
         "model.weights",
         str(path),
-        f"is no whole checkpoint ({one_line(problem or '')})",
+        f"is no whole checkpoint ({problem})",
         "name a step folder written by a run or by tools/hf_to_megatron.py",
     )
-    for name, ours in vars(shape).items():
-        require(
-            theirs.get(name) == ours,
-            "model.weights",
-            str(path),
-            f"is of another model ({name} {theirs.get(name)} instead of {ours})",
-            "set model.path to the model it was made from",
-        )
+    require_same_model("model.weights", path, read_meta(path), shape)
 
 
 def _read_sources(

@@ -126,7 +126,7 @@ class Checkpoints:
             return 0
         self._require_shared(path)
         meta = self.groups.share(lambda: read_meta(path))
-        require_same_model(path, meta, policy.shape)
+        require_same_model("run.resume", path, meta, policy.shape)
         require_same_optimizer(path, meta, policy.optimizer, policy.config.model.dtype)
         try:
             load_megatron(path / "model", policy.model, policy.optimizer)

@@ -8,6 +8,7 @@ as they are read, but not every bit.
 import json
 import pickle
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path, PurePath
@@ -87,14 +88,16 @@ def describe_files(folder: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def require_same_model(path: Path, meta: dict[str, Any], shape: Shape) -> None:
+def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
+    """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
     ours = asdict(shape)
-    other = {k: (v, ours.get(k)) for k, v in meta["shape"].items() if ours.get(k) != v}
-    if other:
-        key, (theirs, mine) = next(iter(other.items()))
-        raise ValueError(
-            f"checkpoint {path}: is of another model ({key} {theirs} instead of {mine}); "
-            "set model.path to the model it was made from"
+    for name, theirs in meta["shape"].items():
+        require(
+            ours.get(name) == theirs,
+            key,
+            str(path),
+            f"is of another model ({name} {theirs} instead of {ours.get(name)})",
+            "set model.path to the model it was made from",
         )
 
 
@@ -146,7 +149,7 @@ def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
 def culprit(model: Path) -> str | None:
     """The file of a Megatron checkpoint that cannot be read, and why. Reads all of it: for a
     checkpoint whose loading has failed."""
-    readers = {
+    readers: dict[str, Callable[[Path], object]] = {
         "metadata.json": lambda file: json.loads(file.read_text()),
         "common.pt": lambda file: torch.load(file, weights_only=False, map_location="cpu"),
         ".metadata": lambda file: pickle.loads(file.read_bytes()),
@@ -156,7 +159,7 @@ def culprit(model: Path) -> str | None:
             read(model / name)
         except Exception as error:
             return f"{model.name}/{name} ({first_line(error)})"
-    reader = FileSystemReader(model)  # type: ignore[no-untyped-call]
+    reader = FileSystemReader(model)
     for part in reader.read_metadata().storage_data.values():
         try:
             with (model / part.relative_path).open("rb") as file:

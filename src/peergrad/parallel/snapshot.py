@@ -82,7 +82,7 @@ def load_weights(
     problem = damage(path)
     if problem is not None:
         raise ValueError(f"{key} = {str(path)!r}: is no whole checkpoint ({problem}); {remedy}")
-    require_same_model(path, read_meta(path), shape)
+    require_same_model(key, path, read_meta(path), shape)
     try:
         load_megatron(path / "model", model, None)
     except Unloadable as error:

@@ -11,7 +11,7 @@ from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import TensorReader, open_tensors
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
-from peergrad.parallel.hf.sizes import hf_size
+from peergrad.parallel.hf.tensors import tensor_shapes
 from peergrad.parallel.model import PolicyModel
 
 
@@ -50,12 +50,13 @@ def read_shards(
     model: PolicyModel, reader: TensorReader, shape: Shape, groups: Groups
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank, with what the HF files say that it is, in their precision."""
+    sizes = tensor_shapes(shape)
     for name, parameter in local_parameters(model):
         if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
             name = "embedding.word_embeddings.weight"
         mapped = hf_names(name)
         shard = to_megatron(
-            [reader.get(n, hf_size(n, shape)) for n in mapped.names],
+            [reader.get(n, sizes[n]) for n in mapped.names],
             mapped.layout,
             shape,
             dim=sharded_dim(parameter),

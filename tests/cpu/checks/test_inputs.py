@@ -147,19 +147,28 @@ def test_weights_that_nobody_reads_may_be_absent(config: Config, folder: Path) -
     assert refusal(config).startswith("model.weights = ")
 
 
+META = {
+    **{"format": 1, "step": 1, "updates": 1, "world": 1, "dtype": "float32"},
+    **{"shape": {}, "files": {}},
+}
+
+
 @pytest.mark.parametrize(
     ("meta", "rule"),
     [
-        ("{", "is no whole checkpoint (meta.json: "),
-        ("[]", "is no whole checkpoint (meta.json: "),
-        ('{"format": 1}', "is no whole checkpoint (meta.json: KeyError: "),
-        ('{"format": 1, "files": {}}', "is no whole checkpoint (meta.json: KeyError: "),
+        ("{", "is no whole checkpoint (meta.json is not JSON "),
+        ("[]", "is no whole checkpoint (meta.json holds a list "),
+        ('{"format": 1}', "is no whole checkpoint (meta.json has no step, "),
+        ('{"format": 1, "step": 1}', "is no whole checkpoint (meta.json has no updates, "),
         (
-            '{"format": 1, "files": {}, "shape": {"family": "llama"}}',
+            json.dumps({**META, "shape": {"family": "llama"}}),
             "is of another model (family llama instead of qwen3); set model.path to the model it",
         ),
         ('{"format": 99}', "is no whole checkpoint (format 99 instead of "),
-        ('{"format": 1, "files": {"model/a": 3}}', "is no whole checkpoint (model/a is missing); "),
+        (
+            json.dumps({**META, "files": {"model/a": 3}}),
+            "is no whole checkpoint (model/a is missing); ",
+        ),
     ],
 )
 def test_checkpoints_that_are_none(config: Config, folder: Path, meta: str, rule: str) -> None:
