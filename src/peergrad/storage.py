@@ -66,8 +66,9 @@ def refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
             return f"{rule}{_space(path)}", remedy
         if number is not None:
             rule, remedy = _RULES.get(number, (os.strerror(number), "choose another folder"))
-            blocked = number in (errno.ENOTDIR, errno.EEXIST) and isinstance(seen, OSError)
-            return f"{rule} ({seen.filename})" if blocked and seen.filename else rule, remedy
+            name = getattr(seen, "filename", None)
+            blocked = number in (errno.ENOTDIR, errno.EEXIST) and name
+            return f"{rule} ({name})" if blocked else rule, remedy
         seen = seen.__cause__
     return None
 

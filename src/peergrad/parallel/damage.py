@@ -8,6 +8,7 @@ as they are read, but not every bit.
 import json
 import pickle
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path, PurePath
@@ -146,7 +147,7 @@ def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
 def culprit(model: Path) -> str | None:
     """The file of a Megatron checkpoint that cannot be read, and why. Reads all of it: for a
     checkpoint whose loading has failed."""
-    readers = {
+    readers: dict[str, Callable[[Path], object]] = {
         "metadata.json": lambda file: json.loads(file.read_text()),
         "common.pt": lambda file: torch.load(file, weights_only=False, map_location="cpu"),
         ".metadata": lambda file: pickle.loads(file.read_bytes()),
