@@ -157,7 +157,7 @@ def culprit(model: Path) -> str | None:
             read(model / name)
         except Exception as error:
             return f"{model.name}/{name} ({first_line(error)})"
-    reader = FileSystemReader(model)  # type: ignore[no-untyped-call]
+    reader = FileSystemReader(model)
     for part in reader.read_metadata().storage_data.values():
         try:
             with (model / part.relative_path).open("rb") as file:
