@@ -66,10 +66,9 @@ def refusal(error: BaseException, path: Path) -> tuple[str, str] | None:
             return f"{rule}{_space(path)}", remedy
         if number is not None:
             rule, remedy = _RULES.get(number, (os.strerror(number), "choose another folder"))
-            blocked = (
-                seen.filename if isinstance(seen, FileExistsError | NotADirectoryError) else ""
-            )
-            return f"{rule} ({blocked})" if blocked else rule, remedy
+            name = getattr(seen, "filename", None)
+            blocked = number in (errno.ENOTDIR, errno.EEXIST) and name
+            return f"{rule} ({name})" if blocked else rule, remedy
         seen = seen.__cause__
     return None
 
