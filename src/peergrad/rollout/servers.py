@@ -163,7 +163,7 @@ class ManagedServers:
             how = f"was ended by {signal.Signals(-status).name}"
         if line is None or "exit code -9" in line:
             how += ", perhaps for want of memory" * (status == -signal.SIGKILL)
-        log.error("server %d %s", index, how)
+        log.info("server %d %s", index, how)
         said = "" if line is None else f" (its log says {line!r})"
         return (
             f"rollout.servers: server {index} at {self.urls[index]} {how}{said}; "
