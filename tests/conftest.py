@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 # servers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# MKL picks its float32 product by the CPU and by where a matrix lies in memory, unless told not to;
-# some tests compare bits.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 
 @pytest.fixture(scope="session")

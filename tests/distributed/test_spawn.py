@@ -65,6 +65,7 @@ def fail_on(rank: int, how: str) -> None:
         ("raise", r"rank 1 of 2 failed:\nTraceback(.|\n)*in fail_on(.|\n)*KeyError: 'the cause'"),
         ("die", "rank 1 of 2 ended without an answer"),
     ],
+    ids=["raise", "die"],
 )
 def test_the_first_failure_ends_all(how: str, words: str) -> None:
     start = time.monotonic()

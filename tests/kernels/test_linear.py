@@ -213,18 +213,26 @@ def test_a_gradient_that_nobody_wants(method: str, frozen: str) -> None:
     torch.testing.assert_close(grad.double(), wanted, atol=5e-6, rtol=2e-6)
 
 
-def test_scoring_and_training_agree_to_the_bit() -> None:
-    """The ratio before the first step is exactly 1."""
+def bits_agree() -> list[bool]:
+    """Of logp and entropy, between scoring and each way of training."""
     hidden, weight, *rest = draw(21)
     kept = (rest[0] >= 0).nonzero()[:, 0]  # the fused way drops ignored rows before chunking
     some, hidden = tuple(x[kept] for x in rest), hidden[kept]
     with torch.no_grad():
-        scored, entropy = linear_logprob(
+        scored = linear_logprob(
             hidden, weight, some[0], group=None, vocab_size=REAL, temperature=some[1], chunk=7
         )
-    for method in ("fused", "linear"):
-        found = run(method, leaf(hidden), leaf(weight), some)
-        assert torch.equal(found[0], scored) and torch.equal(found[1], entropy)
+    found = [run(method, leaf(hidden), leaf(weight), some)[:2] for method in ("fused", "linear")]
+    return [torch.equal(x, y) for pair in found for x, y in zip(pair, scored, strict=True)]
+
+
+@pytest.mark.distributed
+def test_scoring_and_training_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio before the first step is exactly 1. In a process of its own: MKL rounds one product
+    in two ways (seen on a CPU without AVX-512) unless told otherwise before it is first used."""
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    compiled = TRITON and not INTERPRETED
+    assert (bits_agree() if compiled else run_ranks(1, bits_agree)[0]) == [True] * 4
 
 
 @pytest.mark.parametrize(
