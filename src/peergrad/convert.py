@@ -8,18 +8,20 @@ import logging
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peergrad.config import Dtype, ParallelConfig, require
-from peergrad.observing.progress import Progress
-from peergrad.storage import in_bytes, size_of, writing
+from peergrad.observing.screen import Screen
+from peergrad.running.ending import FINISHED, Ending, refuse
+from peergrad.running.place import Place, find_place
+from peergrad.storage import StorageError, in_bytes, size_of, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +32,20 @@ if TYPE_CHECKING:
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EXACT = {"float32": ("float32", "float16", "bfloat16"), "bfloat16": ("bfloat16",)}
-INTERRUPTED = 130
 
 
-def run(description: str, source: str, convert: Callable[[Namespace, Progress], str]) -> int:
+@dataclass(frozen=True)
+class Work:
+    """What a conversion is asked for, and whom it tells."""
+
+    options: Namespace
+    screen: Screen
+    ending: Ending
+
+
+def run(description: str, source: str, convert: Callable[[Work], str]) -> int:
     """Read the command line (``source`` names the option for what to convert), convert, say what
-    was written, and return the exit status; what a user can cause becomes one line."""
+    was written, and return the exit status."""
     parser = ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(source, dest="source", required=True, type=Path, help="folder to convert")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
@@ -45,109 +55,106 @@ def run(description: str, source: str, convert: Callable[[Namespace, Progress], 
         "--pipeline", type=int, default=1, help="pipeline-parallel size of the work"
     )
     options = parser.parse_args()
-    speaks = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' warnings are no news
     warnings.simplefilter("ignore")
-    start = time.monotonic()
+    start, place = time.monotonic(), Place(0, 1)
     try:
-        with Progress(speak=speaks) as progress:
-            progress.say(f"converting {options.source} to {options.out}")
-            _check_options(options, source)
-            done = convert(options, progress)
-    except (ValueError, RuntimeError) as error:
-        if "\n" in str(error):
-            raise
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        if speaks:
-            print("interrupted; nothing was left behind", file=sys.stderr)
-        return INTERRUPTED
-    if speaks:
+        place = find_place()
+        _check_options(options, source, place.world)
+    except (ValueError, StorageError) as error:
+        return refuse(error, place)
+    ending = Ending(place)
+    ending.how_to_resume = lambda: "nothing was left behind"
+    with ending.signals():
+        try:
+            with Screen(0, shown=place.rank == 0) as screen, ending.noted():
+                screen.say(f"converting {options.source} to {options.out}")
+                done = convert(Work(options, screen, ending))
+        except BaseException as error:
+            return ending.end(error)
+    if place.rank == 0:
         seconds = time.monotonic() - start
         size = in_bytes(size_of(options.out))
         print(f"wrote {options.out}: {done}, {size} in {seconds:.0f} s; {CHECKED}", flush=True)
-    return 0
+    return FINISHED
 
 
 CHECKED = "every tensor read back and compared"
 
 
-def hf_to_megatron(options: Namespace, progress: Progress) -> str:
+def hf_to_megatron(work: Work) -> str:
     """Write the HF folder ``options.source`` as a checkpoint that ``model.weights`` takes."""
-    path, key = options.source, "--hf"
+    out, path, key = work.options.out, work.options.source, "--hf"
     _require_hf_folder(path, key)
     # Imported in the functions: --help and wrong options should not have to wait for Megatron.
-    progress.begin("loading libraries")
-    from peergrad.parallel.hf.files import open_tensors
-    from peergrad.parallel.snapshot import load_weights, on_every_rank, save_weights
-    from peergrad.parallel.weights import load_hf, read_shards
+    with work.screen.waiting("the libraries to load", announce=True):
+        from peergrad.parallel.hf.files import open_tensors
+        from peergrad.parallel.snapshot import load_weights, on_every_rank, save_weights
+        from peergrad.parallel.weights import load_hf, read_shards
 
     with open_tensors(path, key=key) as reader:
         stored = {STORED.get(dtype, dtype) for dtype in reader.dtypes()}
-    dtype = _target(options.dtype, stored)
-    with _model(options, path, key, dtype) as (model, shape, groups):
-        progress.begin(f"reading {path}")
-        on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
-        progress.begin(f"writing {options.out}", lambda: _written(options.out))
-        save_weights(options.out, model, shape, groups, companions=path, key=key)
+    dtype = _target(work.options.dtype, stored)
+    with _model(work, path, key, dtype) as (model, shape, groups):
+        with work.screen.waiting(f"{path} to be read", announce=True):
+            on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
+        with _writing(work):
+            save_weights(out, model, shape, groups, companions=path, key=key)
 
         def compare() -> None:
             with open_tensors(path, key=key) as reader:
                 for parameter, shard in read_shards(model, reader, shape, groups):
-                    _require_same(parameter.data, shard.to(parameter.dtype), options.out)
+                    _require_same(parameter.data, shard.to(parameter.dtype), out)
 
-        with _discarding(options.out, groups):
-            progress.begin("reading it back")
+        with _reading_back(work, groups):
             for parameter in model.parameters():
                 parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
-            load_weights(options.out, model, shape, key="--out")
+            load_weights(out, model, shape, key="--out")
             on_every_rank(groups, compare)
     return _summary(shape, stored, dtype)
 
 
-def megatron_to_hf(options: Namespace, progress: Progress) -> str:
+def megatron_to_hf(work: Work) -> str:
     """Write the weights of checkpoint ``options.source`` as an HF folder."""
-    path, key = _step_folder(options.source, progress), "--checkpoint"
-    progress.begin("loading libraries")
-    from peergrad.parallel.damage import damage, read_meta
-    from peergrad.parallel.hf.files import open_tensors, write_hf
-    from peergrad.parallel.snapshot import load_weights
-    from peergrad.parallel.weights import export_hf
+    out, key = work.options.out, "--checkpoint"
+    path = _step_folder(work.options.source, work.screen)
+    with work.screen.waiting("the libraries to load", announce=True):
+        from peergrad.parallel.damage import damage, read_meta
+        from peergrad.parallel.hf.files import open_tensors, write_hf
+        from peergrad.parallel.snapshot import load_weights
+        from peergrad.parallel.weights import export_hf
 
     problem = damage(path)
     require(
         problem is None, key, str(path), f"is no whole checkpoint ({problem})", "name another one"
     )
     stored = {str(read_meta(path)["dtype"])}
-    dtype = _target(options.dtype, stored)
+    dtype = _target(work.options.dtype, stored)
     hf = path / "hf"
-    with _model(options, hf, key, dtype) as (model, shape, groups):
-        progress.begin(f"reading {path}")
-        load_weights(path, model, shape, key=key)
-        progress.begin(f"writing {options.out}", lambda: _written(options.out))
-        _on_rank_0(
-            groups,
-            export_hf(model, shape, groups),
-            lambda stream: write_hf(stream, options.out, companions=hf, replace=False, key=key),
-        )
+    with _model(work, hf, key, dtype) as (model, shape, groups):
+        with work.screen.waiting(f"{path} to be read", announce=True):
+            load_weights(path, model, shape, key=key)
+        with _writing(work):
+            _on_rank_0(
+                groups,
+                export_hf(model, shape, groups),
+                lambda stream: write_hf(stream, out, companions=hf, replace=False, key=key),
+            )
 
         def compare(stream: "Iterator[tuple[str, Tensor]]") -> None:
-            with open_tensors(options.out, key="--out") as reader:
+            with open_tensors(out, key="--out") as reader:
                 names = reader.names()
                 for name, tensor in stream:
-                    _require_same(tensor.cpu(), reader.get(name), options.out)
+                    _require_same(tensor.cpu(), reader.get(name), out)
                     names.remove(name)
             assert not names
 
-        with _discarding(options.out, groups):
-            progress.begin("reading it back")
+        with _reading_back(work, groups):
             _on_rank_0(groups, export_hf(model, shape, groups), compare)
     return _summary(shape, stored, dtype)
 
 
-def _check_options(options: Namespace, source: str) -> None:
+def _check_options(options: Namespace, source: str, world: int) -> None:
     out, path = options.out, options.source
     require(not os.path.lexists(out), "--out", str(out), "exists already", "name a new folder")
     inside = out.resolve().is_relative_to(path.resolve())
@@ -156,7 +163,6 @@ def _check_options(options: Namespace, source: str) -> None:
         size = getattr(options, name)
         require(size > 0, f"--{name}", size, "must be at least 1", "leave it out")
     needed = options.tensor * options.pipeline
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     started = f"{world} process was" if world == 1 else f"{world} processes were"
     require(
         world % needed == 0,
@@ -190,7 +196,7 @@ def _require_hf_folder(path: Path, key: str) -> None:
     read_model_config(name, key)
 
 
-def _step_folder(path: Path, progress: Progress) -> Path:
+def _step_folder(path: Path, screen: Screen) -> Path:
     """The step folder that ``path`` is, or the latest of the run or checkpoints folder that it
     is."""
     key, name = "--checkpoint", str(path)
@@ -205,7 +211,7 @@ def _step_folder(path: Path, progress: Progress) -> Path:
     except (OSError, ValueError):
         latest = ""
     if latest in steps:
-        progress.say(f"taking {latest}, the latest of {folder}")
+        screen.say(f"taking {latest}, the latest of {folder}")
         return folder / latest
     remedy = (
         f"name one of {', '.join(str(folder / step) for step in steps[-3:])}"
@@ -226,7 +232,7 @@ def _target(asked: str | None, stored: set[str]) -> Dtype:
 
 @contextmanager
 def _model(
-    options: Namespace, path: Path, key: str, dtype: Dtype
+    work: Work, path: Path, key: str, dtype: Dtype
 ) -> "Iterator[tuple[PolicyModel, Shape, Groups]]":
     """This rank's part of the model whose config.json is in ``path``, yet to be filled."""
     from peergrad.parallel.groups import close_groups, init_groups
@@ -234,9 +240,11 @@ def _model(
     from peergrad.parallel.model import build_model
 
     shape = read_shape(str(path), key)
-    _check_sizes(options, shape)
-    parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
-    groups = init_groups(parallel, seed=0)
+    _check_sizes(work.options, shape)
+    parallel = ParallelConfig(tensor=work.options.tensor, pipeline=work.options.pipeline)
+    with work.screen.waiting("the other ranks"):
+        groups = init_groups(parallel, seed=0)
+    work.ending.speaker = groups.job
     try:
         yield build_model(shape, parallel, dtype, groups), shape, groups
     finally:
@@ -280,13 +288,21 @@ def _on_rank_0(
 
 
 @contextmanager
-def _discarding(out: Path, groups: "Groups") -> Iterator[None]:
+def _writing(work: Work) -> Iterator[None]:
+    out = work.options.out
+    with work.screen.waiting(f"{out} to be written", announce=True, detail=lambda: _written(out)):
+        yield
+
+
+@contextmanager
+def _reading_back(work: Work, groups: "Groups") -> Iterator[None]:
     """Remove what was written if it cannot be read back."""
     try:
-        yield
+        with work.screen.waiting("what was written to be read back", announce=True):
+            yield
     except BaseException:
         if groups.rank == 0:
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(work.options.out, ignore_errors=True)
         raise
 
 

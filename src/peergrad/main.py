@@ -93,26 +93,22 @@ def run(config: Config, text: str, directory: RunDir, place: Place) -> int:
     # Their absence is no news: the log says which layer spec is used.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     ending = Ending(place)
-    ending.watch_signals()
     began = time.monotonic()
-    try:
-        with ExitStack() as outer:
-            shown = place.rank == 0 and config.logger.console
-            screen = outer.enter_context(Screen(config.run.steps, shown=shown))
-            with ExitStack() as stack:
-                try:
+    with ending.signals():
+        try:
+            with ExitStack() as outer:
+                shown = place.rank == 0 and config.logger.console
+                screen = outer.enter_context(Screen(config.run.steps, shown=shown))
+                with ExitStack() as stack, ending.noted():
                     attempt = None
                     if place.rank == 0:
                         attempt = open_folder(config, text, directory, ending, screen, outer)
                     train(config, directory, attempt, ending, screen, stack)
-                except BaseException as error:
-                    ending.begin(error)
-                    raise
-            screen.close()
-            if place.rank == 0:
-                finish(config, directory, time.monotonic() - began)
-    except BaseException as error:
-        return ending.end(error)
+                screen.close()
+                if place.rank == 0:
+                    finish(config, directory, time.monotonic() - began)
+        except BaseException as error:
+            return ending.end(error)
     return FINISHED
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
@@ -39,7 +39,7 @@ REMINDERS = (10.0, 20.0, 30.0, 60.0)  # seconds of one wait after which it is sa
 class _Wait:
     what: str
     began: float = field(default_factory=time.monotonic)
-    detail: str = ""
+    detail: Callable[[], str] = str
     said: int = 0  # reminders so far
 
     def due(self, now: float) -> bool:
@@ -48,8 +48,8 @@ class _Wait:
         return now - self.began >= at
 
     def text(self, now: float) -> str:
-        detail = f": {self.detail}" if self.detail else ""
-        return f"{now - self.began:.0f} s waiting for {self.what}{detail}"
+        detail = self.detail()
+        return f"{now - self.began:.0f} s waiting for {self.what}{detail and ': '}{detail}"
 
 
 class Screen:
@@ -93,10 +93,13 @@ class Screen:
         self._print(text)
 
     @contextmanager
-    def waiting(self, what: str, *, announce: bool = False) -> Iterator[None]:
+    def waiting(
+        self, what: str, *, announce: bool = False, detail: Callable[[], str] = str
+    ) -> Iterator[None]:
         """Name what the block waits for: said at once if ``announce``, and again when it takes
-        long, for as long as it does. ``what`` completes "waiting for"."""
-        wait = _Wait(what)
+        long, for as long as it does. ``what`` completes "waiting for"; ``detail()``, called in
+        another thread, says how far it is."""
+        wait = _Wait(what, detail=detail)
         self._waits.append(wait)
         if announce:
             self.say(f"{duration(wait.began - self._began)}  waiting for {what}")
@@ -109,7 +112,7 @@ class Screen:
     def detail(self, text: str) -> None:
         """How far the present wait is, as in "37 of 128 groups"."""
         if self._waits:
-            self._waits[-1].detail = text
+            self._waits[-1].detail = lambda: text
 
     def write(self, kind: str, step: int, row: Row) -> None:
         """Show a row of metrics: see ``Sink``."""

@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -75,15 +76,12 @@ class Ending:
 
     Example:
         >>> ending = Ending(place)
-        >>> try:
-        ...     with ExitStack() as stack:
-        ...         try:
+        >>> with ending.signals():
+        ...     try:
+        ...         with ExitStack() as stack, ending.noted():
         ...             ...
-        ...         except BaseException as error:
-        ...             ending.begin(error)  # before anything is cleaned up
-        ...             raise
-        ... except BaseException as error:
-        ...     status = ending.end(error)
+        ...     except BaseException as error:
+        ...         status = ending.end(error)
     """
 
     def __init__(self, place: Place) -> None:
@@ -94,11 +92,18 @@ class Ending:
         self._interrupted: str | None = None
         self._begun = self._speaks = False
 
-    def watch_signals(self) -> None:
-        """Turn the first SIGINT or SIGTERM into KeyboardInterrupt and ignore the rest: torchrun
-        repeats them, and one that arrived during the clean-up would leave servers behind."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, the first SIGINT or SIGTERM is a KeyboardInterrupt and the rest are ignored:
+        torchrun repeats them, and one that arrived during the clean-up would leave servers
+        behind."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -106,6 +111,15 @@ class Ending:
         if not self._begun:
             self._interrupted = signal.Signals(number).name
             raise KeyboardInterrupt
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Innermost: the end begins before anything is cleaned up."""
+        try:
+            yield
+        except BaseException as error:
+            self.begin(error)
+            raise
 
     def begin(self, error: BaseException) -> None:
         """The run is over because of ``error``: the log gets the traceback, the ranks agree on who
@@ -158,7 +172,7 @@ class Ending:
         return FAILED, f"error: {one_line(error)}{where}{more}"
 
 
-def refuse(error: ValueError, place: Place) -> int:
+def refuse(error: ValueError | RuntimeError, place: Place) -> int:
     """End for a mistake found before the ranks know of each other; the exit status.
 
     Every rank finds most of them. Rank 0 says so; another rank lets it, and speaks only if it is
@@ -171,7 +185,7 @@ def refuse(error: ValueError, place: Place) -> int:
     line = f"error: {one_line(error)}{where}"
     print(line, file=sys.stderr, flush=True)
     tell_torchrun(line)
-    return WRONG
+    return WRONG if isinstance(error, ValueError) else FAILED
 
 
 def is_echo(error: BaseException) -> bool:

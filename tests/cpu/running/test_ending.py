@@ -143,21 +143,23 @@ def test_torchrun_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 INTERRUPTED = """
 import signal, sys, time
+from contextlib import ExitStack
 from peergrad.running.ending import Ending
 from peergrad.running.place import Place
 ending = Ending(Place(int(sys.argv[1]), 2))
-ending.watch_signals()
-try:
+def clean_up():
+    print("cleaning", flush=True)
+    time.sleep(1)
+with ending.signals():
     try:
-        print("ready", flush=True)
-        time.sleep(60)
+        with ExitStack() as stack, ending.noted():
+            stack.callback(clean_up)
+            print("ready", flush=True)
+            time.sleep(60)
     except BaseException as error:
-        ending.begin(error)
-        print("cleaning", flush=True)
-        time.sleep(1)
-        raise
-except BaseException as error:
-    sys.exit(ending.end(error))
+        status = ending.end(error)
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+sys.exit(status)
 """
 
 
