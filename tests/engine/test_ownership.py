@@ -56,14 +56,15 @@ def push(sync, models, name, version):
     return sync.load(models[name].state_dict().items(), version)
 
 
-def generate(url, identity, newest, tokens=8, during=None):
-    """One answer; ``during`` runs while it is drawn."""
+def generate(url, identity, newest, during=None):
+    """An answer. With ``during`` many long ones, so that it runs while they are drawn."""
 
     async def main():
         engine = SGLangEngine([url], request_timeout=60.0, identity=identity)
         engine.set_version(newest)
         try:
-            sampling = Sampling(n=1, max_new_tokens=tokens)
+            many = Sampling(n=16, max_new_tokens=400)
+            sampling = Sampling(n=1, max_new_tokens=8) if during is None else many
             answer = asyncio.create_task(engine.generate([5, 9], sampling, request_id="p"))
             if during is not None:
                 await asyncio.sleep(0.1)
@@ -98,7 +99,7 @@ def test_a_push_by_another_run_ends_this_ones_answers_and_pushes(url, new_sync, 
     )
     taken = rf"^{url}: (was taken by|answered with weights of) run '{B}'.* belongs to one run at a"
     with pytest.raises(ServerError, match=taken):  # drawn in part with the weights of each
-        generate(url, A, 4, tokens=400, during=lambda: push(second, models, "B", 12))
+        generate(url, A, 4, during=lambda: push(second, models, "B", 12))
     with pytest.raises(ServerError) as error:
         generate(url, A, 4)
     assert str(error.value) == f"{url}: answered with {line}"
