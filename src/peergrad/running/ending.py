@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FINISHED, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 POLITE_SECONDS = 15.0  # rank 0 is let say first what every rank finds
+LIKE_SECONDS = 1.0
 CLEAN_UP_SECONDS = 60.0
 LONGEST = 700
 
@@ -135,14 +136,18 @@ class Ending:
             return self._place.rank == 0 and not told
         if self.speaker is None:
             return True
-        if is_echo(error):
-            self._await_other()
+        if is_echo(error):  # what we see may be another rank's failure
+            self._await_other(POLITE_SECONDS)
+        elif (
+            isinstance(error, ValueError) and self._place.rank > 0
+        ):  # which rank 0 may find as well
+            self._await_other(LIKE_SECONDS)
         return self.speaker.claim()
 
-    def _await_other(self) -> None:
-        """What we see may be another rank's failure: let it speak."""
+    def _await_other(self, seconds: float) -> None:
+        """Let another rank speak if it wants to."""
         assert self.speaker is not None
-        end = time.monotonic() + POLITE_SECONDS
+        end = time.monotonic() + seconds
         while not self.speaker.failed() and time.monotonic() < end:
             time.sleep(0.05)
 

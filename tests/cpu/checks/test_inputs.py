@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peergrad.checks import Source, check, check_inputs
+from peergrad.checks.place import check_folder
 from peergrad.config import Config, RewardKind, ServerMode, Spec
 from peergrad.parallel.hf.folder import INDEX
 from tests.models import make_hf_model
@@ -51,6 +52,7 @@ def write_rows(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
 def refusal(config: Config) -> str:
     check(config, world=1)  # is not what finds it
     with pytest.raises(ValueError) as caught:
+        check_folder(config)
         check_inputs(config)
     message = str(caught.value)
     assert re.fullmatch(r"[\w.]+ = .+: .+; .+", message), message  # one line

@@ -117,6 +117,18 @@ def test_an_echo_lets_the_other_speak(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_rank_0_says_what_other_ranks_may_find_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LIKE_SECONDS", 0.5)
+    store = Store()
+    Timer(0.2, lambda: setattr(store, "first", "0")).start()
+    assert end(ValueError("a = 1: no; b"), store, rank=1) == 2
+    assert capsys.readouterr().err == ""
+    assert end(ValueError("a = 1: no; b"), Store(), rank=1) == 2
+    assert capsys.readouterr().err.startswith("error: a = 1: no; b [rank 1 on ")
+
+
 def test_a_mistake_that_every_rank_finds_is_said_by_rank_0(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
