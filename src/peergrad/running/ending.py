@@ -134,13 +134,13 @@ class Ending:
         if self._interrupted:  # maybe only because another rank has failed
             told = self.speaker is not None and self.speaker.failed()
             return self._place.rank == 0 and not told
+        others = self._place.rank > 0
         if self.speaker is None:
+            time.sleep(POLITE_SECONDS * others)  # see ``refuse``
             return True
         if is_echo(error):  # what we see may be another rank's failure
             self._await_other(POLITE_SECONDS)
-        elif (
-            isinstance(error, ValueError) and self._place.rank > 0
-        ):  # which rank 0 may find as well
+        elif others and isinstance(error, ValueError):  # which rank 0 may find as well
             self._await_other(LIKE_SECONDS)
         return self.speaker.claim()
 
