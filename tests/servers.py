@@ -41,7 +41,11 @@ class SharedServer:
         self._stack = ExitStack()
         self._log = logs / "server_0.log"
         (self.url,) = self._servers.urls
-        self.overrides = ("rollout=external", f"rollout.servers.urls=[{self.url}]")
+        self.overrides = (
+            "rollout=external",
+            f"rollout.servers.urls=[{self.url}]",
+            "rollout.servers.takeover=true",  # from runs that a test has killed
+        )
         """What makes a run use it."""
 
     def __enter__(self) -> Self:

@@ -22,10 +22,9 @@ A, B = "runs/a-1f3a", "runs/b:2-9c0d"
 VOCAB = 100
 
 
-@pytest.fixture(scope="module")
-def url(start):
-    with start() as servers:
-        yield servers.urls[0]
+@pytest.fixture
+def url(server):
+    return server.url
 
 
 @pytest.fixture
