@@ -375,4 +375,4 @@ def failing_share() -> str:
 def test_an_error_on_rank_0_reaches_every_rank() -> None:
     first, second = run_ranks(2, failing_share)
     assert first == "KeyError 'the cause'"
-    assert second.startswith("RuntimeError rank 0 failed: KeyError")
+    assert second.startswith("OtherRankFailed rank 0 failed: KeyError")

@@ -9,12 +9,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peergrad.main import main
+from peergrad.observing.metrics import read_metrics
 from tests.e2e.conftest import WHOLE
 from tests.e2e.run import Run, assert_same_weights, run_in_turn
 from tests.servers import SharedServer
 
 pytestmark = pytest.mark.engine
 
+KINDS = ("start", "eval", "checkpoint", "export")
 TRAIN_KEYS = {
     *("reward/mean", "reward/std", "reward/flat_groups"),
     *("response/length", "response/length_max", "response/truncated"),
@@ -48,6 +50,37 @@ def test_every_step_is_measured(whole: Run) -> None:
     evaluations = whole.rows("eval")
     assert [row["step"] for row in evaluations] == [0, 2, 4]
     assert all(0 <= row["pass@1"] <= 1 for row in evaluations)
+
+
+def test_its_time_is_accounted_for(whole: Run) -> None:
+    """From the start of rank 0's process to the export: what no row tells is a few per cent."""
+    rows = read_metrics(whole.metrics)
+    assert [row["kind"] for row in rows] == [
+        *("start", "eval", "train", "train", "eval", "checkpoint"),
+        *("train", "train", "eval", "checkpoint", "export"),
+    ]
+    names = {"train": "time/step", **{kind: f"time/{kind}" for kind in KINDS}}
+    told = sum(row[names[row["kind"]]] for row in rows)
+    whole_time = rows[-1]["timestamp"] - rows[0]["timestamp"] + rows[0]["time/start"]
+    assert 0.9 * whole_time < told < 1.01 * whole_time
+    stages = ("libraries", "join", "model", "reference", "collector", "servers", "sync")
+    assert sum(rows[0][f"start/{stage}"] for stage in stages) > 0.9 * rows[0]["time/start"]
+
+
+def test_its_screen_and_logs_tell_its_story(whole: Run) -> None:
+    """A wait is named before it is over, the objective is a file, and every line is whole."""
+    lines = whole.printed.splitlines()
+    assert lines[0] == f"run        {whole.path}"
+    assert sum("waiting for SGLang to start" in line for line in lines) >= 1
+    assert sum(line.startswith("step ") for line in lines) == 4
+    assert not any(word in whole.printed for word in ("Traceback", "Warning", "effective ("))
+    logs = whole.path / "logs" / "latest"
+    assert "effective (" in (logs / "objective.txt").read_text()
+    rank, collector = (logs / f"{name}.log" for name in ("rank_00000", "collector"))
+    for word in ("step 4/4", "server 0 healthy", "sync of version 4", "step_000004", "export"):
+        assert word in rank.read_text(), word
+    assert "the servers hold weights of version 4" in collector.read_text()
+    assert (logs / "rank_00001.log").stat().st_size > 0
 
 
 def test_recorded_rollouts_are_what_was_trained_on(whole: Run) -> None:
