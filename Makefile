@@ -24,7 +24,7 @@ RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export TORCH_CPP_LOG_LEVEL := ERROR
-# A laptop's host name need not resolve: hence this, and --local-addr.
+# A laptop's host name need not resolve.
 export GLOO_SOCKET_IFNAME := lo
 
 # The lock's torchvision is older than its torch, see there; nothing here reads images.
@@ -34,7 +34,7 @@ train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(
 
 train: $(READY) $(MODEL)
 	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
-	@$(BIN)/python -m peergrad.launch --local-addr 127.0.0.1 --nproc-per-node $(RANKS) $(RUN)
+	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
 # Every area, with one whole run; the rest is in test-all. Two halves at a time, as most tests keep
 # one core busy; where make can, each half prints when it is done.

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from peergrad.algo.grading import AlgoState
-from peergrad.config import Config, ServerMode
+from peergrad.config import Config, ServerMode, require
 from peergrad.inputs import collector_parts
 from peergrad.loop import train
 from peergrad.observing.curve import CurveSink
@@ -91,14 +91,23 @@ class Build:
         """Find the other ranks, agree on the log folder, lay out the process groups."""
         parallel = self.config.parallel
         with self.stage("join", "the other ranks"):
-            job = Job.join(minutes=parallel.timeout_minutes, heard=self.screen.detail)
-            ending.speaker = job
+            job = ending.speaker = Job.connect(minutes=parallel.timeout_minutes)
+            job.await_all(minutes=parallel.timeout_minutes, heard=self.screen.detail)
             self.stack.callback(close_groups)
             groups = init_groups(parallel, seed=self.config.run.seed, job=job)
             self.attempt = groups.share(lambda: self.attempt)
-        assert self.attempt is not None
+        attempt = self.attempt
+        assert attempt is not None
+        blind = [rank for rank, seen in enumerate(groups.gather(attempt.is_dir())) if not seen]
+        require(
+            not blind,
+            "run.root",
+            self.config.run.root,
+            f"is another folder on the machines of ranks {blind[:8]}",
+            "put it on a disk that all machines share",
+        )
         if groups.rank > 0:
-            ending.log = log_to(self.attempt, f"rank_{groups.rank:05d}", screen=False)
+            ending.log = log_to(attempt, f"rank_{groups.rank:05d}", screen=False)
         return groups
 
     def load_policy(self, groups: Groups) -> tuple[Policy, Checkpoints, int]:
@@ -191,10 +200,16 @@ class Build:
     ) -> Collector:
         """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None
-        parts = partial(collector_parts, attempt=self.attempt)
         with self.stage("collector", "the prompts and the rewards"):
             collector = Collector(
-                self.config, urls, parts, state=state, identity=identity, dead=dead
+                self.config,
+                urls,
+                collector_parts,
+                state=state,
+                identity=identity,
+                dead=dead,
+                # Its warnings reach the screen through this process.
+                open_log=partial(log_to, self.attempt, "collector", screen=False),
             )
             self.stack.callback(collector.close)
             collector.heard = self.screen.detail

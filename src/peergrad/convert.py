@@ -12,7 +12,7 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ class Work:
     options: Namespace
     screen: Screen
     ending: Ending
+    stack: ExitStack  # closes what was opened
 
 
 def run(description: str, source: str, convert: Callable[[Work], str]) -> int:
@@ -67,9 +68,13 @@ def run(description: str, source: str, convert: Callable[[Work], str]) -> int:
     ending.how_to_resume = lambda: "nothing was left behind"
     with ending.signals():
         try:
-            with Screen(0, shown=place.rank == 0) as screen, ending.noted():
+            with (
+                Screen(0, shown=place.rank == 0) as screen,
+                ExitStack() as stack,
+                ending.noted(),
+            ):
                 screen.say(f"converting {options.source} to {options.out}")
-                done = convert(Work(options, screen, ending))
+                done = convert(Work(options, screen, ending, stack))
         except BaseException as error:
             return ending.end(error)
     if place.rank == 0:
@@ -95,22 +100,22 @@ def hf_to_megatron(work: Work) -> str:
     with open_tensors(path, key=key) as reader:
         stored = {STORED.get(dtype, dtype) for dtype in reader.dtypes()}
     dtype = _target(work.options.dtype, stored)
-    with _model(work, path, key, dtype) as (model, shape, groups):
-        with work.screen.waiting(f"{path} to be read", announce=True):
-            on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
-        with _writing(work):
-            save_weights(out, model, shape, groups, companions=path, key=key)
+    model, shape, groups = _model(work, path, key, dtype)
+    with work.screen.waiting(f"{path} to be read", announce=True):
+        on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
+    with _writing(work):
+        save_weights(out, model, shape, groups, companions=path, key=key)
 
-        def compare() -> None:
-            with open_tensors(path, key=key) as reader:
-                for parameter, shard in read_shards(model, reader, shape, groups):
-                    _require_same(parameter.data, shard.to(parameter.dtype), out)
+    def compare() -> None:
+        with open_tensors(path, key=key) as reader:
+            for parameter, shard in read_shards(model, reader, shape, groups):
+                _require_same(parameter.data, shard.to(parameter.dtype), out)
 
-        with _reading_back(work, groups):
-            for parameter in model.parameters():
-                parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
-            load_weights(out, model, shape, key="--out")
-            on_every_rank(groups, compare)
+    with _reading_back(work, groups):
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
+        load_weights(out, model, shape, key="--out")
+        on_every_rank(groups, compare)
     return _summary(shape, stored, dtype)
 
 
@@ -131,26 +136,26 @@ def megatron_to_hf(work: Work) -> str:
     stored = {str(read_meta(path)["dtype"])}
     dtype = _target(work.options.dtype, stored)
     hf = path / "hf"
-    with _model(work, hf, key, dtype) as (model, shape, groups):
-        with work.screen.waiting(f"{path} to be read", announce=True):
-            load_weights(path, model, shape, key=key)
-        with _writing(work):
-            _on_rank_0(
-                groups,
-                export_hf(model, shape, groups),
-                lambda stream: write_hf(stream, out, companions=hf, replace=False, key=key),
-            )
+    model, shape, groups = _model(work, hf, key, dtype)
+    with work.screen.waiting(f"{path} to be read", announce=True):
+        load_weights(path, model, shape, key=key)
+    with _writing(work):
+        _on_rank_0(
+            groups,
+            export_hf(model, shape, groups),
+            lambda stream: write_hf(stream, out, companions=hf, replace=False, key=key),
+        )
 
-        def compare(stream: "Iterator[tuple[str, Tensor]]") -> None:
-            with open_tensors(out, key="--out") as reader:
-                names = reader.names()
-                for name, tensor in stream:
-                    _require_same(tensor.cpu(), reader.get(name), out)
-                    names.remove(name)
-            assert not names
+    def compare(stream: "Iterator[tuple[str, Tensor]]") -> None:
+        with open_tensors(out, key="--out") as reader:
+            names = reader.names()
+            for name, tensor in stream:
+                _require_same(tensor.cpu(), reader.get(name), out)
+                names.remove(name)
+        assert not names
 
-        with _reading_back(work, groups):
-            _on_rank_0(groups, export_hf(model, shape, groups), compare)
+    with _reading_back(work, groups):
+        _on_rank_0(groups, export_hf(model, shape, groups), compare)
     return _summary(shape, stored, dtype)
 
 
@@ -230,25 +235,22 @@ def _target(asked: str | None, stored: set[str]) -> Dtype:
     return Dtype.float32 if wide else Dtype.bfloat16
 
 
-@contextmanager
-def _model(
-    work: Work, path: Path, key: str, dtype: Dtype
-) -> "Iterator[tuple[PolicyModel, Shape, Groups]]":
+def _model(work: Work, path: Path, key: str, dtype: Dtype) -> "tuple[PolicyModel, Shape, Groups]":
     """This rank's part of the model whose config.json is in ``path``, yet to be filled."""
     from peergrad.parallel.groups import close_groups, init_groups
     from peergrad.parallel.hf.config import read_shape
+    from peergrad.parallel.job import Job
     from peergrad.parallel.model import build_model
 
     shape = read_shape(str(path), key)
     _check_sizes(work.options, shape)
     parallel = ParallelConfig(tensor=work.options.tensor, pipeline=work.options.pipeline)
     with work.screen.waiting("the other ranks"):
-        groups = init_groups(parallel, seed=0)
-    work.ending.speaker = groups.job
-    try:
-        yield build_model(shape, parallel, dtype, groups), shape, groups
-    finally:
-        close_groups()
+        job = work.ending.speaker = Job.connect(minutes=parallel.timeout_minutes)
+        job.await_all(minutes=parallel.timeout_minutes, heard=work.screen.detail)
+        work.stack.callback(close_groups)
+        groups = init_groups(parallel, seed=0, job=job)
+    return build_model(shape, parallel, dtype, groups), shape, groups
 
 
 def _check_sizes(options: Namespace, shape: "Shape") -> None:

@@ -3,18 +3,14 @@
 A module of its own, because the collector process imports it and must not load Megatron.
 """
 
-from pathlib import Path
-
 from peergrad.config import Config
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
-from peergrad.running.logs import log_to
 
 
-def collector_parts(config: Config, *, attempt: Path) -> Parts:
+def collector_parts(config: Config) -> Parts:
     """What the collector process works with; runs in that process."""
-    log_to(attempt, "collector", screen=False)  # warnings reach the screen through the trainer
     tokenizer = load_tokenizer(config.model.path)
     data, seed = config.data, config.run.seed
     records = load_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)

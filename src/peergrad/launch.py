@@ -17,30 +17,36 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-INTERRUPTED = 130
+from peergrad.running.ending import INTERRUPTED, WRONG, one_line
+
 MODULE = "peergrad.main"
 FLAGS = ("--cfg", "--check", "--objective")
+HINTS = {
+    "SIGKILL": "perhaps its machine was out of memory; see dmesg or the job's accounting",
+    "SIGTERM": "somebody, or the machine, told it to end",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the ranks and wait for them; the exit status of the one that failed first."""
     options = read(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # its agent would tell it all again
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with five lines of warning
+    if options.nproc_per_node != "1":  # as torchrun does, with five lines of warning
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         run(options)  # type: ignore[no-untyped-call]
     except (KeyboardInterrupt, SignalException):
         return INTERRUPTED
+    except (ValueError, RuntimeError) as error:  # of the launcher's own: options, ports, machines
+        print(f"error: {one_line(error)}; see --help for the launcher's options", file=sys.stderr)
+        return WRONG
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
-        print(
-            f"error: rank {rank} was ended by {name}, from outside (SIGKILL: perhaps it was out of "
-            "memory; see dmesg or the job's accounting)",
-            file=sys.stderr,
-        )
+        hint = HINTS.get(name, "see its rank_*.log")
+        print(f"error: rank {rank} was ended by {name}: {hint}", file=sys.stderr)
         return 128 - int(failure.exitcode)
     return 0
 
@@ -54,6 +60,8 @@ def read(arguments: Sequence[str]) -> Namespace:
     overrides = [options.training_script, *options.training_script_args][:-1]
     options.training_script_args = [*overrides, *flags]
     options.training_script, options.module = MODULE, True
+    if options.nnodes in ("1", "1:1") and options.local_addr is None:
+        options.local_addr = "127.0.0.1"  # a laptop's host name need not resolve
     return options
 
 

@@ -7,6 +7,7 @@
 checks all that needs no start, and says what would run.
 """
 
+import logging
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
-from peergrad.checks import Inputs, check, check_inputs, summary
+from peergrad.checks import Inputs, check, check_inputs, summary, warnings_of
 from peergrad.checks.place import check_folder
 from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
@@ -30,8 +31,11 @@ from peergrad.running.ending import FINISHED, Ending, refuse
 from peergrad.running.lifetime import die_with_parent
 from peergrad.running.lock import FolderLock
 from peergrad.running.logs import log_to
-from peergrad.running.place import Place, find_place
+from peergrad.running.place import Place, find_place, require_launcher
 from peergrad.running.rundir import RunDir, check_run_dir
+from peergrad.storage import writing
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,16 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FINISHED
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)
-        directory = check_run_dir(config.run)
         if place.rank == 0:
             check_folder(config)
-        if options.check and place.rank == 0:
-            print(check_all(config, directory, place), end="")
-    except ValueError as error:
+        directory = check_run_dir(config.run)
+        if not options.check:
+            require_launcher(place)
+    except (ValueError, OSError) as error:
         return refuse(error, place)
-    if options.check:
-        return FINISHED
-    return run(config, text, directory, place)
+    ending = Ending(place)
+    if not options.check:
+        ending.how_to_resume = directory.how_to_resume
+    with ending.signals():
+        try:
+            if not options.check:
+                run(config, text, directory, place, ending)
+            elif place.rank == 0:
+                print(check_all(config, directory, place), end="")
+        except BaseException as error:
+            return ending.end(error)
+    return FINISHED
 
 
 def check_all(config: Config, directory: RunDir, place: Place) -> str:
@@ -84,32 +97,26 @@ def read_inputs(config: Config, directory: RunDir) -> Inputs:
     return inputs
 
 
-def run(config: Config, text: str, directory: RunDir, place: Place) -> int:
-    """The run, from its folder to its last line, in the frame of an ``Ending``; the exit status."""
+def run(config: Config, text: str, directory: RunDir, place: Place, ending: Ending) -> None:
+    """The run, from its folder to its last line."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave its ranks training
         die_with_parent(os.getppid())
     # Set before torch is loaded: its C++ warnings are of no use to anybody who is not writing it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Their absence is no news: the log says which layer spec is used.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
-    ending = Ending(place)
     began = time.monotonic()
-    with ending.signals():
-        try:
-            with ExitStack() as outer:
-                shown = place.rank == 0 and config.logger.console
-                screen = outer.enter_context(Screen(config.run.steps, shown=shown))
-                with ExitStack() as stack, ending.noted():
-                    attempt = None
-                    if place.rank == 0:
-                        attempt = open_folder(config, text, directory, ending, screen, outer)
-                    train(config, directory, attempt, ending, screen, stack)
-                screen.close()
-                if place.rank == 0:
-                    finish(config, directory, time.monotonic() - began)
-        except BaseException as error:
-            return ending.end(error)
-    return FINISHED
+    with ExitStack() as outer:
+        shown = place.rank == 0 and config.logger.console
+        screen = outer.enter_context(Screen(config.run.steps, shown=shown))
+        with ExitStack() as stack, ending.noted():
+            attempt = None
+            if place.rank == 0:
+                attempt = open_folder(config, text, directory, ending, screen, outer)
+            train(config, directory, attempt, ending, screen, stack)
+        screen.stop()
+        if place.rank == 0:
+            finish(config, directory, time.monotonic() - began)
 
 
 def open_folder(
@@ -117,19 +124,22 @@ def open_folder(
 ) -> Path:
     """Hold the run's folder from here on and open the log of this attempt; its folder."""
     what = f"run.name = {config.run.name!r}"
-    stack.enter_context(FolderLock(directory.lock, what, heard=screen.detail))
-    check_run_dir(config.run)  # again: another start may have come and gone in between
-    attempt = directory.new_attempt()
-    ending.log = log_to(attempt, "rank_00000", screen=True)
-    ending.how_to_resume = directory.how_to_resume
+    with screen.waiting("the run's folder"), writing("run folder", directory.path):
+        stack.enter_context(FolderLock(directory.lock, what, heard=screen.detail))
+        check_run_dir(config.run)  # again: another start may have come and gone in between
+        attempt = directory.new_attempt()
+        ending.log = log_to(attempt, "rank_00000", screen=True)
     screen.say(f"run        {directory.path}")
     screen.say(f"objective  {objective_line(config)}")
     screen.say(f"log        {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
-        read_inputs(config, directory)
-    for path in (directory.config, attempt / "config.yaml"):
-        path.write_text(text)
-    (attempt / "objective.txt").write_text(explain(config))
+        inputs = read_inputs(config, directory)
+    for warning in warnings_of(config, inputs):
+        log.warning("%s", warning)
+    with writing("run folder", directory.path):
+        for path in (directory.config, attempt / "config.yaml"):
+            path.write_text(text)
+        (attempt / "objective.txt").write_text(explain(config))
     return attempt
 
 
@@ -155,11 +165,15 @@ def train(
 
 
 def finish(config: Config, directory: RunDir, seconds: float) -> None:
-    """Draw the curve, mark the run as done, say where everything is."""
-    draw_curve(directory.metrics, directory.curve)
+    """Mark the run as done, draw the curve, say where everything is."""
+    with writing("run folder", directory.path):
+        directory.done.write_text(f"{config.run.steps} steps\n")
     rows = read_metrics(directory.metrics)
     passes = [row["pass@1"] for row in rows if row["kind"] == "eval"]
-    directory.done.write_text(f"{config.run.steps} steps\n")
+    try:
+        draw_curve(directory.metrics, directory.curve)
+    except Exception as error:  # a picture is not worth a finished run
+        log.warning("%s was not drawn (%s: %s)", directory.curve, type(error).__name__, error)
     print(f"HF checkpoint  {directory.hf}")
     print(f"metrics        {directory.metrics}")
     print(f"curve          {directory.curve}")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from peergrad.echo import OtherRankFailed
+
 _RULES = {
     errno.ENOSPC: ("the disk has too little space", "free some space"),
     errno.EDQUOT: ("the disk quota is used up", "free some of the quota"),
@@ -44,7 +46,7 @@ def writing(what: str, path: Path, *, then: Callable[[], str] = str) -> Iterator
     """
     try:
         yield
-    except (StorageError, KeyboardInterrupt, SystemExit):
+    except (StorageError, OtherRankFailed, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         found = refusal(error, path)

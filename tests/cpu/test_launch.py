@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peergrad.launch import read
+from peergrad.launch import main, read
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,18 @@ def test_reading(arguments: list[str], ranks: str, ours: list[str]) -> None:
     options = read(arguments)
     assert (options.nproc_per_node, options.training_script_args) == (ranks, ours)
     assert options.training_script == "peergrad.main" and options.module
+    assert options.local_addr == "127.0.0.1"
+
+
+def test_several_machines_find_each_other_by_name() -> None:
+    assert read(["--nnodes", "2", "a=1"]).local_addr is None
+    assert read(["--local-addr", "10.0.0.7", "a=1"]).local_addr == "10.0.0.7"
+
+
+def test_a_mistake_of_the_launchers_own_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--nproc-per-node", "abc", "a=1"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "abc" in err
 
 
 def test_one_line_and_the_status_of_the_ranks(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ pytestmark = pytest.mark.distributed
 def waits() -> dict[str, Any]:
     """Rank 0 takes three times as long as a collective may; then one of its tasks fails."""
     from peergrad.config import ParallelConfig
+    from peergrad.echo import OtherRankFailed
     from peergrad.parallel.groups import init_groups
-    from peergrad.parallel.job import Job, OtherRankFailed
+    from peergrad.parallel.job import Job
 
     heard: list[str] = []
-    job = Job.join(minutes=1, heard=heard.append)
+    job = Job.connect(minutes=1)
+    job.await_all(minutes=1, heard=heard.append)
     groups = init_groups(ParallelConfig(timeout_minutes=0.02), seed=0, job=job)
 
     def slow() -> int:
@@ -37,11 +39,12 @@ def waits() -> dict[str, Any]:
     groups.barrier()
     seen["failed"] = job.failed()
     began = time.monotonic()
-    job.await_said(0.3)
+    assert job.await_said(0.3) is None
     seen["patience"] = time.monotonic() - began
+    groups.barrier()
     if job.rank == 0:
-        job.said()
-    job.await_said(30)
+        job.said(7)
+    seen["status"] = job.await_said(30)
     return seen
 
 
@@ -53,11 +56,13 @@ def test_waiting_for_rank_0_has_no_limit() -> None:
     assert seen[1]["error"] == "OtherRankFailed: rank 0 failed: KeyError: 'on rank 0'"
     firsts = [first for each in seen for first in each["first"]]
     assert sorted(firsts) == [False, False, True, True]  # one rank, also when it asks again
+    assert [each["status"] for each in seen] == [7, 7]
     assert all(each["failed"] and 0.3 <= each["patience"] < 5 for each in seen)
 
 
 def a_failure_while_others_wait() -> str:
-    from peergrad.parallel.job import Job, OtherRankFailed
+    from peergrad.echo import OtherRankFailed
+    from peergrad.parallel.job import Job
 
     job = Job.join(minutes=1)
     if job.rank == 1:
@@ -76,7 +81,7 @@ def a_failure_while_others_wait() -> str:
         job.store.add("seen", 1)
         while job.store.add("seen", 0) < 2:
             time.sleep(0.01)
-        job.said()
+        job.said(1)
 
 
 def test_a_failure_reaches_those_who_wait() -> None:
@@ -92,7 +97,7 @@ def alone() -> list[Any]:
     os.environ["WORLD_SIZE"] = "2"
     heard: list[str] = []
     try:
-        Job.join(minutes=0.01, heard=heard.append)
+        Job.connect(minutes=0.01).await_all(minutes=0.01, heard=heard.append)
     except RuntimeError as error:
         return [heard[0], str(error)]
     return []

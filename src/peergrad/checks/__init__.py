@@ -7,7 +7,15 @@ function); one process runs it. ``summary`` says on few lines what both have fou
 
 from peergrad.checks.configuration import check
 from peergrad.checks.inputs import Inputs, Source, check_inputs
-from peergrad.checks.summary import summary
+from peergrad.checks.summary import summary, warnings_of
 from peergrad.parallel.hf.config import read_model_config
 
-__all__ = ["Inputs", "Source", "check", "check_inputs", "read_model_config", "summary"]
+__all__ = [
+    "Inputs",
+    "Source",
+    "check",
+    "check_inputs",
+    "read_model_config",
+    "summary",
+    "warnings_of",
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peergrad.checks.account import check_account
+from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
 from peergrad.config import Config, RewardKind, ServerMode, Spec, require
 from peergrad.data import Prompt
@@ -72,6 +73,7 @@ def check_inputs(config: Config) -> Inputs:
 def _check_inputs(config: Config, shape: Shape) -> Inputs:
     check_account(config)
     _check_models(config, shape)
+    _check_resume(config, shape)
     if config.rollout.replay is not None:
         check_recorded(config, shape)
         found = Inputs(shape, None, None, None)
@@ -118,6 +120,37 @@ def _check_checkpoint(path: Path, shape: Shape) -> None:
         "name a step folder written by a run or by tools/hf_to_megatron.py",
     )
     require_same_model("model.weights", path, read_meta(path), shape)
+
+
+def _check_resume(config: Config, shape: Shape) -> None:
+    """The checkpoint that the run goes on from, if there is one."""
+    step = resumed_step(config)
+    if step is None:
+        return
+    from peergrad.parallel.damage import (
+        damage,
+        read_meta,
+        require_same_model,
+        require_same_optimizer,
+    )
+
+    folder = run_folder(config) / "checkpoints"
+    path = folder / f"step_{step:06d}"
+    problem = damage(path)
+    if problem is not None:
+        others = [p for p in folder.glob("step_*") if p != path and damage(p) is None]
+        remedy = "set checkpoint.fallback=true to use an older one, or choose a new run.name"
+        require(
+            config.checkpoint.fallback and bool(others),
+            "run.resume",
+            True,
+            f"checkpoint {path} is damaged ({problem})",
+            remedy if others else "choose a new run.name: there is no other whole one",
+        )
+        return
+    meta = read_meta(path)
+    require_same_model("run.resume", path, meta, shape)
+    require_same_optimizer(path, meta, config.parallel.distributed_optimizer, config.model.dtype)
 
 
 def _read_sources(

@@ -7,6 +7,7 @@ from pathlib import Path
 from peergrad.config import Config, Dtype, require
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.tensors import parameters
+from peergrad.storage import existing
 
 
 def check_folder(config: Config) -> None:
@@ -14,7 +15,7 @@ def check_folder(config: Config) -> None:
     tell of read-only file systems."""
     root, remedy = config.run.root, "choose another folder, or correct its permissions"
     try:
-        place = _existing(run_folder(config))
+        place = existing(run_folder(config))
         require(place.is_dir(), "run.root", root, f"{place} is a file, not a folder", remedy)
         with tempfile.TemporaryDirectory(prefix=".peergrad-check-", dir=place):
             pass
@@ -54,7 +55,7 @@ def disk_warning(config: Config, shape: Shape) -> str | None:
     number = min(due, keep + 1) if keep else due  # the oldest goes when the newest is whole
     exported = parameters(shape) * (2 if config.model.dtype is Dtype.bfloat16 else 4)
     needed = number * checkpoint_bytes(config, shape) + exported
-    free = shutil.disk_usage(_existing(run_folder(config))).free
+    free = shutil.disk_usage(existing(run_folder(config))).free
     if free >= needed:
         return None
     have, want = gigabytes(free), gigabytes(needed)
@@ -68,8 +69,3 @@ def gigabytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"
-
-
-def _existing(path: Path) -> Path:
-    """The nearest of ``path`` and the folders above it that exists."""
-    return next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())

@@ -27,7 +27,7 @@ REWARDS = {
 def summary(config: Config, world: int, inputs: Inputs) -> str:
     """At most about 16 lines of 80 columns: what ``check`` and ``check_inputs`` have let pass."""
     rows = [*_model(config, world, inputs), *_work(config, inputs), *_results(config, inputs)]
-    rows += [("warning", text) for text in _warnings(config, inputs)]
+    rows += [("warning", text) for text in warnings_of(config, inputs)]
     return "".join(line for label, text in rows for line in _lines(label, text))
 
 
@@ -96,7 +96,8 @@ def _results(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield "run folder", f"{_path(run_folder(config))} ({state})"
 
 
-def _warnings(config: Config, inputs: Inputs) -> Iterator[str]:
+def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
+    """What is allowed, and perhaps not meant."""
     disk = disk_warning(config, inputs.shape)
     if disk is not None:
         yield disk

@@ -89,7 +89,8 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     timeout_minutes: float = 30.0
-    """Collectives that take longer are an error. Must cover the longest rollout phase."""
+    """Collectives that take longer are an error; so are ranks that come later. Rollouts may take
+    longer: nobody waits for them in a collective."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any further field of Megatron's TransformerConfig."""
 

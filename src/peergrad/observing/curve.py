@@ -3,7 +3,6 @@
 python -m peergrad.observing.curve runs/first [runs/second ...]
 """
 
-import os
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -43,7 +42,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     name = metrics.resolve().parent.name
     figure.suptitle(f"{name}: reward and agreement of trainer and engine")
     figure.tight_layout()
-    partial = picture.with_name(f".{picture.name}.{os.getpid()}.partial")
+    partial = picture.with_name(f".{picture.name}.partial")
     figure.savefig(partial, dpi=110, format="png")
     partial.replace(picture)
     pyplot.close(figure)

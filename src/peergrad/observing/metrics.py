@@ -9,11 +9,12 @@ import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from peergrad.config import LoggerConfig
+from peergrad.storage import writing
 
 Row = Mapping[str, float]
 
@@ -38,18 +39,22 @@ class JsonLines:
     def __init__(self, path: Path, start: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= start] if start else []
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing("metrics", path):
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, row: Row) -> None:
         # Seconds since 1970: phases tell durations, only this tells when.
         record = {"kind": kind, "step": step, "timestamp": round(time.time(), 3), **row}
-        self._file.write(json.dumps(_strict(record)) + "\n")
-        self._file.flush()
+        with writing("metrics", self._path):
+            self._file.write(json.dumps(_strict(record)) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take has been said
+            self._file.close()
 
 
 def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,8 +210,9 @@ class Metrics:
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(_strict(r)) + "\n" for r in records))
-            partial.replace(path)
+            with writing("records", path):
+                partial.write_text("".join(json.dumps(_strict(r)) + "\n" for r in records))
+                partial.replace(path)
         return name
 
     def write(self, kind: str, step: int, row: Row) -> None:

@@ -85,7 +85,7 @@ class Screen:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.stop()
 
     def say(self, text: str) -> None:
         """A line for the screen and the log."""
@@ -122,6 +122,9 @@ class Screen:
             self.say(text)
 
     def close(self) -> None:
+        """As a sink it has nothing to close: what comes after the last row is worth a word, too."""
+
+    def stop(self) -> None:
         """Stop speaking; safe to call again."""
         self._stop.set()
         if self._thread.is_alive():
@@ -168,8 +171,8 @@ class Screen:
         now, width = time.monotonic(), self._console.width
         lines = fit(list(self._rows), width) if self._rows else []
         lines += [self._footer] if self._footer else []
-        if status and self._waits:
-            lines.append(self._waits[-1].text(now))
+        for wait in self._waits[-1:] if status else []:  # another thread may end it meanwhile
+            lines.append(wait.text(now))
         return Text("\n".join(line[:width] for line in lines), no_wrap=True)
 
     def _tick(self) -> None:

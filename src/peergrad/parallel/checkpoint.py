@@ -127,7 +127,8 @@ class Checkpoints:
         self._require_shared(path)
         meta = self.groups.share(lambda: read_meta(path))
         require_same_model("run.resume", path, meta, policy.shape)
-        require_same_optimizer(path, meta, policy.optimizer, policy.config.model.dtype)
+        distributed = policy.config.parallel.distributed_optimizer
+        require_same_optimizer(path, meta, distributed, policy.config.model.dtype)
         try:
             load_megatron(path / "model", policy.model, policy.optimizer)
         except Unloadable as error:

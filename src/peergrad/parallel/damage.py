@@ -110,12 +110,9 @@ def describe_optimizer(optimizer: MegatronOptimizer) -> dict[str, Any]:
     }
 
 
-def require_same_optimizer(
-    path: Path, meta: dict[str, Any], optimizer: MegatronOptimizer, dtype: Dtype
-) -> None:
-    """Refuse an optimizer state that Megatron cannot read into ``optimizer``: of the other setting
-    of ``parallel.distributed_optimizer``, or undistributed and of another precision."""
-    ours = describe_optimizer(optimizer)["distributed"]
+def require_same_optimizer(path: Path, meta: dict[str, Any], ours: bool, dtype: Dtype) -> None:
+    """Refuse an optimizer state that Megatron cannot read: of another setting than ``ours`` of
+    ``parallel.distributed_optimizer``, or undistributed and of another precision."""
     theirs = _distributed(path, meta)
     require(
         theirs in (ours, None),

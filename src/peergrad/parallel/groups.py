@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from peergrad.config import ParallelConfig
+from peergrad.echo import OtherRankFailed
 from peergrad.parallel.device import set_up_device
-from peergrad.parallel.job import Job, OtherRankFailed
+from peergrad.parallel.job import Job
 
 Result = TypeVar("Result")
 

@@ -1,6 +1,6 @@
 """The processes of a run before and beside any process group: who has come, who has failed.
 
-All of it goes through the launcher's key-value store, where waiting costs nothing and has no limit:
+All of it goes through the launcher's key-value store, where waiting costs little and has no limit:
 a collective that waits for a long rollout would trip its timeout.
 """
 
@@ -15,12 +15,10 @@ import torch.distributed as dist
 from torch.distributed import DistError
 from torch.distributed.rendezvous import rendezvous
 
+from peergrad.echo import OtherRankFailed
+
 FAILED, SAID, ARRIVED = "peergrad/failed", "peergrad/said", "peergrad/arrived"
 TURN, KEPT = "peergrad/turn", 100
-
-
-class OtherRankFailed(RuntimeError):
-    """Another rank has failed and says why; this one has nothing to add."""
 
 
 class Job:
@@ -37,32 +35,44 @@ class Job:
         self._turn = 0
 
     @classmethod
-    def join(cls, *, minutes: float, heard: Callable[[str], None] = lambda text: None) -> "Job":
-        """Find the other processes (``torchrun`` sets the environment; without it there are none)
-        and wait until all have come. ``heard`` is told how many have.
-
-        Raises RuntimeError after ``minutes``.
-        """
-        limit = timedelta(minutes=minutes)
-        if "RANK" not in os.environ:
-            return cls(0, 1, dist.HashStore())  # type: ignore[attr-defined]
-        job = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _store(limit))
-        job._await_all(time.monotonic() + limit.total_seconds(), heard)
+    def join(cls, *, minutes: float) -> "Job":
+        """Find the other processes, and wait until all have come: ``connect``, then
+        ``await_all``."""
+        job = cls.connect(minutes=minutes)
+        job.await_all(minutes=minutes)
         return job
 
-    def _await_all(self, deadline: float, heard: Callable[[str], None]) -> None:
-        here = self.store.add(ARRIVED, 1)
-        for _ in _pauses():
-            if here == self.world:
-                return
-            heard(f"{here} of {self.world} ranks are there")
-            self.raise_if_failed()
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"only {here} of {self.world} ranks have come within "
-                    "parallel.timeout_minutes; see whether all nodes have started, or raise it"
-                )
-            here = self.store.add(ARRIVED, 0)
+    @classmethod
+    def connect(cls, *, minutes: float) -> "Job":
+        """Find the store where the processes meet (``torchrun`` sets the environment; without it
+        there is but one process). Raises RuntimeError after ``minutes``."""
+        if "RANK" not in os.environ:
+            return cls(0, 1, dist.HashStore())  # type: ignore[attr-defined]
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank, world, _store(timedelta(minutes=minutes)))
+
+    def await_all(
+        self, *, minutes: float, heard: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Wait until all ranks have come; ``heard`` is told how many have. Raises RuntimeError
+        after ``minutes``, OtherRankFailed if one fails meanwhile."""
+        deadline = time.monotonic() + 60 * minutes
+        try:
+            here = self.store.add(ARRIVED, 1)
+            for _ in self._pauses():
+                if here == self.world:
+                    return
+                heard(f"{here} of {self.world} ranks are there")
+                self.raise_if_failed()
+                if time.monotonic() > deadline:
+                    break
+                here = self.store.add(ARRIVED, 0)
+        except DistError as error:
+            raise OtherRankFailed("lost the connection to rank 0") from error
+        raise RuntimeError(
+            f"only {here} of {self.world} ranks have come within parallel.timeout_minutes; see "
+            "whether all nodes have started, or raise it"
+        )
 
     def done(self) -> None:
         """Rank 0 has done what the others ``await_zero`` for."""
@@ -76,7 +86,7 @@ class Job:
         fails meanwhile."""
         self._turn += 1
         try:
-            for _ in _pauses():
+            for _ in self._pauses():
                 if self.store.check([f"{TURN}/{self._turn}"]):
                     return
                 self.raise_if_failed()
@@ -88,29 +98,44 @@ class Job:
             raise OtherRankFailed(f"rank {self.store.get(FAILED).decode()} failed")
 
     def failed(self) -> bool:
-        """Whether a rank has said that it fails."""
-        return bool(self.store.check([FAILED]))
+        """Whether a rank has said that it fails. Nobody has if the store is gone with its rank."""
+        with suppress(DistError):
+            return bool(self.store.check([FAILED]))
+        return False
 
     def claim(self) -> bool:
         """Say that this rank fails; whether it is the first, which is the one to say why."""
-        with suppress(DistError):  # with a store on another rank, which may be gone
-            return bool(
-                self.store.compare_set(FAILED, "", str(self.rank)).decode() == str(self.rank)
-            )
-        return False
+        try:
+            first = self.store.compare_set(FAILED, "", str(self.rank)).decode()
+        except DistError:  # the store was on rank 0, which is gone: the next one speaks
+            return self.rank <= 1
+        return bool(first == str(self.rank))
 
-    def said(self) -> None:
-        """The failure has been told and cleaned up after."""
+    def said(self, status: int) -> None:
+        """The failure has been told and cleaned up after; this rank ends with ``status``."""
         with suppress(DistError):
-            self.store.set(SAID, "")
+            self.store.set(SAID, str(status))
 
-    def await_said(self, seconds: float) -> None:
-        """Wait for the failed rank: the first that ends has the launcher end all others."""
+    def await_said(self, seconds: float) -> int | None:
+        """Wait for the failed rank: its status, None if it does not come to that."""
         deadline = time.monotonic() + seconds
         with suppress(DistError):
-            for _ in _pauses():
-                if self.store.check([SAID]) or time.monotonic() > deadline:
-                    return
+            for _ in self._pauses():
+                if self.store.check([SAID]):
+                    return int(self.store.get(SAID))
+                if time.monotonic() > deadline:
+                    break
+        return None
+
+    def _pauses(self) -> Iterator[None]:
+        """Ever longer ones, from half a millisecond on; the more ranks ask, the longer. Asking
+        again and again is quieter than the store's own ``wait``, which warns on the screen when its
+        time is over."""
+        pause, longest = 5e-4, max(0.05, self.world / 1000)
+        while True:
+            yield
+            time.sleep(pause)
+            pause = min(1.5 * pause, longest)
 
 
 def _store(limit: timedelta) -> Any:
@@ -133,13 +158,3 @@ def _store(limit: timedelta) -> Any:
             f"taken ({str(error).splitlines()[0]}); see whether the first node has started, or "
             "choose another port"
         ) from error
-
-
-def _pauses() -> Iterator[None]:
-    """Ever longer ones, from half a millisecond to a twentieth of a second. Asking again and again
-    is quieter than the store's own ``wait``, which warns on the screen when its time is over."""
-    pause = 5e-4
-    while True:
-        yield
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.05)

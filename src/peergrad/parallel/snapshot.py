@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from peergrad.echo import OtherRankFailed, is_echo
 from peergrad.parallel.damage import (
     FORMAT,
     culprit,
@@ -39,7 +40,7 @@ from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.model import PolicyModel
-from peergrad.running.lifetime import die_with_parent
+from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 from peergrad.storage import flush, partial_of, put_in_place, writing
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer |
         if error.failures:
             raise
         # Only rank 0 is told by Megatron what failed, and where; it says so.
-        raise RuntimeError(f"rank 0 failed: a rank could not write {path}") from error
+        raise OtherRankFailed(f"a rank could not write {path}") from error
 
 
 def _start_result_queue() -> None:
@@ -203,7 +204,8 @@ def _start_result_queue() -> None:
     would live on for ever if this rank were killed. Started here, it ends with this rank."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(die_with_parent, (os.getpid(),))
+        with deaf_to_interrupts():
+            manager.start(die_with_parent, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
 
 
@@ -218,6 +220,8 @@ def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer |
     except (KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if is_echo(error):
+            raise
         file = culprit(path)
         raise Unloadable(
             f"is damaged: {file}" if file else f"cannot be loaded ({first_line(error)})"

@@ -12,8 +12,9 @@ Places 1 and 2 must hold exactly one number: ``#### 17 or 18`` earns nothing. Cu
 percent signs, Markdown and LaTeX around a number are ignored: ``50%`` is 50.
 """
 
-import re
 from fractions import Fraction
+
+import regex as re  # Python's own, before 3.11.5, matches possessive groups wrongly, without a word
 
 from peergrad.data import Prompt, Rollout
 

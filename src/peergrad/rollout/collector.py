@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
-from peergrad.running.lifetime import die_with_parent
+from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +76,13 @@ class Collector:
         state: bytes | None = None,
         identity: str | None = None,
         dead: Callable[[float], str | None] = lambda wait: None,
+        open_log: Callable[[], object] = int,
     ) -> None:
-        """Returns at once. ``build`` runs in the new process: a top-level function of a module that
-        is quick to import. ``state``: what ``state()`` returned in an earlier run. ``identity``:
-        the run whose weights every answer must be drawn with. ``dead``: what is known of a server
-        that has ended, as ``ManagedServers.dead`` tells it; it ends whatever waits for servers.
+        """Returns at once. ``open_log`` and ``build`` run in the new process: top-level functions
+        of modules that are quick to import. ``state``: what ``state()`` returned in an earlier
+        run. ``identity``: the run whose weights every answer must be drawn with. ``dead``: what is
+        known of a server that has ended, as ``ManagedServers.dead`` tells it; it ends whatever
+        waits for servers.
         """
         self.heard: Callable[[str], None] = lambda text: None
         self._dead = dead
@@ -90,10 +91,11 @@ class Collector:
         # Not a daemon: those may not have children, and rewards run in processes of their own.
         self._process = context.Process(
             target=_run,
-            args=(theirs, os.getpid(), config, list(urls), build, state, identity),
+            args=(theirs, os.getpid(), config, list(urls), build, state, identity, open_log),
             name="collector",
         )
-        self._process.start()
+        with deaf_to_interrupts():  # Ctrl-C is the trainer's to handle
+            self._process.start()
         theirs.close()  # so that the end of the process shows as the end of the pipe
         atexit.register(self.close)  # before multiprocessing's own hook, which would wait for it
 
@@ -269,17 +271,18 @@ def _run(
     build: Callable[[Config], Parts],
     state: bytes | None,
     identity: str | None,
+    open_log: Callable[[], object],
 ) -> None:
     """The process: build the parts, answer until the pipe ends.
 
     An error while building is sent unasked, and so answers the first request.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     die_with_parent(parent)
     outbox = Outbox(connection)
     try:
-        parts = build(config)
+        open_log()
         logging.getLogger().addHandler(outbox)
+        parts = build(config)
         try:
             asyncio.run(_serve(connection, outbox, config, urls, parts, state, identity))
         finally:

@@ -4,7 +4,9 @@ This goes to the servers themselves; no router forwards it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 import httpx
@@ -22,8 +24,6 @@ class Control:
 
     def __init__(self, urls: Sequence[str], *, timeout: float = 300.0) -> None:
         self.urls = [url.rstrip("/") for url in urls]
-        # Twice the servers: requests of a broken update may still wait while new ones are made.
-        self._threads = ThreadPoolExecutor(2 * len(urls) + 1, thread_name_prefix="control")
         self._timeout = timeout
         self._http = httpx.Client(trust_env=False)
 
@@ -60,10 +60,9 @@ class Control:
 
     def run(self, fn: Callable[[], T]) -> Future[T]:
         """Run ``fn`` beside the requests."""
-        return self._threads.submit(fn)
+        return _beside(fn)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
 
     def _submit(
@@ -74,7 +73,7 @@ class Control:
         body: Mapping[str, Any] | None,
         timeout: float | None,
     ) -> Future[Json]:
-        return self._threads.submit(self._request, method, url, path, body, timeout)
+        return _beside(partial(self._request, method, url, path, body, timeout))
 
     def _request(
         self,
@@ -106,3 +105,18 @@ def finish(futures: Sequence[Future[T]]) -> list[T]:
     for future in done:
         future.result()
     return [future.result() for future in futures]
+
+
+def _beside(function: Callable[[], T]) -> Future[T]:
+    """Run ``function`` in a thread of its own, which a program that ends does not wait for: a
+    request to a server that hangs may take minutes."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="control", daemon=True).start()
+    return future

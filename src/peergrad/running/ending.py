@@ -11,15 +11,19 @@ ranks when the first one has ended.
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from peergrad.echo import is_echo
 from peergrad.running.place import Place
 
 log = logging.getLogger(__name__)
@@ -27,15 +31,12 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 POLITE_SECONDS = 15.0  # rank 0 is let say first what every rank finds
 LIKE_SECONDS = 1.0
-CLEAN_UP_SECONDS = 60.0
+CLEAN_UP_SECONDS = 600.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+IN_FULL = re.compile(r".+ = .+: .+; .+")
+"""A line that names key, value, rule and remedy: no log could add to it."""
 LONGEST = 700
 
-LOST = (  # how gloo and NCCL say that the other side has ended
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "NCCL communicator was aborted",
-)
 LATE = ("Timed out waiting", "Watchdog caught collective operation timeout")
 
 
@@ -46,9 +47,9 @@ class Speaker(Protocol):
 
     def claim(self) -> bool: ...
 
-    def said(self) -> None: ...
+    def said(self, status: int) -> None: ...
 
-    def await_said(self, seconds: float) -> None: ...
+    def await_said(self, seconds: float) -> int | None: ...
 
 
 def one_line(error: BaseException) -> str:
@@ -69,7 +70,7 @@ def one_line(error: BaseException) -> str:
         )
     if isinstance(error, ValueError | RuntimeError) and text:
         return text
-    return f"{kind}: {text} (unforeseen; the traceback is in the log)"
+    return f"{kind}: {text} (unforeseen)"
 
 
 class Ending:
@@ -88,18 +89,18 @@ class Ending:
     def __init__(self, place: Place) -> None:
         self.speaker: Speaker | None = None
         self.log: Path | None = None
-        self.how_to_resume: Callable[[], str] = lambda: "nothing was begun yet"
+        self.how_to_resume: Callable[[], str] = lambda: "nothing was started"
         self._place = place
-        self._interrupted: str | None = None
-        self._begun = self._speaks = False
+        self._error: BaseException | None = None
+        self._interrupted = self._told = self._speaks = False
 
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Inside, the first SIGINT or SIGTERM is a KeyboardInterrupt and the rest are ignored:
         torchrun repeats them, and one that arrived during the clean-up would leave servers
         behind."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self._on_signal) for number in heeded}
         try:
             yield
         finally:
@@ -107,10 +108,9 @@ class Ending:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        if not self._begun:
-            self._interrupted = signal.Signals(number).name
+        first, self._told = not self._told, True
+        if first and self._error is None:
+            self._interrupted = True
             raise KeyboardInterrupt
 
     @contextmanager
@@ -123,24 +123,22 @@ class Ending:
             raise
 
     def begin(self, error: BaseException) -> None:
-        """The run is over because of ``error``: the log gets the traceback, the ranks agree on who
-        speaks. Signals are ignored from here on."""
-        self._begun = True
+        """The run is over because of ``error``, whatever may go wrong while it is cleaned up: the
+        log gets the traceback, the ranks agree on who speaks. Signals are ignored from here on."""
+        self._error = error
         kind = "interrupted" if self._interrupted else "failed"
         log.info("%s here", kind, exc_info=error)
         self._speaks = self._is_first(error)
 
     def _is_first(self, error: BaseException) -> bool:
-        if self._interrupted:  # maybe only because another rank has failed
-            told = self.speaker is not None and self.speaker.failed()
-            return self._place.rank == 0 and not told
         others = self._place.rank > 0
-        if self.speaker is None:
-            time.sleep(POLITE_SECONDS * others)  # see ``refuse``
-            return True
-        if is_echo(error):  # what we see may be another rank's failure
+        if self._interrupted and others:
+            return False
+        if self.speaker is None:  # see ``refuse``
+            return not self._told_within(POLITE_SECONDS) if others else True
+        if is_echo(error):
             self._await_other(POLITE_SECONDS)
-        elif others and isinstance(error, ValueError):  # which rank 0 may find as well
+        elif others:  # rank 0 may find the same
             self._await_other(LIKE_SECONDS)
         return self.speaker.claim()
 
@@ -151,33 +149,52 @@ class Ending:
         while not self.speaker.failed() and time.monotonic() < end:
             time.sleep(0.05)
 
+    def _told_within(self, seconds: float) -> bool:
+        """Whether the launcher ends this rank, because another one has ended."""
+        end = time.monotonic() + seconds
+        while not self._told and time.monotonic() < end:
+            time.sleep(0.05)
+        return self._told
+
     def end(self, error: BaseException) -> int:
         """Say why, if that is this rank's to do, once all is cleaned up; the exit status."""
-        if not self._begun:
+        if self._error is None:
             self.begin(error)
-        status, line = self._verdict(error)
+        elif error is not self._error:
+            log.info("while cleaning up", exc_info=error)
+        status, line = self._verdict(self._error or error)
         if self._speaks:
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody listens any more
+                print(line, file=sys.stderr, flush=True)
             tell_torchrun(line)
             log.info("%s", line)
-        if self.speaker is not None and not self._interrupted:
-            if self._speaks:
-                self.speaker.said()
-            else:
-                self.speaker.await_said(CLEAN_UP_SECONDS)
-        return status
+        return self._leave(status)
+
+    def _leave(self, status: int) -> int:
+        """The status to end with. The speaker ends first: the launcher takes its status, and ends
+        all others."""
+        if self.speaker is None:
+            return status
+        if self._speaks:
+            self.speaker.said(status)
+            return status
+        said = None if self._told else self.speaker.await_said(CLEAN_UP_SECONDS)
+        if said is not None:
+            self._told_within(POLITE_SECONDS)
+        return status if said is None else said
 
     def _verdict(self, error: BaseException) -> tuple[int, str]:
         if self._interrupted:
             return INTERRUPTED, f"interrupted; {self.how_to_resume()}"
+        text = one_line(error)
         where = "" if self._place.rank == 0 else f" [{self._place.name}]"
-        if isinstance(error, ValueError):
-            return WRONG, f"error: {one_line(error)}{where}"
-        more = "" if self.log is None else f" (log: {self.log})"
-        return FAILED, f"error: {one_line(error)}{where}{more}"
+        wrong = isinstance(error, ValueError)
+        if not (wrong and IN_FULL.fullmatch(text)):
+            where += f" (log: {self.log or write_traceback(error)})"
+        return WRONG if wrong else FAILED, f"error: {text}{where}"
 
 
-def refuse(error: ValueError | RuntimeError, place: Place) -> int:
+def refuse(error: Exception, place: Place) -> int:
     """End for a mistake found before the ranks know of each other; the exit status.
 
     Every rank finds most of them. Rank 0 says so; another rank lets it, and speaks only if it is
@@ -193,11 +210,11 @@ def refuse(error: ValueError | RuntimeError, place: Place) -> int:
     return WRONG if isinstance(error, ValueError) else FAILED
 
 
-def is_echo(error: BaseException) -> bool:
-    """Whether ``error`` is, most likely, how another rank's end shows here."""
-    if type(error).__name__ == "OtherRankFailed":
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+def write_traceback(error: BaseException) -> Path:
+    """Keep the traceback of a process that has no log; the file."""
+    with tempfile.NamedTemporaryFile("w", prefix="peergrad-", suffix=".log", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return Path(file.name)
 
 
 def tell_torchrun(line: str) -> None:

@@ -8,6 +8,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
 
@@ -29,3 +31,14 @@ def die_with_parent(parent: int) -> None:
         raise OSError(error, os.strerror(error))
     if os.getppid() != parent:
         raise SystemExit(f"the parent process {parent} ended before its child was ready")
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C from their first moment on, before Python
+    could tell them to. One that comes in these milliseconds is lost to this process as well."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0
+SETTLE_SECONDS = 1.0  # longer than from one start's reading to its writing
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -62,7 +63,8 @@ class FolderLock:
         self._stop.set()
         self._thread.join()
         with suppress(OSError):
-            os.ftruncate(self._file, 0)  # the file stays: two could lock one each otherwise
+            if self._is_ours(read_holder(self._path) or {}):
+                os.ftruncate(self._file, 0)  # the file stays: two could lock one each otherwise
         os.close(self._file)
 
     def _take(self) -> None:
@@ -74,11 +76,22 @@ class FolderLock:
                 f"{self._what}: {self._path.parent} is in use by {who}; end that, or wait for it"
             )
         self._write()
+        if locked is None:  # of two that found it free at once, the later one finds itself
+            time.sleep(SETTLE_SECONDS)
+            found = read_holder(self._path) or {}
+            if not self._is_ours(found):
+                raise ValueError(
+                    f"{self._what}: {self._path.parent} was taken by {describe(found)}"
+                )
+
+    def _is_ours(self, found: dict[str, Any]) -> bool:
+        return all(found.get(key) == self._holder[key] for key in ("host", "pid", "since"))
 
     def _lives(self, found: dict[str, Any], locked: bool | None) -> bool:
         """Whether the holder that the file names still lives, though its lock does not show it."""
         if found.get("host") == socket.gethostname():
-            return locked is None and Path(f"/proc/{found.get('pid')}").exists()
+            others = found.get("pid") != os.getpid()  # or of a container that is gone
+            return locked is None and others and Path(f"/proc/{found.get('pid')}").exists()
         self._heard(f"a sign of life of {describe(found)}, the last to use {self._path.parent}")
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:

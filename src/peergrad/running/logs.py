@@ -16,8 +16,13 @@ class Few(logging.Filter):
         self._seen: dict[object, list[float]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        place = (record.pathname, record.lineno, record.msg)
-        recent = [t for t in self._seen.get(place, []) if record.created - t < self.SECONDS]
+        self._seen = {
+            place: recent
+            for place, times in self._seen.items()
+            if (recent := [t for t in times if record.created - t < self.SECONDS])
+        }
+        place = (record.pathname, record.lineno, str(record.msg))
+        recent = self._seen.get(place, [])
         self._seen[place] = recent
         if len(recent) >= self.ALLOWED:
             return False
@@ -42,6 +47,7 @@ def log_to(folder: Path, name: str, *, screen: bool) -> Path:
     """Send this process's log to ``folder/<name>.log``, and its warnings to stderr if
     ``screen``; the file."""
     file = folder / f"{name}.log"
+    logging.raiseExceptions = False  # a full disk is said once, by what it stops
     handlers: list[logging.Handler] = [logging.FileHandler(file)]
     if screen:
         handlers.append(OnScreen())

@@ -71,6 +71,18 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     return place
 
 
+def require_launcher(place: Place, environment: Mapping[str, str] = os.environ) -> None:
+    """ValueError if ``place`` has a ``WORLD_SIZE`` of several and no ``RANK``: only a check may ask
+    what so many processes would do."""
+    require(
+        place.world == 1 or "RANK" in environment,
+        "WORLD_SIZE",
+        place.world,
+        "is set, but RANK is not: this process would wait for others that nobody has started",
+        "start with python -m peergrad.launch --nproc-per-node N, or unset it",
+    )
+
+
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
     require(text.isdecimal(), name, text, "must be a whole number", "start with torchrun")

@@ -151,6 +151,15 @@ def test_a_fork_waits_until_nothing_is_being_printed(capfd: pytest.CaptureFixtur
         pass  # free again
 
 
+def test_it_speaks_until_it_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics close their sinks before everything else is cleaned up."""
+    with Screen(steps=1) as screen:
+        screen.close()
+        screen.say("still here")
+        assert screen._thread.is_alive()
+    assert capsys.readouterr().out == "still here\n" and not screen._thread.is_alive()
+
+
 def test_words() -> None:
     assert duration(3661.4) == "1:01:01"
     assert phases({"time/rollout": 5.04, "time/sync": 0.01, "time/update": 1.0}) == (

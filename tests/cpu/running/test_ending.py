@@ -8,21 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Timer
 
 import pytest
 
+from peergrad.echo import OtherRankFailed, is_echo
 from peergrad.running import ending as module
-from peergrad.running.ending import Ending, is_echo, one_line, refuse
+from peergrad.running.ending import Ending, one_line, refuse
 from peergrad.running.place import Place
 
 
 class OutOfMemoryError(RuntimeError):
-    pass
-
-
-class OtherRankFailed(RuntimeError):
     pass
 
 
@@ -35,9 +33,9 @@ class OtherRankFailed(RuntimeError):
         (MemoryError(), "out of memory (); lower parallel.micro_batch_tokens"),
         (OSError(errno.ENOSPC, "No space", "/x"), "[Errno 28] No space: '/x'"),
         (RuntimeError("Timed out waiting 60000ms for recv"), "parallel.timeout_minutes: another"),
-        (KeyError("x"), "KeyError: 'x' (unforeseen; the traceback is in the log)"),
-        (AssertionError(), "AssertionError:  (unforeseen;"),
-        (RuntimeError(), "RuntimeError:  (unforeseen;"),
+        (KeyError("x"), "KeyError: 'x' (unforeseen)"),
+        (AssertionError(), "AssertionError:  (unforeseen)"),
+        (RuntimeError(), "RuntimeError:  (unforeseen)"),
         (RuntimeError("x" * 9000), "x" * 700 + " ..."),
     ],
 )
@@ -58,11 +56,12 @@ class Store:
         self.first = self.first or "me"
         return self.first == "me"
 
-    def said(self) -> None:
-        self.log.append("said")
+    def said(self, status: int) -> None:
+        self.log.append(f"said {status}")
 
-    def await_said(self, seconds: float) -> None:
+    def await_said(self, seconds: float) -> int | None:
         self.log.append("waited")
+        return 7 if self.first == "7" else None
 
 
 def end(error: BaseException, store: Store | None = None, rank: int = 0, **place: Path) -> int:
@@ -95,7 +94,47 @@ def test_who_is_not_first_keeps_silent_and_waits(capsys: pytest.CaptureFixture[s
     assert end(RuntimeError("broken"), other) == 1
     assert capsys.readouterr().err == "" and other.log == ["waited"]
     assert end(RuntimeError("broken"), mine) == 1
-    assert capsys.readouterr().err != "" and mine.log == ["said"]
+    assert capsys.readouterr().err != "" and mine.log == ["said 1"]
+
+
+def test_all_ranks_end_with_the_status_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after it, for the launcher takes the first that ends: it then ends the others."""
+    monkeypatch.setattr(module, "POLITE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LIKE_SECONDS", 0.0)
+    began = time.monotonic()
+    assert end(RuntimeError("broken"), Store("7"), rank=1) == 7
+    assert time.monotonic() - began >= 0.5
+
+
+def test_what_goes_wrong_while_cleaning_up_hides_nothing(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def fail() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    ending = Ending(Place(0, 2))
+    try:
+        with ExitStack() as stack, ending.noted():
+            stack.callback(fail)
+            raise ValueError("a = 1: no; b")
+    except RuntimeError as error:
+        assert ending.end(error) == 2
+    assert capsys.readouterr().err == "error: a = 1: no; b\n"
+    assert "while cleaning up" in caplog.text
+
+
+def test_a_traceback_without_a_log_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(KeyError("deep")) == 1
+    line = capsys.readouterr().err
+    file = Path(line.rpartition("(log: ")[2].removesuffix(")\n"))
+    assert "KeyError: 'deep'" in file.read_text()
+    file.unlink()
+    assert end(ValueError("not meant for a person")) == 2
+    line = capsys.readouterr().err
+    assert "(log: " in line
+    Path(line.rpartition("(log: ")[2].removesuffix(")\n")).unlink()
 
 
 @pytest.mark.parametrize(
@@ -175,9 +214,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "said"), [("0", "interrupted; nothing was begun yet\n"), ("1", "")]
-)
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted; nothing was started\n"), ("1", "")])
 def test_signals(rank: str, said: str) -> None:
     """The first one unwinds, those that torchrun repeats do not disturb the clean-up."""
     command = [sys.executable, "-c", INTERRUPTED, rank]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import pytest
 
@@ -131,6 +131,7 @@ def test_where_there_are_no_locks_a_process_of_this_machine_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_try_lock", lambda file: None)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.1)
     file = tmp_path / "holder.json"
     process = hold_elsewhere(file)
     assert f"process {process.pid} on" in refusal(file)
@@ -138,6 +139,19 @@ def test_where_there_are_no_locks_a_process_of_this_machine_is_looked_for(
     process.communicate()
     with FolderLock(file, "x"):
         pass
+
+
+def test_of_two_that_find_it_free_where_there_are_no_locks_one_finds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's mark is the later."""
+    monkeypatch.setattr(module, "_try_lock", lambda file: None)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.4)
+    file = tmp_path / "holder.json"
+    Timer(0.2, write_holder, (file, 0)).start()
+    with pytest.raises(ValueError, match=r"was taken by process 5 on node7"):
+        FolderLock(file, "x").__enter__()
+    assert (read_holder(file) or {})["pid"] == 5  # which it leaves alone
 
 
 def test_a_file_that_says_nothing_is_nobody(tmp_path: Path) -> None:

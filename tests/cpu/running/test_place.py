@@ -2,7 +2,7 @@
 
 import pytest
 
-from peergrad.running.place import Place, find_place
+from peergrad.running.place import Place, find_place, require_launcher
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -13,6 +13,13 @@ def test_places() -> None:
     assert find_place(TORCHRUN) == Place(3, 8)
     assert find_place({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"}) == Place(3, 8)
     assert find_place({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}) == Place(0, 1)
+
+
+def test_a_run_of_several_needs_a_launcher() -> None:
+    require_launcher(Place(0, 1), {})
+    require_launcher(Place(3, 8), TORCHRUN)
+    with pytest.raises(ValueError, match=r"^WORLD_SIZE = 4: is set, but RANK is not: .*; start "):
+        require_launcher(Place(0, 4), {"WORLD_SIZE": "4"})
 
 
 @pytest.mark.parametrize(
