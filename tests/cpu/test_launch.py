@@ -38,6 +38,21 @@ def test_a_mistake_of_the_launchers_own_is_one_line(capsys: pytest.CaptureFixtur
     assert err.startswith("error: ") and err.count("\n") == 1 and "abc" in err
 
 
+def test_torchrun_itself_tells_the_line_and_the_rank(tmp_path: Path) -> None:
+    """Among thirty of its own, and with a status of its own."""
+    torchrun = ["torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", "peergrad.main", f"model.path={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 0 " in cause and f"error: model.path = '{tmp_path}': " in cause
+    assert f"\nerror: model.path = '{tmp_path}': " in f"\n{done.stderr}"
+
+
 def test_one_line_and_the_status_of_the_ranks(tmp_path: Path) -> None:
     """Two real ranks find the same mistake."""
     done = subprocess.run(

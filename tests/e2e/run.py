@@ -42,12 +42,12 @@ class Run(RunDir):
 
     def start(self, *overrides: str, ranks: int = 1) -> None:
         """Start it as the leader of a process group of its own, as a shell would."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
+        launch = ["peergrad.launch", "--nproc-per-node", str(ranks)]
+        program = launch if ranks > 1 else ["peergrad.main"]
         ours = {MARK: self.mark, HOLD: str(self.holds)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*launcher, "-m", "peergrad.main", *self.arguments, *overrides],
+                [sys.executable, "-m", *program, *self.arguments, *overrides],
                 cwd=REPO,
                 env={**os.environ, **ours, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
                 stdout=log,
@@ -79,7 +79,7 @@ class Run(RunDir):
         self.alive()
 
     def terminate(self) -> None:
-        """What ``kill`` does to the process that the shell started, be it torchrun."""
+        """What ``kill`` does to the process that the shell started, be it the launcher."""
         self.process.terminate()
         self.alive()
 
