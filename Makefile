@@ -1,6 +1,6 @@
 # make train · make test · make test-all · make check · make bench
 #
-# Needs Python 3.11 and gcc; everything else goes into .venv. Options:
+# Needs Python 3.11; everything else goes into .venv. Options:
 #   make train NAME=second               a new run beside the first
 #   make train RESUME=1                  continue an interrupted run
 #   make train ARGS="optim.lr=2e-4"      any override of conf/

@@ -59,8 +59,6 @@ check_python() {
 }
 
 check_tools() {
-    command -v gcc >/dev/null ||
-        stop "gcc: not found; install it (Debian and Ubuntu: apt install gcc, Fedora: dnf install gcc)"
     lscpu -p=CPU,Core,Socket,Node >/dev/null 2>&1 ||
         stop "lscpu: does not run, SGLang asks it for the cores; install util-linux, and mount /sys in a container or chroot"
 }

@@ -18,8 +18,8 @@ INSTALLING = ["Makefile", "requirements-cpu.lock", "pyproject.toml", SCRIPT, ".c
 # What the script calls besides the shell's own.
 # fmt: off
 TOOLS = [
-    "awk", "cat", "cksum", "cut", "date", "df", "dirname", "gcc", "getconf", "grep", "head",
-    "lscpu", "mkdir", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "touch", "uname",
+    "awk", "cat", "cksum", "cut", "date", "df", "dirname", "getconf", "grep", "head", "lscpu",
+    "mkdir", "rm", "sed", "setsid", "sh", "sleep", "sort", "tail", "touch", "uname",
 ]
 # fmt: on
 
@@ -87,7 +87,6 @@ NO_VENV = f'case "$2" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"'
 @pytest.mark.parametrize(
     ("replaced", "env", "said"),
     [
-        ({"gcc": None}, {}, r"gcc: not found; install it"),
         ({"lscpu": "exit 1"}, {}, r"lscpu: does not run, SGLang asks .*; install util-linux"),
         ({}, {"PYTHON": "python3.11"}, r"PYTHON = python3.11: does not run; install it .*3\.11"),
         ({"py": OTHER_PYTHON}, {"PYTHON": "py"}, r"PYTHON = py: is Python 3\.10, .*; install it"),
