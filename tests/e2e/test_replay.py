@@ -1,5 +1,6 @@
 """The same recorded rollouts train the same model whatever the layout, and again after a resume."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from peergrad.data import Group, Prompt, Rollout, write_groups
+from peergrad.observing.metrics import read_metrics
 from peergrad.rollout.rollouts import recorded
 from tests.e2e.run import MAIN, Run, assert_same_weights, run_in_turn
 
@@ -113,8 +115,10 @@ def copy_until_step_2(old: Run, new: Run) -> None:
     """What was there when the checkpoint of step 2 was."""
     shutil.copytree(old.checkpoints / "step_000002", new.checkpoints / "step_000002")
     (new.checkpoints / "latest").write_text("step_000002")
-    first, second, _ = old.metrics.read_text().splitlines(keepends=True)
-    new.metrics.write_text(first + second)
+    rows = read_metrics(old.metrics)
+    until = [row["kind"] for row in rows].index("checkpoint") + 1
+    assert rows[until - 1]["step"] == 2
+    new.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:until]))
 
 
 def numbers(run: Run) -> dict[str, list[float]]:
