@@ -48,15 +48,17 @@ def test_decoupled_loss_on_rollouts_of_older_weights(
     run = new_run(
         "areal",
         *COMMON,
-        *("algo=areal", "rollout.max_staleness=1", "run.steps=4", "optim.lr=3e-3"),
+        *("algo=areal", "rollout.max_staleness=1", "run.steps=6", "optim.lr=3e-3"),
         *("reward.function=tests.e2e.rewards:first_even",),
         *server.overrides,
     )
     run.complete()
     rows = run.rows("train")
     assert rows[0]["version/staleness"] == 0
-    late = rows[2:]
-    assert all(row["version/staleness"] > 0 for row in late)
+    assert all(0 <= row["version/staleness"] <= 1 for row in rows)
+    # What a sync overtakes is a matter of timing: not every step needs to have lagging answers.
+    late = [row for row in rows if row["version/staleness"] > 0]
+    assert late
     for row in rows:
         assert row["policy/ratio"] == pytest.approx(1, abs=1e-6)
         assert 0 <= row["correction/dropped"] < 0.5
