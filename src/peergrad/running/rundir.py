@@ -49,10 +49,11 @@ class RunDir:
 
     def how_to_resume(self) -> str:
         """What a run that has been interrupted can do."""
-        latest = self.checkpoints / "latest"
-        if not latest.is_file():
+        try:
+            latest = (self.checkpoints / "latest").read_text()
+        except OSError:
             return "run.resume=true begins again: there is no checkpoint yet"
-        step = latest.read_text().strip().removeprefix("step_").lstrip("0")
+        step = latest.strip().removeprefix("step_").lstrip("0")
         return f"run.resume=true continues from step {step}"
 
     def new_attempt(self) -> Path:
