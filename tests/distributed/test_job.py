@@ -20,10 +20,10 @@ def waits() -> dict[str, Any]:
     heard: list[str] = []
     job = Job.connect(minutes=1)
     job.await_all(minutes=1, heard=heard.append)
-    groups = init_groups(ParallelConfig(timeout_minutes=0.02), seed=0, job=job)
+    groups = init_groups(ParallelConfig(timeout_minutes=0.05), seed=0, job=job)
 
     def slow() -> int:
-        time.sleep(3.6)
+        time.sleep(9)
         return 7
 
     def fail() -> None:

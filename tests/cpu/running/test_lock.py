@@ -82,7 +82,7 @@ def test_one_of_many_that_start_at_once_gets_it(tmp_path: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(module, "WATCH_SECONDS", 0.6)
+    monkeypatch.setattr(module, "WATCH_SECONDS", 2.0)
 
 
 def write_holder(file: Path, beat: int, host: str = "node7") -> None:
