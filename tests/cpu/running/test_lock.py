@@ -87,7 +87,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_holder(file: Path, beat: int, host: str = "node7") -> None:
     holder = {"host": host, "pid": 5, "job": None, "since": "2026-01-02 03:04:05", "beat": beat}
-    file.write_text(json.dumps(holder))
+    partial = file.with_name("partial")  # whole at every moment, as a real holder's is
+    partial.write_text(json.dumps(holder))
+    partial.replace(file)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -103,7 +105,7 @@ def test_a_holder_on_a_machine_whose_lock_is_not_seen_here(tmp_path: Path) -> No
             write_holder(file, count := count + 1)
             time.sleep(0.1)
 
-    thread = Thread(target=beat)
+    thread = Thread(target=beat, daemon=True)
     thread.start()
     assert "in use by process 5 on node7 (since 2026-01-02 03:04:05)" in refusal(file)
     stop.append(True)
