@@ -17,10 +17,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from peergrad.running.commandline import FLAGS
 from peergrad.running.ending import INTERRUPTED, WRONG, one_line
 
 MODULE = "peergrad.main"
-FLAGS = ("--cfg", "--check", "--objective")
 HINTS = {
     "SIGKILL": "perhaps its machine was out of memory; see dmesg or the job's accounting",
     "SIGTERM": "somebody, or the machine, told it to end",

@@ -22,7 +22,7 @@ from peergrad.algo.sampling import selects
 from peergrad.config import Config
 from peergrad.data import Prompt, Rollout
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.errors import ServerError
+from peergrad.rollout.errors import DEATH_SECONDS, ServerError
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.sglang import SGLangEngine
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 1.0
 GRACE_SECONDS = 10.0
-DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 
 
 class Scorer(Protocol):

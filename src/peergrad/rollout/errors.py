@@ -2,6 +2,7 @@
 
 import httpx
 
+DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 MESSAGE_LIMIT = 500  # characters of what a server says: an HTML page is not an error message
 
 

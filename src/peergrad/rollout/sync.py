@@ -26,7 +26,7 @@ from peergrad.data import Group
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control, finish
-from peergrad.rollout.errors import ServerError, cannot_connect, reason
+from peergrad.rollout.errors import DEATH_SECONDS, ServerError, cannot_connect, reason
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
 from peergrad.rollout.sglang import Json, parse_scores, score_payload
 from peergrad.rollout.versions import spell
@@ -34,7 +34,6 @@ from peergrad.rollout.versions import spell
 log = logging.getLogger(__name__)
 
 CLEAN_UP_SECONDS = 10.0
-DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 NEEDED_INFO = ("tp_size", "pp_size", "device", "dtype", "quantization")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
