@@ -10,6 +10,13 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 
+def part(job: Any) -> None:
+    """The store lies on rank 0, which stays until the others have asked all they wanted."""
+    job.store.add("parted", 1)
+    while job.rank == 0 and job.store.add("parted", 0) < job.world:
+        time.sleep(0.01)
+
+
 def waits() -> dict[str, Any]:
     """Rank 0 takes three times as long as a collective may; then one of its tasks fails."""
     from peergrad.config import ParallelConfig
@@ -45,6 +52,7 @@ def waits() -> dict[str, Any]:
     if job.rank == 0:
         job.said(7)
     seen["status"] = job.await_said(30)
+    part(job)
     return seen
 
 
@@ -69,6 +77,7 @@ def a_failure_while_others_wait() -> str:
         time.sleep(0.5)
         assert job.claim()
         job.await_said(30)
+        part(job)
         return "failed"
     try:
         if job.rank == 2:
@@ -78,10 +87,8 @@ def a_failure_while_others_wait() -> str:
     except OtherRankFailed as error:
         return str(error)
     finally:
-        job.store.add("seen", 1)
-        while job.store.add("seen", 0) < 2:
-            time.sleep(0.01)
         job.said(1)
+        part(job)
 
 
 def test_a_failure_reaches_those_who_wait() -> None:
