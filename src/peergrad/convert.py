@@ -114,7 +114,7 @@ def hf_to_megatron(work: Work) -> str:
     with _reading_back(work, groups):
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
-        load_weights(out, model, shape, key="--out")
+        load_weights(out, model, shape, groups, key="--out")
         on_every_rank(groups, compare)
     return _summary(shape, stored, dtype)
 
@@ -138,7 +138,7 @@ def megatron_to_hf(work: Work) -> str:
     hf = path / "hf"
     model, shape, groups = _model(work, hf, key, dtype)
     with work.screen.waiting(f"{path} to be read", announce=True):
-        load_weights(path, model, shape, key=key)
+        load_weights(path, model, shape, groups, key=key)
     with _writing(work):
         _on_rank_0(
             groups,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -93,13 +94,15 @@ def try_folders(root: Path, policy: Any) -> dict[str, Any]:
     other = make_policy(f"{root}/b")
     seen["foreign"] = refused(lambda: checkpoints.restore(other))
     seen["no folder"] = refused(
-        lambda: load_weights(folder / "step_000009", policy.model, policy.shape)
+        lambda: load_weights(folder / "step_000009", policy.model, policy.shape, policy.groups)
     )
     return seen
 
 
 def try_damage(folder: Path, policy: Any) -> dict[str, str]:
     """Every kind of damage to the newest of two checkpoints, which is mended after each."""
+    from peergrad.parallel.snapshot import load_weights
+
     checkpoints = keeper(folder, policy)
     for step in (4, 5):
         checkpoints.save(policy, b"state", {}, None, step=step)
@@ -108,7 +111,7 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
     weights = next((newest / "model").glob("*.distcp"))
     content = weights.read_bytes()
     broken = content[: len(content) // 4] + bytes(len(content) // 2) + content[len(content) // 4 :]
-    unchecked = {**meta, "crc32": {}}
+    unchecked = {k: v for k, v in meta.items() if k != "xxh3_128"}
     cases: dict[str, tuple[Path, bytes]] = {
         "cut": (weights, content[:-1]),
         "flipped": (weights, content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]),
@@ -124,6 +127,7 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
         "no world": (newest / "meta.json", dump({k: v for k, v in meta.items() if k != "world"})),
         "format": (newest / "meta.json", dump({**meta, "format": 0})),
         "outside": (newest / "meta.json", dump({**meta, "files": {"../../x": 1}})),
+        "no digest": (newest / "meta.json", dump({**meta, "xxh3_128": {}})),
         "renamed": (newest / "meta.json", dump({**meta, "step": 4})),
     }
     seen = {}
@@ -137,7 +141,17 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
             )
         file.write_bytes(before)
 
-    # What no checksum guards: the files of large models, and of older versions.
+    # Files of real models are too large for one process: all ranks read their share of them.
+    weights.write_bytes(cases["flipped"][1])
+    with mock.patch("peergrad.parallel.damage.SMALL_BYTES", 0):
+        seen["large"] = refused(lambda: checkpoints.restore(policy))
+        falling = keeper(folder, policy, fallback=True)
+        seen["large, fallback"] = refused(lambda: falling.restore(policy))
+        shape, groups = policy.shape, policy.groups
+        seen["large, weights"] = refused(lambda: load_weights(newest, policy.model, shape, groups))
+    weights.write_bytes(content)
+
+    # What no digest guards: checkpoints of older versions.
     (newest / "meta.json").write_bytes(dump(unchecked))
     for name in (weights.name, "common.pt", ".metadata"):
         file = newest / "model" / name
@@ -178,7 +192,7 @@ def try_settings(root: Path, policy: Any) -> dict[str, Any]:
             seen[f"{dtype, distributed} -> {other}"] = refused(lambda r=restore, p=resumed: r(p))
         meta = json.loads((folder / "step_000001" / "meta.json").read_text())
         (folder / "step_000001" / "meta.json").write_bytes(
-            dump({k: v for k, v in meta.items() if k not in ("optimizer", "crc32")})
+            dump({k: v for k, v in meta.items() if k not in ("optimizer", "xxh3_128")})
         )
         other_way = make_policy(f"{root}/a", dtype, not distributed)
         seen[f"old {dtype, distributed}"] = refused(
@@ -271,7 +285,7 @@ def test_checkpoint_folders(found: tuple[Path, dict[str, Any]]) -> None:
 def test_damage_is_one_true_line(found: tuple[Path, dict[str, Any]]) -> None:
     """The file, why, and a remedy that is there: an older checkpoint only if one is whole."""
     root, seen = found[0] / "damage", dict(found[1]["damage"])
-    for name in ("cut, fallback", "latest empty, fallback", "list, fallback"):
+    for name in ("cut, fallback", "latest empty, fallback", "list, fallback", "large, fallback"):
         assert seen.pop(name) == ("accepted: 5" if name.startswith("latest") else "accepted: 4")
     older = "set checkpoint.fallback=true to go on from step_000004, or choose a new run.name"
     newer = older.replace("000004", "000005")
@@ -280,7 +294,8 @@ def test_damage_is_one_true_line(found: tuple[Path, dict[str, Any]]) -> None:
     moved = f"; move step_000005 away and {older}"
     for name, problem, remedy in [
         ("cut", " bytes instead of ", older),
-        ("flipped", " has another content than was written (CRC-32)", older),
+        ("flipped", " has another content than was written (XXH3)", older),
+        ("large", "(model/__0_0.distcp has another content than was written (XXH3))", older),
         ("collector", "(collector.pt has another content than", older),
         ("algo", "(algo.json has another content than", older),
         ("rng", "(rng_00000.pt has another content than", older),
@@ -289,6 +304,7 @@ def test_damage_is_one_true_line(found: tuple[Path, dict[str, Any]]) -> None:
         ("no world", "(meta.json has no world, or not of the right kind)", older),
         ("format", "(format 0 instead of 1)", older),
         ("outside", "(meta.json names '../../x', which is not inside the folder)", older),
+        ("no digest", "(meta.json has no digest of algo.json)", older),
         ("renamed", "(meta.json is of step 4)", older),
         ("0.distcp", ": model/__0_0.distcp (", moved),
         ("common.pt", ": model/common.pt (", moved),
@@ -301,6 +317,11 @@ def test_damage_is_one_true_line(found: tuple[Path, dict[str, Any]]) -> None:
         line = seen.pop(name)
         assert line.startswith(start) and problem in line and line.endswith(remedy), (name, line)
         assert "\n" not in line
+    assert seen.pop("large, weights") == (
+        f"ValueError: model.weights = '{root}/step_000005': is no whole checkpoint "
+        "(model/__0_0.distcp has another content than was written (XXH3)); name another step "
+        "folder, or make it again with tools/hf_to_megatron.py"
+    )
     everywhere = start.replace("/step_000005", "")
     assert seen.pop("latest empty") == (
         f"{everywhere} (latest holds '' instead of the name of a step folder); {newer}"

@@ -27,6 +27,7 @@ from peergrad.parallel.damage import (
     read_meta,
     require_same_model,
     require_same_optimizer,
+    verify,
 )
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.files import copy_companions
@@ -52,6 +53,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
         self.folder, self.config, self.groups = folder, config, groups
+        self._rotten: dict[Path, str] = {}  # folders that look whole, and what reading them found
 
     def due(self, step: int, last: int) -> bool:
         """Whether the state after ``step`` of ``last`` steps is to be kept."""
@@ -82,23 +84,26 @@ class Checkpoints:
             rng = folder / f"rng_{self.groups.rank:05d}.pt"
             on_every_rank(self.groups, lambda: rng.write_bytes(_rng_state()))
 
-            def finish() -> None:
+            def complete() -> None:
                 if collector is not None:
                     (folder / "collector.pt").write_bytes(collector)
                 (folder / ALGO).write_text(json.dumps(algo))
                 copy_companions(Path(policy.config.model.path), folder / "hf")
-                write_meta(
-                    folder,
-                    policy.model,
-                    policy.shape,
-                    policy.optimizer,
-                    step=step,
-                    updates=policy.updates,
-                    groups=self.groups,
-                )
+
+            def finish() -> None:
                 put_in_place(folder, target)
                 point_to(target)
 
+            self.groups.share(complete)
+            write_meta(
+                folder,
+                policy.model,
+                policy.shape,
+                policy.optimizer,
+                step=step,
+                updates=policy.updates,
+                groups=self.groups,
+            )
             self.groups.share(finish)
         self.groups.share(lambda: self._prune(step))
         self._log("saved", target, step, start)
@@ -121,10 +126,9 @@ class Checkpoints:
         none. Collective. ValueError for a damaged or foreign one, unless ``checkpoint.fallback``
         finds an older whole one."""
         start = time.monotonic()
-        path = self.groups.share(self._newest)
+        path = self._newest_verified()
         if path is None:
             return 0
-        self._require_shared(path)
         meta = self.groups.share(lambda: read_meta(path))
         require_same_model("run.resume", path, meta, policy.shape)
         distributed = policy.config.parallel.distributed_optimizer
@@ -138,12 +142,23 @@ class Checkpoints:
         self._log("resumed from", path, meta["step"], start)
         return int(meta["step"])
 
+    def _newest_verified(self) -> Path | None:
+        """``_newest``, every bit of it. Collective."""
+        self._rotten.clear()
+        while (path := self.groups.share(self._newest)) is not None:
+            self._require_shared(path)
+            problem = verify(path, self.groups)
+            if problem is None:
+                break
+            self._rotten[path] = problem
+        return path
+
     def _restore_rng(self, path: Path, world: int) -> None:
         file = path / f"rng_{self.groups.rank:05d}.pt"
         if world != self.groups.world:
             return
         try:
-            _set_rng_state(torch.load(file, weights_only=False))
+            _set_rng_state(_read_rng_state(file))
         except Exception as error:
             text = f"is damaged: {file.name} ({first_line(error)})"
             raise self._refused(path, text) from error
@@ -207,7 +222,7 @@ class Checkpoints:
             if damage(old) is None:
                 restore_old(old.with_name(old.name[1:].removesuffix(".old")))
         steps = self._steps()
-        whole = [path for path in steps if _problem(path) is None]
+        whole = [path for path in steps if self._problem(path) is None]
         if not steps and not (self.folder / "latest").exists():
             log.warning("%s holds no checkpoint: starting from the beginning", self.folder)
             return None
@@ -216,13 +231,20 @@ class Checkpoints:
             return whole[0]
         problem = problem or "no step folder is whole"
         if named is not None:
-            problem = _problem(named)
+            problem = self._problem(named)
             if problem is None:
                 return named
         if self.config.fallback and whole:
             log.warning("%s: %s; falling back to %s", named or self.folder, problem, whole[0])
             return whole[0]
         raise self._refused(named or self.folder, f"is damaged ({problem})")
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with the step folder ``path``; None if it can be resumed from."""
+        problem = damage(path) or self._rotten.get(path)
+        if problem is None and (step := read_meta(path)["step"]) != _number(path):
+            return f"meta.json is of step {step}"  # what is beside it is found by the folder's name
+        return problem
 
     def _latest(self) -> tuple[Path | None, str | None]:
         """(the step folder that ``latest`` names, what is wrong with ``latest``)."""
@@ -239,13 +261,13 @@ class Checkpoints:
 
     def _refused(self, path: Path, problem: str) -> ValueError:
         """The error for the checkpoint ``path``, with a remedy that is there."""
-        others = [p for p in self._steps() if p != path and _problem(p) is None]
+        others = [p for p in self._steps() if p != path and self._problem(p) is None]
         text = f"run.resume = True: checkpoint {path} {problem}"
         if not others:
             return ValueError(
                 f"{text}; no other whole checkpoint is in {self.folder}: choose a new run.name"
             )
-        seen = path.exists() and path != self.folder and _problem(path) is None
+        seen = path.exists() and path != self.folder and self._problem(path) is None
         move = f"move {path.name} away and " if seen else ""  # its sizes alone would be trusted
         return ValueError(
             f"{text}; {move}set checkpoint.fallback=true to go on from {others[0].name}, or choose "
@@ -272,14 +294,6 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with the step folder ``path``; None if it can be resumed from."""
-    problem = damage(path)
-    if problem is None and (step := read_meta(path)["step"]) != _number(path):
-        return f"meta.json is of step {step}"  # what lies beside it is found by the folder's name
-    return problem
-
-
 def _rng_state() -> bytes:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     state = {
@@ -291,6 +305,16 @@ def _rng_state() -> bytes:
     content = BytesIO()  # torch's writer of files does not say why it fails
     torch.save(state, content)
     return content.getvalue()
+
+
+def _read_rng_state(file: Path) -> dict[str, Any]:
+    """What ``_rng_state`` made. Nothing but tensors, numbers and numpy's array is made from it: the
+    file cannot run code."""
+    words = np.zeros(1, np.uint32)
+    array: list[Any] = [words.__reduce__()[0], np.ndarray, np.dtype, type(words.dtype)]
+    with torch.serialization.safe_globals(array):
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

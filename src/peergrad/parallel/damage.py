@@ -1,13 +1,14 @@
 """Whether a checkpoint folder is whole, and whether this run can go on from it.
 
-``meta.json`` holds the size of every file and the CRC-32 of those below ``CHECKED_BYTES``. Weights
-and optimizer state of real models are larger: of those the size is checked here and the structure
-as they are read, but not every bit.
+``meta.json`` holds the size and the digest of every file. Sizes, and the content of what is below
+``SMALL_BYTES``, are compared in a moment by ``damage``; weights and optimizer state of real models
+are larger, and ``verify`` has all ranks read them before anything is loaded.
 """
 
 import json
+import logging
 import pickle
-import zlib
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
@@ -19,10 +20,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from peergrad.config import Dtype, require
+from peergrad.parallel.digests import changed_file, digests, first_changed
+from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 
+log = logging.getLogger(__name__)
 FORMAT = 1
-CHECKED_BYTES = 64 << 20
+SMALL_BYTES = 64 << 20
 _KINDS: dict[str, type] = {
     "step": int,
     "updates": int,
@@ -52,17 +56,44 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint folder ``path``; None if it is whole."""
+    """What is wrong with the checkpoint folder ``path``, as one process can tell in a moment; None
+    if nothing is. See ``verify``."""
     if not path.is_dir():
         return "no such folder"
     try:
         meta = read_meta(path)
-        return _damaged_file(path, meta["files"], meta.get("crc32", {}))
-    except (ValueError, OSError, AttributeError) as error:
+        sizes = meta["files"]
+        if (problem := _misfit(path, sizes)) is not None:
+            return problem
+        small = {n: v for n, v in _digests(meta).items() if sizes[n] < SMALL_BYTES}
+        return first_changed(path, small)
+    except (ValueError, OSError, AttributeError, TypeError, KeyError) as error:
         return " ".join(str(error).split())
 
 
-def _damaged_file(path: Path, sizes: dict[str, int], checksums: dict[str, int]) -> str | None:
+def verify(path: Path, groups: Groups) -> str | None:
+    """What is wrong with the content of a checkpoint's large files, whose sizes ``damage`` has
+    found right; None if nothing is. Collective; reads all of them once, divided over the ranks."""
+    meta = groups.share(lambda: read_meta(path))
+    large = {n: v for n, v in _digests(meta).items() if meta["files"][n] >= SMALL_BYTES}
+    start = time.monotonic()
+    problem = changed_file(path, large, groups)
+    if groups.rank == 0 and large:
+        size = sum(meta["files"][name] for name in large)
+        log.info("%s: %d bytes verified in %.1f s", path, size, time.monotonic() - start)
+    return problem
+
+
+def _digests(meta: dict[str, Any]) -> dict[str, str]:
+    """By file name; none in a checkpoint of an older peergrad. ValueError if a file has none."""
+    found: dict[str, str] = meta.get("xxh3_128", dict.fromkeys(meta["files"], ""))
+    missing = sorted(set(meta["files"]) - set(found))
+    if missing:
+        raise ValueError(f"meta.json has no digest of {missing[0]}")
+    return {name: found[name] for name in meta["files"] if found[name]}
+
+
+def _misfit(path: Path, sizes: dict[str, int]) -> str | None:
     for name, size in sizes.items():
         inside = PurePath(name)
         if inside.is_absolute() or ".." in inside.parts:
@@ -72,20 +103,19 @@ def _damaged_file(path: Path, sizes: dict[str, int], checksums: dict[str, int]) 
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if name in checksums and zlib.crc32(file.read_bytes()) != checksums[name]:
-            return f"{name} has another content than was written (CRC-32)"
     return None
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Sizes and checksums of all files in ``folder``, as ``meta.json`` keeps them."""
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    sizes = {name: file.stat().st_size for name, file in files.items()}
-    small = {name: file for name, file in files.items() if sizes[name] < CHECKED_BYTES}
-    return {
-        "files": sizes,
-        "crc32": {name: zlib.crc32(file.read_bytes()) for name, file in small.items()},
-    }
+def describe_files(folder: Path, groups: Groups) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of all files in ``folder``, as ``meta.json`` keeps them. Collective; the
+    folder is whole on rank 0."""
+    sizes: dict[str, int] = groups.share(lambda: _sizes(folder))
+    return {"files": sizes, "xxh3_128": digests(folder, sizes, groups)}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:

@@ -72,7 +72,7 @@ class Scorer:
             key = "model.path" if path == config.model.path else "model.reference"
             load_hf(self.model, path, self.shape, groups, key=key)
         else:
-            load_weights(Path(weights), self.model, self.shape)
+            load_weights(Path(weights), self.model, self.shape, groups)
 
     def score(self, samples: Sequence[Sample], *, temperature: float | None = None) -> Scores:
         """Score the samples' answer tokens that have a weight.

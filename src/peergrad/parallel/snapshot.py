@@ -1,9 +1,10 @@
 """The folder format of a checkpoint: Megatron's torch_dist state, a description, one rename.
 
 ``model/`` holds weights and, in a run's checkpoint, the optimizer, readable at any TP x PP x DP;
-``hf/`` configuration and tokenizer; ``meta.json`` step, shape and the size of every file. It is all
-written under a hidden name, flushed to disk, and appears by one rename; in a run ``latest`` beside
-it is written after that. Whatever moment a job dies at, the newest visible checkpoint is whole.
+``hf/`` configuration and tokenizer; ``meta.json`` step, shape, size and digest of every file. It is
+all written under a hidden name, flushed to disk, and appears by one rename; in a run ``latest``
+beside it is written after that. Whatever moment a job dies at, the newest visible checkpoint is
+whole.
 """
 
 import json
@@ -35,6 +36,7 @@ from peergrad.parallel.damage import (
     first_line,
     read_meta,
     require_same_model,
+    verify,
 )
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
@@ -62,17 +64,14 @@ def save_weights(
     with new_snapshot("checkpoint", path, groups) as partial:
         save_megatron(partial / "model", model, None)
 
-        def finish() -> None:
-            copy_companions(companions, partial / "hf", key=key)
-            write_meta(partial, model, shape, None, step=0, updates=0, groups=groups)
-            put_in_place(partial, path, replace=False)
-
         groups.barrier()
-        groups.share(finish)
+        groups.share(lambda: copy_companions(companions, partial / "hf", key=key))
+        write_meta(partial, model, shape, None, step=0, updates=0, groups=groups)
+        groups.share(lambda: put_in_place(partial, path, replace=False))
 
 
 def load_weights(
-    path: Path, model: PolicyModel, shape: Shape, *, key: str = "model.weights"
+    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, key: str = "model.weights"
 ) -> None:
     """Fill ``model`` from the weights of checkpoint ``path``. Collective.
 
@@ -80,7 +79,7 @@ def load_weights(
     """
     start = time.monotonic()
     remedy = "name another step folder, or make it again with tools/hf_to_megatron.py"
-    problem = damage(path)
+    problem = groups.share(lambda: damage(path)) or verify(path, groups)
     if problem is not None:
         raise ValueError(f"{key} = {str(path)!r}: is no whole checkpoint ({problem}); {remedy}")
     require_same_model(key, path, read_meta(path), shape)
@@ -143,7 +142,7 @@ def write_meta(
     updates: int,
     groups: Groups,
 ) -> None:
-    """Describe the complete checkpoint ``folder`` in its meta.json."""
+    """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective."""
     meta = {
         "format": FORMAT,
         "step": step,
@@ -152,9 +151,10 @@ def write_meta(
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
         "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "shape": asdict(shape),
-        **describe_files(folder),
+        **describe_files(folder, groups),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    text = json.dumps(meta, indent=1)
+    groups.share(lambda: (folder / "meta.json").write_text(text))
 
 
 def point_to(target: Path) -> None:
