@@ -19,7 +19,7 @@ from pathlib import Path
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
-from peergrad.checks import Inputs, check, check_inputs, summary, warnings_of
+from peergrad.checks import Inputs, check, check_inputs, settled, summary, warnings_of
 from peergrad.checks.place import check_folder
 from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FINISHED
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)
+        config = settled(config)
         if place.rank == 0:
             check_folder(config)
         directory = check_run_dir(config.run)

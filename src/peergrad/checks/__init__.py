@@ -7,6 +7,7 @@ function); one process runs it. ``summary`` says on few lines what both have fou
 
 from peergrad.checks.configuration import check
 from peergrad.checks.inputs import Inputs, Source, check_inputs
+from peergrad.checks.recording import settled
 from peergrad.checks.summary import summary, warnings_of
 from peergrad.parallel.hf.config import read_model_config
 
@@ -16,6 +17,7 @@ __all__ = [
     "check",
     "check_inputs",
     "read_model_config",
+    "settled",
     "summary",
     "warnings_of",
 ]

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from peergrad.checks.layout import check_batch, check_layout
+from peergrad.checks.recording import check_recording
 from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
-from peergrad.config.rules import one_line
 from peergrad.parallel.hf.config import ARCHITECTURES, Shape, read_model_config, read_shape
 from peergrad.prompts import check_source
 
@@ -25,7 +22,7 @@ def check(config: Config, *, world: int) -> None:
     if reference is not None:
         check_layout(config, reference, world)
         _check_reference(config, reference, shape)
-    _check_replay(config)
+    check_recording(config)
     check_batch(config, world)
     _check_lengths(config, shape)
     _check_ids(config, shape)
@@ -98,38 +95,6 @@ def _check_reference(config: Config, reference: Shape, policy: Shape) -> None:
     )
 
 
-def _check_replay(config: Config) -> None:
-    """Recorded logprobs are those of the recorded temperature; groups come as they were
-    recorded."""
-    replay = config.rollout.replay
-    recorded = Path(replay or "") / "config.yaml"
-    if replay is None or not recorded.is_file():
-        return
-    keys = ("temperature", "batch_size", "group_size")
-    try:
-        theirs = OmegaConf.load(recorded).rollout
-        values = {key: theirs[key] for key in keys}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(replay, error) from error
-    except Exception as error:  # the YAML reader's own kinds
-        if isinstance(error, OmegaConfBaseException) or "yaml" in type(error).__module__:
-            raise _unreadable(replay, error) from error
-        raise
-    for key in keys:
-        require(
-            getattr(config.rollout, key) == values[key],
-            f"rollout.{key}",
-            getattr(config.rollout, key),
-            f"the run to replay was recorded with {values[key]}",
-            f"set rollout.{key}={values[key]}",
-        )
-
-
-def _unreadable(replay: str, error: Exception) -> ValueError:
-    rule = f"its config.yaml cannot be read ({one_line(error)})"
-    return ValueError(f"rollout.replay = {replay!r}: {rule}; restore the file, or remove it")
-
-
 def _check_lengths(config: Config, shape: Shape) -> None:
     longest, limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape.max_length
     require(
@@ -156,13 +121,14 @@ def _check_ids(config: Config, shape: Shape) -> None:
 def _check_steps(config: Config) -> None:
     """Whatever is counted in steps fits into the run."""
     steps, algo = config.run.steps, config.algo
-    total = steps * algo.epochs * algo.minibatches
+    key = "run.steps" if config.optim.decay_steps is None else "optim.decay_steps"
+    total = min(steps, config.optim.decay_steps or steps) * algo.epochs * algo.minibatches
     require(
         config.optim.warmup_steps < total,
         "optim.warmup_steps",
         config.optim.warmup_steps,
-        f"optim.lr would never be reached: the run has {total} optimizer steps in all",
-        "lower it, or raise run.steps",
+        f"optim.lr would never be reached: {key} is {total} optimizer steps",
+        f"lower it, or raise {key}",
     )
     require(
         config.rollout.max_staleness <= steps,

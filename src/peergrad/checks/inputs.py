@@ -109,7 +109,8 @@ def _servers_load(config: Config) -> bool:
 
 
 def _check_checkpoint(path: Path, shape: Shape) -> None:
-    from peergrad.parallel.damage import damage, read_meta, require_same_model
+    from peergrad.parallel.damage import damage, read_meta
+    from peergrad.parallel.fit import require_same_model
 
     problem = damage(path)
     require(
@@ -127,9 +128,9 @@ def _check_resume(config: Config, shape: Shape) -> None:
     step = resumed_step(config)
     if step is None:
         return
-    from peergrad.parallel.damage import (
-        damage,
-        read_meta,
+    from peergrad.parallel.damage import damage, read_meta
+    from peergrad.parallel.fit import (
+        require_same_course,
         require_same_model,
         require_same_optimizer,
     )
@@ -151,6 +152,7 @@ def _check_resume(config: Config, shape: Shape) -> None:
     meta = read_meta(path)
     require_same_model("run.resume", path, meta, shape)
     require_same_optimizer(path, meta, config.parallel.distributed_optimizer, config.model.dtype)
+    require_same_course(path, meta, config)
 
 
 def _read_sources(

@@ -14,6 +14,7 @@ from peergrad.checks.place import (
     resumed_step,
     run_folder,
 )
+from peergrad.checks.recording import foreign
 from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec
 from peergrad.parallel.hf.tensors import parameters
 
@@ -101,6 +102,12 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
     disk = disk_warning(config, inputs.shape)
     if disk is not None:
         yield disk
+    recorded = foreign(config)
+    if recorded is not None:
+        yield (
+            f"rollout.replay {recorded}, so this run's policy is not the one that answered: "
+            f"algo.old_policy={config.algo.old_policy.name} decides what ratios are taken to"
+        )
     train, wanted = inputs.train, config.rollout.prompts_per_step
     if train is not None and train.prompts < wanted:
         yield f"a step takes {wanted} prompts, data.source has {train.prompts}: some come twice"

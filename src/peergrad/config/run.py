@@ -216,7 +216,9 @@ class OptimConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     schedule: Schedule = Schedule.constant
-    """Shape after the warm-up, down to ``min_lr`` at run.steps."""
+    """Shape after the warm-up, down to ``min_lr``."""
+    decay_steps: int | None = None
+    """Training steps until ``schedule`` is at its end; default: run.steps."""
     min_lr: float = 0.0
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """A loss or gradient norm that is NaN or infinite: skip the update, or stop; the batch is
@@ -235,6 +237,15 @@ class OptimConfig:
             self.min_lr == 0 or self.schedule is not Schedule.constant,
             "optim.min_lr",
             self.min_lr,
+            "has no effect on a constant schedule",
+            "set optim.schedule=linear or cosine",
+        )
+        if self.decay_steps is not None:
+            at_least("optim.decay_steps", self.decay_steps, 1)
+        require(
+            self.decay_steps is None or self.schedule is not Schedule.constant,
+            "optim.decay_steps",
+            self.decay_steps,
             "has no effect on a constant schedule",
             "set optim.schedule=linear or cosine",
         )

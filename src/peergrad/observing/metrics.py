@@ -5,7 +5,9 @@ the record the other sinks repeat.
 """
 
 import json
+import logging
 import math
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +18,7 @@ from typing import Any, Protocol
 from peergrad.config import LoggerConfig
 from peergrad.storage import writing
 
+log = logging.getLogger(__name__)
 Row = Mapping[str, float]
 
 
@@ -33,14 +36,20 @@ class JsonLines:
     (strict JSON).
 
     Opening cuts off what a resumed run does again: the rows beyond step ``start``, or all of them
-    if it begins anew, since step 0 has an evaluation.
+    if it begins anew, since step 0 has an evaluation. A file with lines that are no rows is kept
+    beside it as ``<name>.damaged``.
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= start] if start else []
+        rows, damaged = _read(path)
+        kept = [row for row in rows if row["step"] <= start] if start else []
         partial = path.with_name(path.name + ".partial")
         self._path = path
         with writing("metrics", path):
+            if damaged:
+                copy = path.with_name(path.name + ".damaged")
+                shutil.copyfile(path, copy)
+                log.warning("%s: %d lines are no rows; as it was: %s", path, damaged, copy)
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             partial.replace(path)
             self._file = path.open("a", encoding="utf-8")
@@ -83,7 +92,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; ``offline`` writes files that ``wandb sync`` uploads later."""
+    """Weights & Biases; ``offline`` writes files that ``wandb sync`` uploads later.
+
+    It takes no row back. So what a resumed run does again is not sent again: ``sent.json`` in its
+    folder knows the last step of each kind of row.
+    """
 
     def __init__(self, config: LoggerConfig, folder: Path, run_config: Mapping[str, Any]) -> None:
         import wandb
@@ -98,9 +111,19 @@ class WandB:
             config=dict(run_config),
         )
         self._run.define_metric("*", step_metric="step")  # wandb's own step counts calls
+        self._file = folder / "wandb" / "sent.json"
+        self._sent: dict[str, int] = _counts(self._file)
 
     def write(self, kind: str, step: int, row: Row) -> None:
+        if step <= self._sent.get(kind, -1):
+            return
         self._run.log({"step": step, **{f"{kind}/{key}": value for key, value in row.items()}})
+        self._sent[kind] = step
+        with writing("metrics", self._file):
+            self._file.parent.mkdir(exist_ok=True)
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self._sent))
+            partial.replace(self._file)
 
     def close(self) -> None:
         import wandb
@@ -109,17 +132,44 @@ class WandB:
         wandb.teardown()  # waits for wandb's own process, which writes longer than finish() waits
 
 
+def _counts(file: Path) -> dict[str, int]:
+    """What ``sent.json`` holds; nothing if it is not there or damaged."""
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return {str(key): value for key, value in found.items() if type(value) is int}
+    return {}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; empty if there is none. A last line that a crash cut short
-    is left out."""
-    rows = []
+    """The rows of a ``metrics.jsonl``; empty if there is none. Lines that are no rows, as a crash
+    or a disk may leave them, are left out."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows, and the number of lines that are none."""
+    rows, damaged = [], 0
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif line.strip():
+                damaged += 1
+    return rows, damaged
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if (
+            isinstance(row, dict)
+            and isinstance(row.get("kind"), str)
+            and type(row.get("step")) is int
+        ):
+            return row
+    return None
 
 
 WAITS = {

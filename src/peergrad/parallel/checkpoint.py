@@ -25,12 +25,16 @@ from peergrad.parallel.damage import (
     damage,
     first_line,
     read_meta,
+    verify,
+)
+from peergrad.parallel.fit import (
+    require_same_course,
     require_same_model,
     require_same_optimizer,
-    verify,
 )
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.files import copy_companions
+from peergrad.parallel.optimizer import schedule_updates
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
     Unloadable,
@@ -100,9 +104,10 @@ class Checkpoints:
                 policy.model,
                 policy.shape,
                 policy.optimizer,
+                self.groups,
                 step=step,
                 updates=policy.updates,
-                groups=self.groups,
+                schedule_updates=schedule_updates(policy.config),
             )
             self.groups.share(finish)
         self.groups.share(lambda: self._prune(step))
@@ -133,6 +138,7 @@ class Checkpoints:
         require_same_model("run.resume", path, meta, policy.shape)
         distributed = policy.config.parallel.distributed_optimizer
         require_same_optimizer(path, meta, distributed, policy.config.model.dtype)
+        require_same_course(path, meta, policy.config)
         try:
             load_megatron(path / "model", policy.model, policy.optimizer)
         except Unloadable as error:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint folder is whole, and whether this run can go on from it.
+"""Whether a checkpoint folder is whole.
 
 ``meta.json`` holds the size and the digest of every file. Sizes, and the content of what is below
 ``SMALL_BYTES``, are compared in a moment by ``damage``; weights and optimizer state of real models
@@ -10,19 +10,15 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from peergrad.config import Dtype, require
 from peergrad.parallel.digests import changed_file, digests, first_changed
 from peergrad.parallel.groups import Groups
-from peergrad.parallel.hf.config import Shape
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -116,61 +112,6 @@ def describe_files(folder: Path, groups: Groups) -> dict[str, dict[str, Any]]:
 def _sizes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
-    """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
-    ours = asdict(shape)
-    for name, theirs in meta["shape"].items():
-        require(
-            ours.get(name) == theirs,
-            key,
-            str(path),
-            f"is of another model ({name} {theirs} instead of {ours.get(name)})",
-            "set model.path to the model it was made from",
-        )
-
-
-def describe_optimizer(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """How the optimizer's state is kept, which decides who can read it."""
-    wrapper = (getattr(optimizer, "chained_optimizers", None) or [optimizer])[0]
-    return {
-        "distributed": type(wrapper).__name__ == "DistributedOptimizer",
-        "kind": type(wrapper.optimizer).__name__,
-    }
-
-
-def require_same_optimizer(path: Path, meta: dict[str, Any], ours: bool, dtype: Dtype) -> None:
-    """Refuse an optimizer state that Megatron cannot read: of another setting than ``ours`` of
-    ``parallel.distributed_optimizer``, or undistributed and of another precision."""
-    theirs = _distributed(path, meta)
-    require(
-        theirs in (ours, None),
-        "parallel.distributed_optimizer",
-        ours,
-        f"checkpoint {path} was written with {theirs}",
-        f"resume with parallel.distributed_optimizer={theirs}",
-    )
-    require(
-        ours or meta["dtype"] == dtype.name,
-        "model.dtype",
-        dtype.name,
-        f"checkpoint {path} was written with {meta['dtype']} and without the distributed "
-        "optimizer, whose state alone fits both precisions",
-        f"resume with model.dtype={meta['dtype']}",
-    )
-
-
-def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
-    """Whether checkpoint ``path`` holds the state of a distributed optimizer; None: not known."""
-    try:
-        return bool(meta["optimizer"]["distributed"])
-    except (KeyError, TypeError):  # of an older peergrad
-        try:
-            common = torch.load(path / "model" / "common.pt", weights_only=False)
-            return "param_state_sharding_type" in common["optimizer"]
-        except Exception:
-            return None  # damaged: loading it will say so
 
 
 def culprit(model: Path) -> str | None:

@@ -7,7 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from peergrad.config import Dtype, OptimConfig, ParallelConfig, Schedule
+from peergrad.config import Config, Dtype, OptimConfig, ParallelConfig, Schedule
 from peergrad.parallel.model import PolicyModel
 
 
@@ -51,11 +51,17 @@ def build_optimizer(
     return optimizer
 
 
+def schedule_updates(config: Config) -> int:
+    """Optimizer steps until the schedule of the learning rate is at its end."""
+    steps = config.optim.decay_steps or config.run.steps
+    return steps * config.algo.epochs * config.algo.minibatches
+
+
 def learning_rate(optim: OptimConfig, *, update: int, total: int) -> float:
     """Learning rate of optimizer step ``update`` (from 0) of ``total``.
 
     Linear warm-up that reaches ``lr`` after ``warmup_steps``, then the schedule, which reaches
-    ``min_lr`` at the last step.
+    ``min_lr`` at the last of them and stays there.
 
     Example:
         lr 1, warm-up 2, linear to 0 over 6 steps: 0.5, 1, 1, .667, .333, 0.

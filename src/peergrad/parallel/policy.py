@@ -23,7 +23,7 @@ from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.model import build_model, run
-from peergrad.parallel.optimizer import build_optimizer, learning_rate, wrap_model
+from peergrad.parallel.optimizer import build_optimizer, learning_rate, schedule_updates, wrap_model
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
 
@@ -233,8 +233,7 @@ class Policy(Scorer):
         return Update(metrics, scores, finite, refusal)
 
     def _set_learning_rate(self) -> float:
-        algo = self.config.algo
-        total = self.config.run.steps * algo.epochs * algo.minibatches
+        total = schedule_updates(self.config)
         rate = learning_rate(self.config.optim, update=self.updates, total=total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)

@@ -32,12 +32,11 @@ from peergrad.parallel.damage import (
     culprit,
     damage,
     describe_files,
-    describe_optimizer,
     first_line,
     read_meta,
-    require_same_model,
     verify,
 )
+from peergrad.parallel.fit import describe_optimizer, require_same_model
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import copy_companions
@@ -66,7 +65,7 @@ def save_weights(
 
         groups.barrier()
         groups.share(lambda: copy_companions(companions, partial / "hf", key=key))
-        write_meta(partial, model, shape, None, step=0, updates=0, groups=groups)
+        write_meta(partial, model, shape, None, groups, step=0, updates=0)
         groups.share(lambda: put_in_place(partial, path, replace=False))
 
 
@@ -137,16 +136,16 @@ def write_meta(
     model: PolicyModel,
     shape: Shape,
     optimizer: MegatronOptimizer | None,
-    *,
-    step: int,
-    updates: int,
     groups: Groups,
+    **progress: int,
 ) -> None:
-    """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective."""
+    """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective.
+
+    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule_updates``.
+    """
     meta = {
         "format": FORMAT,
-        "step": step,
-        "updates": updates,
+        **progress,
         "world": groups.world,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
         "optimizer": None if optimizer is None else describe_optimizer(optimizer),

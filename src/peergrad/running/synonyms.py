@@ -239,6 +239,7 @@ optim.clip_grad : max_grad_norm grad_clip gradient_clipping gradient_clip_norm g
 optim.warmup_steps :
     warmup warmup_ratio lr_warmup_steps lr_warmup_iters lr_warmup_steps_ratio num_warmup_steps
     warmup_iters
+optim.decay_steps : lr_decay_steps lr_decay_iters decay_iters
 optim.schedule : lr_scheduler_type lr_decay_style lr_scheduler scheduler lr_schedule
 
 parallel.tensor : tp tp_size tensor_model_parallel_size tensor_parallel_size tensor_parallel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peergrad.checks import check
-from peergrad.config import Config, Dtype, OldPolicy
+from peergrad.config import Config, Dtype, OldPolicy, Schedule
 
 SHAPE = {
     "model_type": "qwen3",
@@ -276,10 +276,14 @@ def test_the_warm_up_ends_before_the_run(config: Config) -> None:
     config.run.steps, config.algo.epochs, config.algo.minibatches = 3, 2, 2
     config.optim.warmup_steps = 12
     assert refusal(config).startswith(
-        "optim.warmup_steps = 12: optim.lr would never be reached: the run has 12 optimizer steps"
+        "optim.warmup_steps = 12: optim.lr would never be reached: run.steps is 12 optimizer steps"
     )
     config.optim.warmup_steps = 11
     check(config, world=1)
+    config.optim.schedule, config.optim.decay_steps = Schedule.cosine, 2
+    assert refusal(config).endswith(
+        "optim.decay_steps is 8 optimizer steps; lower it, or raise optim.decay_steps"
+    )
 
 
 def test_staleness_ends_with_the_run(config: Config) -> None:

@@ -180,6 +180,16 @@ def test_checkpoints_that_are_none(config: Config, folder: Path, meta: str, rule
     assert refusal(config).startswith(f"model.weights = '{folder}/checkpoint': {rule}")
 
 
+def test_a_run_that_would_end_before_its_checkpoint(config: Config, folder: Path) -> None:
+    config.run.root, config.run.name = str(folder), "resumed"
+    config.run.resume, config.run.steps = True, 2
+    step = folder / "resumed" / "checkpoints" / "step_000003"
+    step.mkdir(parents=True)
+    (step / "meta.json").write_text(json.dumps({**META, "step": 3}))
+    (step.parent / "latest").write_text(step.name)
+    assert refusal(config).startswith(f"run.steps = 2: checkpoint {step} was taken after step 3; ")
+
+
 def drop(file: Path, key: str) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
 

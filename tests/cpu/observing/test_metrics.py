@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -162,6 +163,29 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path, cut: int) -> None:
     assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == [1, 2, 3]
 
 
+def test_a_bad_line_costs_no_other(tmp_path: Path) -> None:
+    """Not the rows after it, and not itself: the file as it was stays beside the mended one."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    for step in range(1, 6):
+        sink.write("train", step, {"x": float(step)})
+    sink.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1][:9] + b"\xff\0" + lines[1][11:]
+    bad = [
+        b"[]\n",
+        b'{"kind": "train"}\n',
+        b'{"kind": "train", "step": "3"}\n',
+        b"[" * 10**5 + b"\n",
+    ]
+    path.write_bytes(b"".join([*lines[:3], *bad, b"\n", *lines[3:]]))
+    before = path.read_bytes()
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4, 5]
+    JsonLines(path, 4).close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+
+
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
@@ -206,10 +230,37 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink.write("train", 1, {"reward/mean": 0.5})
     sink.write("eval", 1, {"pass@1": 0.5})
     sink.close()
+    assert json.loads((folder / "wandb" / "sent.json").read_text()) == {"train": 1, "eval": 1}
     (run,) = folder.glob("wandb/offline-run-*/run-my_run-*.wandb")
     record = run.read_bytes()
     assert b"train/reward/mean" in record and b"eval/pass@1" in record
     assert not any("wandb" in child.name() for child in psutil.Process().children())
+
+
+def test_wandb_gets_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt dies after step 2, before the evaluation of that step; the next goes on from a
+    checkpoint of step 1. A damaged record repeats rows instead of losing any."""
+    sent: list[tuple[int, list[str]]] = []
+
+    class Module:
+        Run = staticmethod(lambda **_: Module)
+        init = Run
+        define_metric = staticmethod(lambda *_, **__: None)
+        log = staticmethod(lambda row: sent.append((row["step"], sorted({*row} - {"step"}))))
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    first = WandB(LoggerConfig(wandb="offline"), tmp_path, {})
+    for step in (1, 2):
+        first.write("train", step, {"x": 1.0})
+    second = WandB(LoggerConfig(wandb="offline"), tmp_path, {})
+    for step in (2, 3):
+        second.write("train", step, {"x": 1.0})
+        second.write("eval", step, {"y": 1.0})
+    train, evaluated = ["train/x"], ["eval/y"]
+    assert sent == [(1, train), (2, train), (2, evaluated), (3, train), (3, evaluated)]
+    (tmp_path / "wandb" / "sent.json").write_text("[")
+    WandB(LoggerConfig(wandb="offline"), tmp_path, {}).write("train", 3, {"x": 1.0})
+    assert sent[-1] == (3, train) and len(sent) == 6
 
 
 def test_the_step_that_stops_a_run_is_written(tmp_path: Path) -> None:

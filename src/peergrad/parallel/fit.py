@@ -1,0 +1,97 @@
+"""Whether a run can go on from a checkpoint that is whole: the same model, an optimizer state that
+can be read, steps left to do, and a learning rate that does not jump."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from peergrad.config import Config, Dtype, require
+from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.optimizer import learning_rate, schedule_updates
+
+JUMP = 1e-3
+"""Change of the learning rate, as a part of its peak, that is too small to matter."""
+
+
+def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
+    """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
+    ours = asdict(shape)
+    for name, theirs in meta["shape"].items():
+        require(
+            ours.get(name) == theirs,
+            key,
+            str(path),
+            f"is of another model ({name} {theirs} instead of {ours.get(name)})",
+            "set model.path to the model it was made from",
+        )
+
+
+def describe_optimizer(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """How the optimizer's state is kept, which decides who can read it."""
+    wrapper = (getattr(optimizer, "chained_optimizers", None) or [optimizer])[0]
+    return {
+        "distributed": type(wrapper).__name__ == "DistributedOptimizer",
+        "kind": type(wrapper.optimizer).__name__,
+    }
+
+
+def require_same_optimizer(path: Path, meta: dict[str, Any], ours: bool, dtype: Dtype) -> None:
+    """Refuse an optimizer state that Megatron cannot read: of another setting than ``ours`` of
+    ``parallel.distributed_optimizer``, or undistributed and of another precision."""
+    theirs = _distributed(path, meta)
+    require(
+        theirs in (ours, None),
+        "parallel.distributed_optimizer",
+        ours,
+        f"checkpoint {path} was written with {theirs}",
+        f"resume with parallel.distributed_optimizer={theirs}",
+    )
+    require(
+        ours or meta["dtype"] == dtype.name,
+        "model.dtype",
+        dtype.name,
+        f"checkpoint {path} was written with {meta['dtype']} and without the distributed "
+        "optimizer, whose state alone fits both precisions",
+        f"resume with model.dtype={meta['dtype']}",
+    )
+
+
+def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
+    """Whether checkpoint ``path`` holds the state of a distributed optimizer; None: not known."""
+    try:
+        return bool(meta["optimizer"]["distributed"])
+    except (KeyError, TypeError):  # of an older peergrad
+        try:
+            common = torch.load(path / "model" / "common.pt", weights_only=False)
+            return "param_state_sharding_type" in common["optimizer"]
+        except Exception:
+            return None  # damaged: loading it will say so
+
+
+def require_same_course(path: Path, meta: dict[str, Any], config: Config) -> None:
+    """Refuse a run that ends before checkpoint ``path``, and one whose next learning rate another
+    length of the run would move. ``optim`` itself may be changed: that is said by whoever does."""
+    steps, optim = config.run.steps, config.optim
+    require(
+        meta["step"] <= steps,
+        "run.steps",
+        steps,
+        f"checkpoint {path} was taken after step {meta['step']}",
+        f"use {meta['step']} or more, or choose a new run.name",
+    )
+    before, now = meta.get("schedule_updates"), schedule_updates(config)
+    if before is None or optim.decay_steps is not None:  # of an older peergrad; or chosen
+        return
+    was, will = (learning_rate(optim, update=meta["updates"], total=n) for n in (before, now))
+    require(
+        abs(was - will) <= JUMP * optim.lr,
+        "optim.decay_steps",
+        None,
+        f"the learning rate would jump from {was:.3g} to {will:.3g} at the resume, as "
+        f"optim.schedule={optim.schedule.name} of checkpoint {path} was to end at optimizer step "
+        f"{before} and now at {now}",
+        f"set it to {max(1, before * steps // now)} to keep the course, or to {steps} to jump",
+    )

@@ -1,0 +1,94 @@
+"""Whether the policy of a replay is the one that sampled, and what that changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from peergrad.algo.plan import Old, make_plan
+from peergrad.checks.recording import foreign, settled
+from peergrad.config import Config, OldPolicy
+from peergrad.running.compose import compose_config, config_dir
+
+PRESETS = sorted(file.stem for file in (config_dir() / "algo").glob("*.yaml"))
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """What a run with the default preset leaves of its configuration."""
+    return record(tmp_path)
+
+
+def record(folder: Path, *overrides: str) -> Path:
+    _, text = compose_config(["model.path=m", "data.source=arithmetic", *overrides])
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def replay(folder: Path, *overrides: str) -> Config:
+    return compose_config(
+        ["model.path=m", "data.source=arithmetic", f"rollout.replay={folder}", *overrides]
+    )[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_same_objective_stays_on_policy(tmp_path: Path, preset: str) -> None:
+    config = replay(record(tmp_path, f"algo={preset}"), f"algo={preset}")
+    assert foreign(config) is None
+    assert settled(config) == config
+
+
+def test_what_does_not_change_the_policy(recording: Path) -> None:
+    for more in (
+        *("parallel.tensor=2", "run.steps=7", "run.name=y", "checkpoint.every=1"),
+        *("optim.on_nonfinite=skip", "reward.workers=2", "rollout.max_concurrency=3"),
+        f"model.path={Path('m').absolute()}",
+    ):
+        assert foreign(replay(recording, more)) is None, more
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("optim.lr=2e-6", "was recorded with optim.lr=1e-06"),
+        ("algo.kl.coef=0.5", "was recorded with algo.kl.coef="),
+        ("run.seed=1", "was recorded with run.seed=0"),
+        ("model.path=n", "was recorded with model.path=m"),
+        ("algo.minibatches=2", "was recorded with algo.minibatches=1"),
+        ("rollout.max_staleness=1", "was recorded with rollout.max_staleness=0"),
+        ("optim.schedule=cosine", "was recorded with optim.schedule=constant"),
+    ],
+)
+def test_another_course_is_off_policy(recording: Path, change: str, why: str) -> None:
+    """The recorded policy's own logprobs are what ratios are taken to: with the pass that a step of
+    this run would make of its own weights, they would be 1 on answers that it did not give."""
+    config = replay(recording, change)
+    assert str(foreign(config)).startswith(why)
+    now = settled(config)
+    assert now.algo.old_policy is OldPolicy.engine and make_plan(now).old is Old.engine
+    assert replace(now, algo=config.algo) == config
+
+
+def test_the_end_of_a_schedule_is_part_of_the_course(tmp_path: Path) -> None:
+    record(tmp_path, "optim.schedule=cosine", "run.steps=20")
+    same = replay(tmp_path, "optim.schedule=cosine", "run.steps=10", "optim.decay_steps=20")
+    assert foreign(same) is None
+    other = replay(tmp_path, "optim.schedule=cosine", "run.steps=10")
+    assert foreign(other) == "was recorded with a schedule of 20 steps"
+
+
+def test_what_nothing_is_known_of(tmp_path: Path) -> None:
+    assert foreign(replay(tmp_path)) == "has no config.yaml"
+    assert settled(replay(tmp_path)).algo.old_policy is OldPolicy.engine
+
+
+def test_who_has_chosen_or_corrects_keeps_it(recording: Path) -> None:
+    chosen = replay(recording, "optim.lr=1e-3", "algo.old_policy=recompute", "algo.minibatches=2")
+    assert settled(chosen) == chosen
+    corrected = replay(recording, "optim.lr=1e-3", "algo.correction.kind=tis")
+    assert settled(corrected) == corrected
+
+
+def test_without_a_replay_nothing_changes() -> None:
+    config, _ = compose_config(["model.path=m", "data.source=arithmetic"])
+    assert foreign(config) is None and settled(config) == config

@@ -1,0 +1,78 @@
+"""Which checkpoints a run may go on from: steps and learning rates worked out by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peergrad.config import AlgoConfig, Config, OptimConfig, RunConfig, Schedule
+from peergrad.parallel.fit import require_same_course
+from peergrad.parallel.optimizer import schedule_updates
+
+PATH = Path("runs/x/checkpoints/step_000020")
+
+
+def config(steps: int, epochs: int = 1, **optim: Any) -> Config:
+    return Config(
+        run=RunConfig(steps=steps), algo=AlgoConfig(epochs=epochs), optim=OptimConfig(**optim)
+    )
+
+
+def meta(step: int, total: int, per_step: int = 1) -> dict[str, Any]:
+    return {"step": step, "updates": step * per_step, "schedule_updates": total}
+
+
+def test_the_schedule_is_counted_in_optimizer_steps() -> None:
+    assert schedule_updates(config(20, epochs=2)) == 40
+    assert schedule_updates(config(20, 2, schedule=Schedule.cosine, decay_steps=15)) == 30
+
+
+def test_a_run_cannot_end_before_its_checkpoint() -> None:
+    with pytest.raises(ValueError) as error:
+        require_same_course(PATH, meta(20, 20), config(10))
+    assert str(error.value) == (
+        f"run.steps = 10: checkpoint {PATH} was taken after step 20; use 20 or more, or choose a "
+        "new run.name"
+    )
+    require_same_course(PATH, meta(20, 20), config(20))
+
+
+def test_a_longer_run_does_not_move_the_learning_rate() -> None:
+    """Cosine to 0 over 20 steps, then over 40: the 21st update would be at
+    (1 + cos(20 pi / 39)) / 2 = 0.4799 of the peak."""
+    with pytest.raises(ValueError) as error:
+        require_same_course(PATH, meta(20, 20), config(40, lr=1.0, schedule=Schedule.cosine))
+    assert str(error.value) == (
+        "optim.decay_steps = None: the learning rate would jump from 0 to 0.48 at the resume, as "
+        f"optim.schedule=cosine of checkpoint {PATH} was to end at optimizer step 20 and now at "
+        "40; set it to 20 to keep the course, or to 40 to jump"
+    )
+    for decay_steps in (20, 40):
+        require_same_course(
+            PATH,
+            meta(20, 20),
+            config(40, lr=1.0, schedule=Schedule.cosine, decay_steps=decay_steps),
+        )
+    require_same_course(PATH, meta(20, 20), config(40, lr=1.0))  # constant
+
+
+def test_what_is_left_alone() -> None:
+    """The same course under another peak is the user's word; a warm-up does not know the end; an
+    older checkpoint does not know it either."""
+    linear = {"lr": 1.0, "schedule": Schedule.linear}
+    require_same_course(PATH, meta(5, 20), config(20, **linear))
+    require_same_course(PATH, meta(5, 20), config(20, **{**linear, "lr": 0.1}))
+    require_same_course(PATH, meta(5, 20), config(40, **linear, warmup_steps=10))
+    with pytest.raises(ValueError, match=r"from 0\.737 to 0\.872 at the resume"):
+        require_same_course(PATH, meta(5, 20), config(40, **linear))
+    old = {"step": 5, "updates": 5}
+    require_same_course(PATH, old, config(40, **linear))
+
+
+def test_more_optimizer_steps_a_step_are_another_course() -> None:
+    """Linear over 20 updates, 5 done: 1 - 5/19. Two epochs a step make them 40: 1 - 5/39."""
+    with pytest.raises(ValueError) as error:
+        require_same_course(
+            PATH, meta(5, 20), config(20, epochs=2, lr=1.0, schedule=Schedule.linear)
+        )
+    assert "set it to 10 to keep the course, or to 20 to jump" in str(error.value)
