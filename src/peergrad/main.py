@@ -20,7 +20,7 @@ from pathlib import Path
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
 from peergrad.checks import Inputs, check, check_inputs, settled, summary, warnings_of
-from peergrad.checks.place import check_folder
+from peergrad.checks.place import check_folder, resumed_step
 from peergrad.config import Config
 from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import read_metrics
@@ -138,6 +138,8 @@ def open_folder(
     for warning in warnings_of(config, inputs):
         log.warning("%s", warning)
     with writing("run folder", directory.path):
+        if (resumed_step(config) or 0) < config.run.steps:
+            directory.done.unlink(missing_ok=True)  # of a shorter run that goes on
         for path in (directory.config, attempt / "config.yaml"):
             path.write_text(text)
         (attempt / "objective.txt").write_text(explain(config))

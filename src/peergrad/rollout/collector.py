@@ -203,6 +203,7 @@ class _Worker:
             select=(lambda group: selects(group.rewards, choice)) if choice.dynamic else None,
             limit=choice.limit,
             state=restored,
+            made_by=(self._sampling, config.reward.kind, config.reward.function, choice),
         )
 
     async def ready(self) -> None:

@@ -6,6 +6,7 @@ that is not worth training on may be dropped: one of the next prompt takes its p
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from peergrad.config.rules import require
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.rollout.engine import Engine, Sampling
 
+log = logging.getLogger(__name__)
 Score = Callable[[Prompt, Rollout], Awaitable[float]]
 Select = Callable[[Group], bool]
 
@@ -54,6 +56,7 @@ class StreamState:
     finished: dict[int, Group]  # by sequence number
     in_flight: dict[int, Prompt]  # by sequence number; sampled afresh after a restore
     dropped: dict[int, float]  # mean rewards not yet handed out, by sequence number
+    made_by: object = None  # what the finished groups were sampled and graded with
 
 
 class Stream:
@@ -78,11 +81,13 @@ class Stream:
         select: Select | None = None,
         limit: int = 0,
         state: StreamState | None = None,
+        made_by: object = None,
     ) -> None:
         """``batch``: groups per training step. Nothing starts before the first ``set_version``.
 
         ``select``: whether a graded group is trained on, else it is dropped. It is an error if a
-        batch would take more than ``limit`` times its groups; 0 is no limit.
+        batch would take more than ``limit`` times its groups; 0 is no limit. ``made_by``: what
+        groups depend on; those that ``state`` has finished under anything else are sampled again.
         """
         self._engine = engine
         self._prompts = prompts
@@ -98,22 +103,19 @@ class Stream:
         self._finished: dict[int, Group] = {}
         self._in_flight: dict[int, Prompt] = {}
         self._dropped: dict[int, float] = {}
+        self._waiting: dict[int, Prompt] = {}  # restored, to be sampled afresh
+        self._made_by = made_by
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
         if state is not None:
-            prompts.load_state_dict(state.prompts)
-            self._started, self._batches = state.started, state.batches
-            self._finished, self._in_flight = dict(state.finished), dict(state.in_flight)
-            self._dropped = dict(state.dropped)
+            self._restore(state)
 
     def set_version(self, version: int) -> None:
         """The engine now holds weights ``version``: start what that allows."""
         self._version = version
         if self._batches is None:
             self._batches = version  # a run that begins at a later version owes no earlier batches
-        for sequence in sorted(self._in_flight.keys() - self._tasks.keys()):
-            self._start(sequence, self._in_flight[sequence])  # restored: these come first
         self._fill()
 
     def capacity(self, version: int) -> int:
@@ -155,8 +157,9 @@ class Stream:
             started=self._started,
             batches=self._batches or 0,
             finished=dict(self._finished),
-            in_flight=dict(self._in_flight),
+            in_flight={**self._waiting, **self._in_flight},
             dropped=dict(self._dropped),
+            made_by=self._made_by,
         )
 
     async def aclose(self) -> None:
@@ -165,9 +168,35 @@ class Stream:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
+    def _known(self) -> list[int]:
+        return [*self._finished, *self._in_flight, *self._waiting]
+
+    def _restore(self, state: StreamState) -> None:
+        """Go on from ``state``; finished groups that this configuration would not have made, or not
+        have waited for, are sampled again."""
+        self._prompts.load_state_dict(state.prompts)
+        self._started, self._batches = state.started, state.batches
+        self._finished, self._waiting = dict(state.finished), dict(state.in_flight)
+        self._dropped = dict(state.dropped)
+        again = {}
+        for position, sequence in enumerate(sorted(self._known())):
+            trained = state.batches + position // self._batch  # the version by then
+            group = self._finished.get(sequence)
+            stale = group is not None and trained - _oldest(group, trained) > self._max_staleness
+            if group is not None and (stale or state.made_by != self._made_by):
+                again[sequence] = group.prompt
+        self._waiting |= again
+        self._finished = {n: group for n, group in self._finished.items() if n not in again}
+        if again:
+            log.warning(
+                "%d finished groups of the checkpoint do not fit the configuration any more: they "
+                "are sampled again",
+                len(again),
+            )
+
     def _wanted(self) -> list[int]:
         """The next batch as far as it is known: every group that is dropped changes it."""
-        return sorted([*self._finished, *self._in_flight])[: self._batch]
+        return sorted(self._known())[: self._batch]
 
     def _full(self) -> bool:
         return self._finished.keys() >= set(self._wanted())
@@ -179,8 +208,12 @@ class Stream:
 
     def _fill(self) -> None:
         for _ in range(self.capacity(self._version)):
-            self._start(self._started, next(self._prompts))
-            self._started += 1
+            if self._waiting:  # of a restored stream: these come first
+                first = min(self._waiting)
+                self._start(first, self._waiting.pop(first))
+            else:
+                self._start(self._started, next(self._prompts))
+                self._started += 1
 
     def _start(self, sequence: int, prompt: Prompt) -> None:
         self._in_flight[sequence] = prompt
@@ -228,3 +261,9 @@ class Stream:
             f"were dropped (mean reward {sum(means) / len(means):.3g}; most often {often})",
             "choose easier or harder prompts, raise the limit, or set algo.sampling.dynamic=false",
         )
+
+
+def _oldest(group: Group, present: int) -> int:
+    """The oldest weights that a token of the group was drawn with; ``present`` without any."""
+    versions = (version for rollout in group.rollouts for version, _, _ in rollout.versions)
+    return min(versions, default=present)

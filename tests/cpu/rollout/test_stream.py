@@ -221,8 +221,57 @@ def test_resuming_with_another_batch_size_or_staleness_neither_stalls_nor_skips(
         return await train(stream, engine, range(3, 10))
 
     taken, state = asyncio.run(first())
-    taken += asyncio.run(second(state))
+    resumed = asyncio.run(second(state))
+    for version, batch in enumerate(resumed, start=3):  # on policy: also what had been finished
+        assert {v for group in batch.groups for v, _, _ in group.rollouts[0].versions} == {version}
+    taken += resumed
     assert summary(taken) == one_by_one([4] * 3 + [3] * 7, luck if options else graded([]))
+
+
+@pytest.mark.parametrize(("made_by", "kept"), [("same", 8), ("other", 0)])
+def test_groups_of_another_configuration_are_sampled_again(made_by, kept):
+    """Two batches had been finished for the versions to come."""
+
+    async def first():
+        engine = FakeEngine(0)
+        stream = new_stream(engine, Counting(), eta=1, made_by="same")
+        stream.set_version(0)
+        while len(stream.state().finished) < 8:
+            await asyncio.sleep(0.001)
+        return pickle.loads(pickle.dumps(stream.state()))
+
+    async def second(state):
+        engine = FakeEngine(0)
+        stream = new_stream(engine, Counting(), eta=1, made_by=made_by, state=state)
+        taken = await train(stream, engine, range(2))
+        await stream.aclose()
+        return taken, engine.started
+
+    taken, started = asyncio.run(second(asyncio.run(first())))
+    names = [group.id for group in groups_of(taken)]
+    assert names == [f"{i}/p{i}" for i in range(8)]
+    assert sum(name not in started for name in names) == kept
+
+
+@pytest.mark.parametrize("eta", [0, 1, 2])
+def test_restored_groups_wait_for_their_turn(eta):
+    """Prompts in flight under a laxer bound start no earlier than the stricter one allows."""
+
+    async def main():
+        engine = FakeEngine(0)
+        in_flight = {n: Prompt(f"p{n}", np.array([1], np.int32), "", "") for n in range(12)}
+        prompts = Counting()
+        prompts.position = 12
+        state = StreamState(prompts.state_dict(), 12, 0, {}, in_flight, {})
+        stream = new_stream(engine, Counting(), eta=eta, state=state)
+        taken = await train(stream, engine, range(4))
+        await stream.aclose()
+        return taken, engine.started
+
+    taken, started = asyncio.run(main())
+    assert [group.id for group in groups_of(taken)] == [f"{i}/p{i}" for i in range(16)]
+    for index, group in enumerate(groups_of(taken)):
+        assert max(0, index // 4 - eta) <= started[group.id] <= index // 4
 
 
 def test_a_batch_that_takes_too_many_groups_is_an_error_that_names_the_limit():
