@@ -326,21 +326,17 @@ def test_what_is_dropped_beyond_a_batch_is_not_its_own():
     asyncio.run(main())
 
 
-def test_what_a_smaller_budget_no_longer_replaces_may_all_be_dropped():
-    """Resumed with a smaller batch, more is in flight than may be: nothing is left after it."""
+def test_what_waits_under_a_smaller_budget_may_all_be_dropped():
+    """Resumed with a smaller batch, fewer may be in flight than were: one after the other."""
     prompts = Counting()
     in_flight = {sequence: next(prompts) for sequence in range(4)}
     state = StreamState(prompts.state_dict(), 4, 0, {}, in_flight, {})
 
     async def main():
-        engine = Slow(0)
-        engine.slow = ("1/", "2/", "3/")
+        engine = FakeEngine(0)
         options = {"score": graded([0.5, 0, 0, 0]), "select": in_between, "limit": 4}
         stream = new_stream(engine, Counting(), batch=1, state=state, **options)
-        taken = await train(stream, engine, range(1))
-        while len(stream.state().dropped) < 3:
-            await asyncio.sleep(0.01)
-        return summary(taken + await train(stream, engine, range(1, 2)))
+        return summary(await train(stream, engine, range(2)))
 
     assert asyncio.run(main()) == [(["0/p0"], ()), (["4/p4"], (0, 0, 0))]
 
