@@ -29,7 +29,6 @@ from peergrad.parallel.damage import (
     require_same_optimizer,
 )
 from peergrad.parallel.groups import Groups
-from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
     Unloadable,
@@ -86,7 +85,7 @@ class Checkpoints:
                 if collector is not None:
                     (folder / "collector.pt").write_bytes(collector)
                 (folder / ALGO).write_text(json.dumps(algo))
-                copy_companions(Path(policy.config.model.path), folder / "hf")
+                policy.companions.write(folder / "hf", dtype=policy.config.model.dtype.name)
                 write_meta(
                     folder,
                     policy.model,
