@@ -1,5 +1,6 @@
 """Real conversions there and back on two ranks: the bits, what is said, what a full disk leaves."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.disk import small_disk
 from tests.models import make_hf_model
@@ -52,26 +53,30 @@ def convert_all(root: str, commands: list[str], ports: list[int]) -> list[tuple[
 @pytest.mark.distributed
 def test_conversions_there_and_back(tmp_path: Path) -> None:
     make_hf_model(tmp_path / "m", layers=2, vocab=125)
+    leave_over(tmp_path / "m")
     make_hf_model(tmp_path / "lfs", layers=2)
     (tmp_path / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/")
+    make_hf_model(tmp_path / "head", layers=2, tied=True)
+    give_head(tmp_path / "head")
     commands = [
         "--hf m --out new/ckpt --tensor 2",
         "--checkpoint new/ckpt --out back --pipeline 2",
         "--checkpoint new/ckpt --out rounded --dtype bfloat16",
         "--hf m --out x --tensor 3",
         "--hf lfs --out x",
+        "--hf head --out x",
         "--hf m --out disk/x",
     ]
     ports = [free_port() for _ in commands]
     with small_disk(tmp_path / "disk", "200k"):
         first, second = run_ranks(2, convert_all, str(tmp_path), commands, ports)
         assert os.listdir(tmp_path / "disk") == []
-    there, back, rounded, layout, pointer, full = first
+    there, back, rounded, layout, pointer, head, full = first
     # Rank 0 speaks. What both find before they have met, the other says in the end: with torchrun
     # it would not live to do so.
-    assert [said for _, said in second if "[rank 1 on " not in said] == [""] * 4, second
-    assert [status for status, _ in first] == [0, 0, 0, 2, 2, 1]
-    assert [status for status, _ in second] == [0, 0, 0, 2, 2, 1]
+    assert [said for _, said in second if "[rank 1 on " not in said] == [""] * 5, second
+    assert [status for status, _ in first] == [0, 0, 0, 2, 2, 2, 1]
+    assert [status for status, _ in second] == [0, 0, 0, 2, 2, 2, 1]
     total = sum(t.numel() for t in load_file(tmp_path / "m" / "model.safetensors").values())
     size = f"2 layers, {total:,} parameters"
     assert there[1].splitlines()[-1].startswith(f"wrote new/ckpt: {size}, float32, ")
@@ -85,14 +90,43 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
         "what was written to be read back",
     ]
     assert same_files(tmp_path / "m", tmp_path / "back")
+    beside = "m': not read, beside its weights: model-00003-of-00003.safetensors, model_ema.safete"
+    assert beside in there[1]
+    # Float32 is kept, whatever config.json says of it, and then it says so itself.
+    for path in ("m", "new/ckpt/hf", "back", "rounded"):
+        kind = json.loads((tmp_path / path / "config.json").read_text())["torch_dtype"]
+        assert kind == {"m": "float16", "rounded": "bfloat16"}.get(path, "float32")
+    stored = {t.dtype for t in load_file(tmp_path / "rounded" / "model.safetensors").values()}
+    assert stored == {torch.bfloat16}
+    assert {"chat_template.jinja", "tokenizer.json"} < set(os.listdir(tmp_path / "back"))
+    assert not (tmp_path / "back" / "adapter_config.json").exists()
     assert not (tmp_path / "new" / "latest").exists()
     assert "needs 3 processes and 2 processes were started" in layout[1]
     assert "error: --hf = 'lfs': model.safetensors is a Git LFS pointer" in pointer[1]
+    assert "error: --hf = 'head': config.json says tie_word_embeddings = true, but lm_" in head[1]
     assert (
         "error: checkpoint = 'disk/x': cannot be written, the disk has too little space ("
         in full[1]
     )
     assert sorted(os.listdir(tmp_path / "new")) == ["ckpt"]
+
+
+def leave_over(model: Path) -> None:
+    """Files beside the weights that are not the model's, and another precision in config.json."""
+    weights = load_file(model / "model.safetensors")
+    for name in ("model_ema", "model-00003-of-00003"):
+        save_file({key: -tensor for key, tensor in weights.items()}, model / f"{name}.safetensors")
+    (model / "adapter_config.json").write_text("{}")
+    config = json.loads((model / "config.json").read_text())
+    config.pop("dtype", None)
+    (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+
+
+def give_head(model: Path) -> None:
+    """A head of its own, beside embeddings that config.json calls tied."""
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = -weights["model.embed_tokens.weight"]
+    save_file(weights, model / "model.safetensors")
 
 
 def same_files(one: Path, two: Path) -> bool:

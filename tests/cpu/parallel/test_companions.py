@@ -13,7 +13,13 @@ from tests.models import CHAT_TEMPLATE, make_tokenizer
 
 ALONG = [
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    ),
     *("tokenizer.model.v3", "chat_template.jinja", "LICENSE", "LICENSE.txt", "README.md"),
     *("qwen.tiktoken", "additional_chat_templates/tools.jinja"),
 ]
