@@ -49,17 +49,7 @@ class Companions:
         Raises ValueError for a file that cannot be read, or that is too large to be one of them.
         """
         try:
-            names = [name for name in sorted(os.listdir(folder)) if _wanted(name)]
-            inner = folder / TEMPLATES
-            templates = sorted(os.listdir(inner)) if inner.is_dir() else []
-            names += [f"{TEMPLATES}/{name}" for name in templates if name.endswith(".jinja")]
-            names = [name for name in names if not (folder / name).is_dir()]
-            for name in names:
-                rule = f"{shown(name)} has {(folder / name).stat().st_size} bytes, too many for "
-                rule += "configuration or tokenizer"
-                small = (folder / name).stat().st_size <= LIMIT
-                require(small, key, str(folder), rule, "move it elsewhere")
-            files = {name: (folder / name).read_bytes() for name in names}
+            files = {name: _content(folder, name, key) for name in _names(folder)}
         except OSError as error:
             what = shown(Path(os.fsdecode(error.filename or "")).name)
             rule = f"{what} cannot be read ({error.strerror or type(error).__name__})"
@@ -78,6 +68,22 @@ class Companions:
             file = target / name
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(_with_dtype(content, dtype) if name == CONFIG and dtype else content)
+
+
+def _names(folder: Path) -> list[str]:
+    names = [name for name in sorted(os.listdir(folder)) if _wanted(name)]
+    inner = folder / TEMPLATES
+    templates = sorted(os.listdir(inner)) if inner.is_dir() else []
+    names += [f"{TEMPLATES}/{name}" for name in templates if name.endswith(".jinja")]
+    # Folders are left out; a link to nothing is not: that file is missing.
+    return [n for n in names if (folder / n).is_file() or not (folder / n).exists()]
+
+
+def _content(folder: Path, name: str, key: str) -> bytes:
+    size = (folder / name).stat().st_size
+    rule = f"{shown(name)} has {size} bytes, too many for configuration or tokenizer"
+    require(size <= LIMIT, key, str(folder), rule, "move it elsewhere")
+    return (folder / name).read_bytes()
 
 
 def _wanted(name: str) -> bool:
