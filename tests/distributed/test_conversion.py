@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.disk import small_disk
 from tests.models import make_hf_model
@@ -102,13 +103,44 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
     assert not (tmp_path / "back" / "adapter_config.json").exists()
     assert not (tmp_path / "new" / "latest").exists()
     assert "needs 3 processes and 2 processes were started" in layout[1]
-    assert "error: --hf = 'lfs': model.safetensors is a Git LFS pointer" in pointer[1]
+    assert "error: --hf = 'lfs': model.safetensors is a Git-LFS pointer" in pointer[1]
     assert "error: --hf = 'head': config.json says tie_word_embeddings = true, but lm_" in head[1]
     assert (
         "error: checkpoint = 'disk/x': cannot be written, the disk has too little space ("
         in full[1]
     )
     assert sorted(os.listdir(tmp_path / "new")) == ["ckpt"]
+
+
+def save_without_the_model(path: str, root: str) -> None:
+    """Start on model ``path``, take that folder away, save and export."""
+    from peergrad.config import CheckpointConfig, Config, Dtype, ModelConfig, ParallelConfig
+    from peergrad.parallel.checkpoint import Checkpoints
+    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.policy import Policy
+
+    config = Config(model=ModelConfig(path=path, dtype=Dtype.bfloat16))
+    policy = Policy(config, init_groups(ParallelConfig(), seed=0))
+    (Path(path) / "chat_template.jinja").write_text("another")
+    Path(path).rename(Path(root) / "gone")
+    checkpoints = Checkpoints(Path(root) / "checkpoints", CheckpointConfig(), policy.groups)
+    checkpoints.save(policy, None, {}, None, step=1)
+    policy.export(Path(root) / "hf")
+
+
+@pytest.mark.distributed
+def test_a_run_saves_and_exports_when_its_model_folder_is_gone(tmp_path: Path) -> None:
+    model = make_hf_model(tmp_path / "m", layers=1)
+    before = {p.name: p.read_bytes() for p in model.iterdir() if p.name != "model.safetensors"}
+    config = json.loads(before.pop("config.json"))
+    run_ranks(1, save_without_the_model, str(model), str(tmp_path))
+    for folder in (tmp_path / "hf", tmp_path / "checkpoints" / "step_000001" / "hf"):
+        for name, content in before.items():
+            assert (folder / name).read_bytes() == content
+        assert json.loads((folder / "config.json").read_text()) == {**config, "dtype": "bfloat16"}
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
 
 def leave_over(model: Path) -> None:
