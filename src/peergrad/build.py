@@ -73,7 +73,7 @@ class Build:
             metrics=metrics,
         )
         with metrics.event("export", last):
-            policy.export(self.directory.hf, companions=Path(config.model.path))
+            policy.export(self.directory.hf)
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:

@@ -92,22 +92,32 @@ def hf_to_megatron(work: Work) -> str:
     out, path, key = work.options.out, work.options.source, "--hf"
     _require_hf_folder(path, key)
     # Imported in the functions: --help and wrong options should not have to wait for Megatron.
+    from peergrad.parallel.hf.companions import Companions
+    from peergrad.parallel.hf.config import read_shape
+    from peergrad.parallel.hf.fit import check_weights, used_dtypes
+    from peergrad.parallel.hf.folder import read_folder
+
+    read_folder(path, key)  # a folder without weights is more often meant wrong than its config
+    shape = read_shape(str(path), key)
+    source = check_weights(str(path), key, shape, values=False)
+    companions = Companions.read(path, key)
+    if source.unread:
+        work.screen.say(str(source.unread_line()))
+    stored = {STORED[dtype] for dtype in used_dtypes(source, shape)}
+    dtype = _target(work.options.dtype, stored)
     with work.screen.waiting("the libraries to load", announce=True):
         from peergrad.parallel.hf.files import open_tensors
         from peergrad.parallel.snapshot import load_weights, on_every_rank, save_weights
         from peergrad.parallel.weights import load_hf, read_shards
 
-    with open_tensors(path, key=key) as reader:
-        stored = {STORED.get(dtype, dtype) for dtype in reader.dtypes()}
-    dtype = _target(work.options.dtype, stored)
-    model, shape, groups = _model(work, path, key, dtype)
+    model, groups = _model(work, shape, dtype)
     with work.screen.waiting(f"{path} to be read", announce=True):
         on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
     with _writing(work):
-        save_weights(out, model, shape, groups, companions=path, key=key)
+        save_weights(out, model, shape, groups, companions=companions)
 
     def compare() -> None:
-        with open_tensors(path, key=key) as reader:
+        with open_tensors(source) as reader:
             for parameter, shard in read_shards(model, reader, shape, groups):
                 _require_same(parameter.data, shard.to(parameter.dtype), out)
 
@@ -125,7 +135,10 @@ def megatron_to_hf(work: Work) -> str:
     path = _step_folder(work.options.source, work.screen)
     with work.screen.waiting("the libraries to load", announce=True):
         from peergrad.parallel.damage import damage, read_meta
+        from peergrad.parallel.hf.companions import Companions
+        from peergrad.parallel.hf.config import read_shape
         from peergrad.parallel.hf.files import open_tensors, write_hf
+        from peergrad.parallel.hf.fit import check_weights
         from peergrad.parallel.snapshot import load_weights
         from peergrad.parallel.weights import export_hf
 
@@ -135,19 +148,19 @@ def megatron_to_hf(work: Work) -> str:
     )
     stored = {str(read_meta(path)["dtype"])}
     dtype = _target(work.options.dtype, stored)
-    hf = path / "hf"
-    model, shape, groups = _model(work, hf, key, dtype)
+    shape, companions = read_shape(str(path / "hf"), key), Companions.read(path / "hf", key)
+    model, groups = _model(work, shape, dtype)
     with work.screen.waiting(f"{path} to be read", announce=True):
         load_weights(path, model, shape, groups, key=key)
     with _writing(work):
         _on_rank_0(
             groups,
             export_hf(model, shape, groups),
-            lambda stream: write_hf(stream, out, companions=hf, replace=False, key=key),
+            lambda stream: write_hf(stream, out, companions=companions, replace=False),
         )
 
     def compare(stream: "Iterator[tuple[str, Tensor]]") -> None:
-        with open_tensors(out, key="--out") as reader:
+        with open_tensors(check_weights(str(out), "--out", shape)) as reader:
             names = reader.names()
             for name, tensor in stream:
                 _require_same(tensor.cpu(), reader.get(name), out)
@@ -235,14 +248,12 @@ def _target(asked: str | None, stored: set[str]) -> Dtype:
     return Dtype.float32 if wide else Dtype.bfloat16
 
 
-def _model(work: Work, path: Path, key: str, dtype: Dtype) -> "tuple[PolicyModel, Shape, Groups]":
-    """This rank's part of the model whose config.json is in ``path``, yet to be filled."""
+def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[PolicyModel, Groups]":
+    """This rank's part of a model of ``shape``, yet to be filled."""
     from peergrad.parallel.groups import close_groups, init_groups
-    from peergrad.parallel.hf.config import read_shape
     from peergrad.parallel.job import Job
     from peergrad.parallel.model import build_model
 
-    shape = read_shape(str(path), key)
     _check_sizes(work.options, shape)
     parallel = ParallelConfig(tensor=work.options.tensor, pipeline=work.options.pipeline)
     with work.screen.waiting("the other ranks"):
@@ -250,7 +261,7 @@ def _model(work: Work, path: Path, key: str, dtype: Dtype) -> "tuple[PolicyModel
         job.await_all(minutes=parallel.timeout_minutes, heard=work.screen.detail)
         work.stack.callback(close_groups)
         groups = init_groups(parallel, seed=0, job=job)
-    return build_model(shape, parallel, dtype, groups), shape, groups
+    return build_model(shape, parallel, dtype, groups), groups
 
 
 def _check_sizes(options: Namespace, shape: "Shape") -> None:

@@ -14,8 +14,9 @@ from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
 from peergrad.config import Config, RewardKind, ServerMode, Spec, require
 from peergrad.data import Prompt
+from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
-from peergrad.parallel.hf.folder import check_weights
+from peergrad.parallel.hf.fit import check_weights
 from peergrad.prompts import (
     Loaded,
     TokenizerFacts,
@@ -90,6 +91,8 @@ def _check_inputs(config: Config, shape: Shape) -> Inputs:
 
 def _check_models(config: Config, shape: Shape) -> None:
     model = config.model
+    _keep_apart(config)
+    Companions.read(Path(model.path))
     if model.weights is None or _servers_load(config):
         check_weights(model.path, "model.path", shape)
     if model.reference is not None:
@@ -98,6 +101,19 @@ def _check_models(config: Config, shape: Shape) -> None:
         )
     if model.weights is not None:
         _check_checkpoint(Path(model.weights), shape)
+
+
+def _keep_apart(config: Config) -> None:
+    """No model is read from where the run writes its own at the end."""
+    exported = run_folder(config) / "hf"
+    for key, path in (("path", config.model.path), ("reference", config.model.reference)):
+        require(
+            path is None or Path(path).resolve() != exported.resolve(),
+            f"model.{key}",
+            path,
+            "is the folder that this run replaces by the trained model",
+            "choose another run.name, or move that folder",
+        )
 
 
 def _servers_load(config: Config) -> bool:

@@ -33,7 +33,6 @@ from peergrad.parallel.fit import (
     require_same_optimizer,
 )
 from peergrad.parallel.groups import Groups
-from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.optimizer import schedule_updates
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
@@ -92,7 +91,7 @@ class Checkpoints:
                 if collector is not None:
                     (folder / "collector.pt").write_bytes(collector)
                 (folder / ALGO).write_text(json.dumps(algo))
-                copy_companions(Path(policy.config.model.path), folder / "hf")
+                policy.companions.write(folder / "hf", dtype=policy.config.model.dtype.name)
 
             def finish() -> None:
                 put_in_place(folder, target)

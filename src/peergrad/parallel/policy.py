@@ -20,6 +20,7 @@ from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.head import Head, Objective, choose_logprob
+from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.model import build_model, run
@@ -107,24 +108,6 @@ class Scorer:
         the others; collective, must be drained by every rank."""
         return export_hf(self.model, self.shape, self.groups)
 
-    def export(self, folder: Path, *, companions: Path) -> None:
-        """Write the weights as an HF checkpoint, with configuration and tokenizer copied from
-        ``companions``. Collective; rank 0 writes."""
-        stream = self.weights()
-        failure: list[Exception] = []
-        if self.groups.rank == 0:
-            try:
-                write_hf(stream, folder, companions=companions)
-            except Exception as error:
-                failure.append(error)
-        deque(stream, maxlen=0)  # every rank drains it, rank 0 also after a failure
-
-        def finish() -> None:
-            for error in failure:
-                raise error
-
-        self.groups.share(finish)
-
     def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
         budget = self.config.parallel.micro_batch_tokens
         return divide(samples, ranks=self.groups.data.size(), budget=budget)
@@ -192,6 +175,7 @@ class Policy(Scorer):
     """The model that learns."""
 
     def __init__(self, config: Config, groups: Groups) -> None:
+        self.companions = Companions.read(Path(config.model.path))
         super().__init__(config, groups, path=config.model.path, weights=config.model.weights)
         self.ddp = wrap_model(self.model, config.parallel)
         self.optimizer = build_optimizer(
@@ -231,6 +215,24 @@ class Policy(Scorer):
             self.optimizer.step()
         self.updates += 1
         return Update(metrics, scores, finite, refusal)
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as an HF checkpoint, with the companions of ``model.path`` as they were
+        when the run started. Collective; rank 0 writes."""
+        stream = self.weights()
+        failure: list[Exception] = []
+        if self.groups.rank == 0:
+            try:
+                write_hf(stream, folder, companions=self.companions)
+            except Exception as error:
+                failure.append(error)
+        deque(stream, maxlen=0)  # every rank drains it, rank 0 also after a failure
+
+        def finish() -> None:
+            for error in failure:
+                raise error
+
+        self.groups.share(finish)
 
     def _set_learning_rate(self) -> float:
         total = schedule_updates(self.config)

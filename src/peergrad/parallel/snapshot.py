@@ -38,8 +38,8 @@ from peergrad.parallel.damage import (
 )
 from peergrad.parallel.fit import describe_optimizer, require_same_model
 from peergrad.parallel.groups import Groups
+from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.files import copy_companions
 from peergrad.parallel.model import PolicyModel
 from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 from peergrad.storage import flush, partial_of, put_in_place, writing
@@ -53,18 +53,17 @@ class Unloadable(ValueError):
 
 
 def save_weights(
-    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, companions: Path, key: str
+    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, companions: Companions
 ) -> None:
     """Write a checkpoint of weights alone (no optimizer): what a conversion makes. Collective.
 
-    Something of that name is refused. Raises StorageError if the disk refuses; ``key`` names
-    ``companions`` in errors.
+    Something of that name is refused. Raises StorageError if the disk refuses.
     """
     with new_snapshot("checkpoint", path, groups) as partial:
         save_megatron(partial / "model", model, None)
-
+        dtype = str(model.config.params_dtype).removeprefix("torch.")
         groups.barrier()
-        groups.share(lambda: copy_companions(companions, partial / "hf", key=key))
+        groups.share(lambda: companions.write(partial / "hf", dtype=dtype))
         write_meta(partial, model, shape, None, groups, step=0, updates=0)
         groups.share(lambda: put_in_place(partial, path, replace=False))
 

@@ -1,5 +1,6 @@
 """Weights in and out of a distributed Megatron model, under HF names."""
 
+import logging
 import re
 from collections.abc import Iterator
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import TensorReader, open_tensors
+from peergrad.parallel.hf.fit import check_weights
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
-from peergrad.parallel.hf.tensors import tensor_shapes
 from peergrad.parallel.model import PolicyModel
+
+log = logging.getLogger(__name__)
 
 
 def local_parameters(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -38,10 +41,13 @@ def load_hf(
 ) -> None:
     """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
 
-    Raises ValueError, which names the folder ``key``, for a missing tensor, a wrong shape or a file
-    that cannot be read.
+    Raises ValueError, which names the folder ``key``, unless it holds exactly the tensors of
+    ``shape``; rank 0 alone tells of files that were not read.
     """
-    with open_tensors(path, key=key) as reader:
+    folder = check_weights(path, key, shape, values=groups.rank == 0)
+    if groups.rank == 0 and folder.unread:
+        log.warning("%s", folder.unread_line())
+    with open_tensors(folder) as reader:
         for parameter, shard in read_shards(model, reader, shape, groups):
             parameter.copy_(shard)
 
@@ -50,13 +56,12 @@ def read_shards(
     model: PolicyModel, reader: TensorReader, shape: Shape, groups: Groups
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank, with what the HF files say that it is, in their precision."""
-    sizes = tensor_shapes(shape)
     for name, parameter in local_parameters(model):
         if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
             name = "embedding.word_embeddings.weight"
         mapped = hf_names(name)
         shard = to_megatron(
-            [reader.get(n, sizes[n]) for n in mapped.names],
+            [reader.get(n) for n in mapped.names],
             mapped.layout,
             shape,
             dim=sharded_dim(parameter),

@@ -1,15 +1,19 @@
-"""HF folders: reading, sharded writing, refusals."""
+"""HF folders: reading tensors, writing whole folders."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import read_shape
-from peergrad.parallel.hf.files import INDEX, open_tensors, write_hf
+from peergrad.parallel.hf.files import open_tensors, write_hf
+from peergrad.parallel.hf.folder import INDEX, read_folder
 from peergrad.storage import StorageError
 from tests.disk import small_disk
 from tests.models import make_hf_model
@@ -21,117 +25,95 @@ def edit_config(path: Path, **changes: object) -> str:
     return str(path)
 
 
-def test_sharded_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
-    source, target = make_hf_model(tmp_path / "a", layers=2), tmp_path / "b"
-    with open_tensors(source) as reader:
-        stream = ((name, reader.get(name)) for name in sorted(reader.names()))
-        write_hf(stream, target, companions=source, shard_bytes=100_000)
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    with open_tensors(read_folder(folder)) as reader:
+        return {name: reader.get(name) for name in sorted(reader.names())}
+
+
+def write_x(value: torch.Tensor, source: Path, target: Path, **options: Any) -> None:
+    write_hf([("x", value)], target, companions=Companions.read(source), **options)
+
+
+@torch.no_grad()
+def logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    return model(torch.arange(24)[None] * 5).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_what_is_written_is_the_same_model_to_transformers(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    source = make_hf_model(tmp_path / "a", layers=2, family=family, tied=tied)
+    target = tmp_path / "b"
+    tensors = read_all(source)
+    stream = list(tensors.items())
+    write_hf(stream, target, companions=Companions.read(source), shard_bytes=100_000)
     assert (target / INDEX).exists()
     assert len(list(target.glob("model-*-of-*.safetensors"))) > 1
-    ours = AutoModelForCausalLM.from_pretrained(target).state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(torch.equal(tensors[name], found) for name, found in read_all(target).items())
+    assert read_folder(target).tensors.keys() == tensors.keys()
+    assert torch.equal(logits(source), logits(target))
+
+
+@pytest.mark.parametrize("said", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"], []])
+def test_the_configuration_says_the_precision_of_what_is_written(
+    tmp_path: Path, said: list[str]
+) -> None:
+    """In the spelling that it has; transformers then loads those very numbers."""
+    source, target = make_hf_model(tmp_path / "a", layers=1), tmp_path / "b"
+    values = json.loads((source / "config.json").read_text())
+    values = {key: value for key, value in values.items() if "dtype" not in key}
+    values |= dict.fromkeys(said, "float16")
+    (source / "config.json").write_text(json.dumps(values))
+    for kind in (torch.float32, torch.bfloat16):
+        stream = [(name, tensor.to(kind)) for name, tensor in read_all(source).items()]
+        write_hf(stream, target, companions=Companions.read(source))
+        name = str(kind).removeprefix("torch.")
+        found = json.loads((target / "config.json").read_text())
+        assert found == {**values, **dict.fromkeys(said or ["dtype"], name)}
+        loaded = AutoModelForCausalLM.from_pretrained(target).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in stream)
+        assert {tensor.dtype for tensor in loaded.values()} == {kind}
+    # Of several precisions none is claimed.
+    write_hf([*stream, ("x", torch.zeros(2))], target, companions=Companions.read(source))
+    assert json.loads((target / "config.json").read_text()) == values
 
 
 def test_writing_replaces_an_older_folder_only_when_complete(tmp_path: Path) -> None:
     source, target = make_hf_model(tmp_path / "a", layers=1), tmp_path / "b"
-    write_hf([("x", torch.zeros(2))], target, companions=source)
+    write_x(torch.zeros(2), source, target)
 
-    def failing() -> object:
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
         yield "x", torch.ones(2)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_hf(failing(), target, companions=source)
-    with open_tensors(target) as reader:
-        assert reader.get("x").tolist() == [0, 0]
-    write_hf([("x", torch.ones(2))], target, companions=source)
-    with open_tensors(target) as reader:
-        assert reader.get("x").tolist() == [1, 1]
+        write_hf(failing(), target, companions=Companions.read(source))
+    assert read_all(target)["x"].tolist() == [0, 0]
+    write_x(torch.ones(2), source, target)
+    assert read_all(target)["x"].tolist() == [1, 1]
 
 
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
+def test_the_model_that_was_read_is_never_written_over(tmp_path: Path) -> None:
     source = make_hf_model(tmp_path / "a", layers=1)
-    with open_tensors(source) as reader, pytest.raises(ValueError, match=r"'model\.nope' is miss"):
-        reader.get("model.nope")
-    (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no \*\.safetensors"), open_tensors(source):
-        pass
+    (tmp_path / "link").symlink_to(source)
+    before = read_all(source)
+    for target in (source, tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"is the folder of the model that was read; write to"):
+            write_x(torch.ones(2), source, target)
+    assert read_all(source).keys() == before.keys()
+    assert sorted(os.listdir(tmp_path)) == ["a", "link"]
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (LFS, 'model.safetensors is a Git LFS pointer, not the weights; run "git lfs pull"'),
-        (b"", "model.safetensors is empty; download that file again"),
-        (None, "model.safetensors is cut short or no safetensors file ("),  # None: half of it
-        (b"<html>not found</html>", "model.safetensors is cut short or no safetensors file ("),
-        (b"\xff" * 100, "model.safetensors is cut short or no safetensors file ("),
-        ("folder", "model.safetensors cannot be read ("),
-        ("link", "model.safetensors cannot be read (No such file or directory)"),
-    ],
-)
-def test_a_file_that_holds_no_tensors_is_named(
-    tmp_path: Path, content: bytes | str | None, message: str
-) -> None:
+def test_a_file_that_changes_after_its_header_was_read_is_named(tmp_path: Path) -> None:
     source = make_hf_model(tmp_path / "a", layers=1)
-    file = source / "model.safetensors"
-    whole = file.read_bytes()
-    file.unlink()
-    if content == "folder":
-        file.mkdir()
-    elif content == "link":  # into a cache that was cleaned
-        file.symlink_to(tmp_path / "nowhere")
-    else:
-        assert not isinstance(content, str)
-        file.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(ValueError) as caught, open_tensors(source, key="model.reference"):
-        pass
-    line = str(caught.value)
-    assert line.startswith(f"model.reference = '{source}': {message}"), line
-    assert "\n" not in line
-
-
-def test_a_folder_without_the_files_of_its_index_is_refused(tmp_path: Path) -> None:
-    source, target = make_hf_model(tmp_path / "a", layers=2), tmp_path / "b"
-    with open_tensors(source) as reader:
-        stream = [(name, reader.get(name)) for name in sorted(reader.names())]
-    write_hf(stream, target, companions=source, shard_bytes=100_000)
-    shard = sorted(target.glob("model-00002-of-*"))[0]
-    shard.unlink()
-    with pytest.raises(ValueError, match=rf"{shard.name} is missing, which {INDEX} names; downl"):
-        open_tensors(target).__enter__()
-    for damaged in (LFS, b"{}", b"[]", b"\xff", b'{"weight_map": []}'):
-        (target / INDEX).write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{INDEX} is [^\n]*; download that file again$"):
-            open_tensors(target).__enter__()
-    (target / "x.bin").touch()
-    (target / INDEX).unlink()
-    for shard in target.glob("*.safetensors"):
-        shard.unlink()
-    with pytest.raises(ValueError, match=r"no \*\.safetensors file; convert x\.bin to safetensors"):
-        open_tensors(target).__enter__()
-    with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
-        open_tensors(tmp_path / "nowhere").__enter__()
-
-
-def test_tensors_of_another_size_or_kind_are_refused(tmp_path: Path) -> None:
-    source, target = make_hf_model(tmp_path / "a", layers=1), tmp_path / "b"
-    write_hf([("x", torch.zeros(2, dtype=torch.int8))], target, companions=source)
-    with open_tensors(target) as reader, pytest.raises(ValueError, match=r"is stored as I8; use t"):
-        reader.get("x")
-    name = "model.layers.0.mlp.up_proj.weight"
-    with open_tensors(source) as reader:
-        assert reader.dtypes() == {"F32"}
-        assert reader.get(name, (96, 64)).shape == (96, 64)
-        with pytest.raises(
-            ValueError, match=r"has shape \[96, 64\] where config.json asks for \[9"
-        ):
-            reader.get(name, (96, 65))
+    folder = read_folder(source, "model.reference")
+    (source / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    rule = r"^model.reference = '.+': tensor lm_head.weight in model.safetensors cannot be read \("
+    with open_tensors(folder) as reader, pytest.raises(ValueError, match=rule):
+        reader.get("lm_head.weight")
 
 
 def test_a_full_disk_leaves_the_older_folder(tmp_path: Path) -> None:
@@ -141,27 +123,18 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path: Path) -> None:
     target = tmp_path / "run" / "hf"
     with small_disk(tmp_path / "disk", "3m") as disk:
         target.symlink_to(disk / "hf")
-        write_hf([("x", torch.zeros(2))], target, companions=source)
+        write_x(torch.zeros(2), source, target)
         with pytest.raises(StorageError) as caught:
-            write_hf([("x", torch.zeros(1 << 20))], target, companions=source)
+            write_x(torch.zeros(1 << 20), source, target)
         line = str(caught.value)
         assert line.startswith(
             f"HF checkpoint = '{disk}/hf': cannot be written, the disk has too little space"
         )
-        with open_tensors(target) as reader:
-            assert reader.get("x").tolist() == [0, 0]
-        write_hf([("x", torch.ones(2))], target, companions=source)
-        with open_tensors(target) as reader:
-            assert reader.get("x").tolist() == [1, 1]
+        assert read_all(target)["x"].tolist() == [0, 0]
+        write_x(torch.ones(2), source, target)
+        assert read_all(target)["x"].tolist() == [1, 1]
         assert target.is_symlink() and os.listdir(disk) == ["hf"]
         assert os.listdir(target.parent) == ["hf"]
-
-
-def test_a_model_folder_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError) as caught:
-        write_hf([("x", torch.ones(2))], tmp_path / "b", companions=tmp_path / "gone", key="--hf")
-    assert str(caught.value).startswith(f"--hf = '{tmp_path}/gone': configuration and tokenizer")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peergrad.config import require
+from peergrad.parallel.hf.strict_json import parse
 
 VOCAB_MULTIPLE = 16
 """The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint's shapes
@@ -93,7 +94,7 @@ def read_shape(path: str, key: str = "model.path") -> Shape:
 def read_model_config(path: str, key: str) -> dict[str, Any]:
     """config.json of the HF folder ``path``, which ``key`` names; ValueError if there is none."""
     try:
-        found = json.loads((Path(path) / "config.json").read_bytes())
+        found = parse((Path(path) / "config.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         rule = "must be a folder with an HF checkpoint (config.json is missing)"
         remedy = "correct the path, or make a tiny model with tools/make_tiny_model.py"
@@ -103,7 +104,7 @@ def read_model_config(path: str, key: str) -> dict[str, Any]:
         raise ValueError(
             f"{key} = {path!r}: {rule}; correct the path or its permissions"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         rule = f"config.json is not JSON ({error})"
         raise ValueError(f"{key} = {path!r}: {rule}; download it again") from error
     require(isinstance(found, dict), key, path, "config.json holds no object", "download it again")
@@ -183,7 +184,10 @@ def _refuse_features(source: _Source, family: str, layers: int) -> None:
         source.refuse("layer_types", "is not supported, only full_attention in every layer")
     # Qwen3's sliding_window counts for nothing without use_sliding_window.
     windows = () if family == "qwen3" else ("sliding_window",)
-    for name in (*EXPERTS, *windows, "quantization_config"):
+    for name in ("quantization_config", "compression_config"):
+        if values.get(name) is not None:
+            source.refuse(name, "is not supported", "use the unquantised model")
+    for name in (*EXPERTS, *windows):
         if values.get(name) not in (None, 0):
             source.refuse(name, "is not supported")
     if values.get("partial_rotary_factor") not in (None, 1):

@@ -1,114 +1,151 @@
-"""Whether the weights of an HF folder can be whole, from names, sizes and headers alone.
+"""Which files of an HF folder hold its weights, and what is in them; no torch is imported.
 
-Reads some kilobytes of each file and imports no torch, so that a model that was cut short, left on
-a server or made for another configuration is refused before anything is started.
+The index decides, or else ``model.safetensors``: what lies beside them is left over from something
+else, and never read. A folder that says two things is refused. The check before a run and the run
+itself both read through this, a few kilobytes of each file.
 """
 
-import json
-from pathlib import Path
-from typing import Any
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import NoReturn
 
 from peergrad.config import require
-from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.tensors import tensor_shapes
+from peergrad.parallel.hf.header import AGAIN, FETCH, LFS, Stored, read_header
+from peergrad.parallel.hf.strict_json import parse, shown
+from peergrad.parallel.hf.tensors import HARMLESS
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LFS = b"version https://git-lfs"
-HEADER_LIMIT = 100 << 20
-"""Bytes; safetensors itself refuses a longer header."""
-PRECISIONS = ("F32", "F16", "BF16", "F64")
-FETCH = "fetch the real file (git lfs pull)"
-AGAIN = "download it again"
+ADAPTER = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+COMPLETE = "point it at a complete HF checkpoint"
 
 
-def check_weights(path: str, key: str, shape: Shape) -> None:
-    """Raise ValueError unless folder ``path``, which ``key`` names, holds every tensor of ``shape``
-    in whole safetensors files."""
+@dataclass(frozen=True)
+class Folder:
+    """An HF folder as its manifest describes it.
+
+    Example:
+        ``Folder(path=Path("models/a"), key="model.path", tensors={"lm_head.weight": Stored(...)},
+        unread=("model_ema.safetensors",))``
+    """
+
+    path: Path
+    key: str  # what errors call the folder
+    tensors: dict[str, Stored]
+    unread: tuple[str, ...]  # names of files with weights beside those that count
+
+    def require(self, ok: bool, rule: str, remedy: str) -> None:
+        require(ok, self.key, str(self.path), rule, remedy)
+
+    def unread_line(self) -> str | None:
+        """What to tell of the files that were not read; None if there are none."""
+        if not self.unread:
+            return None
+        return f"{self.key} = {str(self.path)!r}: not read, beside its weights: {some(self.unread)}"
+
+
+def read_folder(path: str | Path, key: str = "model.path") -> Folder:
+    """The tensors of HF folder ``path``, which errors call ``key``, from the headers of its files.
+
+    Raises ValueError if a file is missing or not whole, or if the folder says two things.
+    """
     folder = Path(path)
     try:
-        files = _weight_files(folder, key)
-        found: dict[str, Any] = {}
-        for file in files:
-            found |= _read_header(file, folder, key)
+        present = sorted(os.listdir(folder))
+        manifest = _manifest(folder, key) if INDEX in present else None
+        if manifest is None and WEIGHTS not in present:
+            _refuse_absence(folder, key, present)
+        files = {WEIGHTS} if manifest is None else set(manifest.values())
+        # transformers takes the one, engines the other.
+        one = manifest is None or WEIGHTS not in present or files == {WEIGHTS}
+        rule = f"holds two models: {WEIGHTS}, and the files that {INDEX} names"
+        require(one, key, str(path), rule, "move one of the two elsewhere")
+        headers = {name: read_header(folder / name, key) for name in sorted(files)}
     except OSError as error:
-        rule = f"cannot be read ({error.strerror}: {Path(str(error.filename)).name})"
-        raise ValueError(f"{key} = {path!r}: {rule}; correct its permissions") from error
-    _compare(found, shape, path, key)
+        named = Path(os.fsdecode(error.filename or "")).name
+        what = f"{shown(named)} " if named and named != folder.name else ""
+        remedy = f"correct {'the file' if what else 'the path'} or its permissions"
+        rule = f"{what}cannot be read ({error.strerror or type(error).__name__})"
+        raise ValueError(f"{key} = {str(path)!r}: {rule}; {remedy}") from error
+    tensors = _joined(folder, key, headers)
+    if manifest is not None:
+        _compare(folder, key, manifest, tensors)
+    unread = [n for n in present if n.endswith(WEIGHT_SUFFIXES) and n not in files]
+    return Folder(folder, key, tensors, tuple(unread))
 
 
-def _weight_files(folder: Path, key: str) -> list[Path]:
-    path = str(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        for name in _indexed(folder, key):
-            require(
-                (folder / name).is_file(),
-                key,
-                path,
-                f"{INDEX} names {name}, which is not there",
-                "download the missing shards",
-            )
-    if not files and [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]:
-        remedy = "convert it: load it with transformers and call save_pretrained"
-        require(False, key, path, "holds its weights as pickles, not as *.safetensors", remedy)
-    remedy = "point it at a complete HF checkpoint"
-    require(bool(files), key, path, "holds no *.safetensors file", remedy)
-    return files
-
-
-def _indexed(folder: Path, key: str) -> list[str]:
-    """The shards that the index names."""
-    text = (folder / INDEX).read_bytes()
-    require(not text.startswith(LFS), key, str(folder), f"{INDEX} is a Git-LFS pointer", FETCH)
-    try:
-        names = set(json.loads(text)["weight_map"].values())
-        return sorted(str(name) for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        rule = f"{INDEX} is no index of safetensors files"
-        raise ValueError(f"{key} = {str(folder)!r}: {rule}; {AGAIN}") from error
-
-
-def _read_header(file: Path, folder: Path, key: str) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets} of the tensors of one file, which must be whole."""
+def _manifest(folder: Path, key: str) -> dict[str, str]:
+    """Tensor -> file of the index."""
 
     def check(ok: bool, rule: str, remedy: str = AGAIN) -> None:
-        require(ok, key, str(folder), f"{file.name} {rule}", remedy)
+        require(ok, key, str(folder), f"{INDEX} {rule}", remedy)
 
-    size = file.stat().st_size
-    check(size > 0, "is empty")
-    with file.open("rb") as stream:
-        start = stream.read(len(LFS))
-        check(start != LFS, "is a Git-LFS pointer instead of weights", FETCH)
-        length = int.from_bytes(start[:8], "little")
-        sane = size >= 8 and length <= HEADER_LIMIT
-        check(sane, "is no safetensors file")
-        check(8 + length <= size, f"is cut short: {size} bytes, and its header alone is {length}")
-        stream.seek(8)
-        header = stream.read(length)
+    text = (folder / INDEX).read_bytes()
+    check(not text.startswith(LFS), "is a Git-LFS pointer", FETCH)
     try:
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        whole = 8 + length + int(end)
-        _ = [(tensor["dtype"], list(tensor["shape"])) for tensor in tensors.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        rule = f"{file.name} is no safetensors file"
+        index = parse(text)
+    except ValueError as error:
+        rule = f"{INDEX} is no index of safetensors files ({error})"
         raise ValueError(f"{key} = {str(folder)!r}: {rule}; {AGAIN}") from error
-    check(whole == size, f"is not whole: {size} bytes instead of {whole}")
-    found: dict[str, Any] = tensors
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    sane = isinstance(found, dict) and found and all(type(f) is str for f in found.values())
+    check(bool(sane), "is no index of safetensors files")
+    assert isinstance(found, dict)
+    for name in sorted(set(found.values())):
+        plain = PurePath(name).name == name and name.endswith(".safetensors")
+        check(plain, f"names {shown(name)}, which is no safetensors file of this folder")
+        there = os.path.lexists(folder / name)
+        check(there, f"names {shown(name)}, which is not there", "download the missing shards")
     return found
 
 
-def _compare(found: dict[str, Any], shape: Shape, path: str, key: str) -> None:
-    """The tensors that there are against those that config.json means."""
-    for name, size in tensor_shapes(shape).items():
-        missing = f"tensor {name} is in none of its files"
-        require(name in found, key, path, missing, "point it at a complete HF checkpoint")
-        theirs, precision = tuple(found[name]["shape"]), found[name]["dtype"]
-        rule = f"tensor {name} is {theirs}, but config.json means {size}"
-        require(theirs == size, key, path, rule, "take both from one model")
-        rule = f"tensor {name} is stored as {precision}, which is quantised"
-        require(precision in PRECISIONS, key, path, rule, "use the unquantised model")
-    biases = sorted(name for name in found if name.endswith("proj.bias"))
-    rule = f"has a tensor {biases[0]}, but biases are not supported" if biases else ""
-    require(not biases, key, path, rule, "choose another model")
+def _refuse_absence(folder: Path, key: str, present: list[str]) -> NoReturn:
+    """No manifest: say what is there instead."""
+    others = [n for n in present if n.endswith(".safetensors")]
+    foreign = [n for n in present if n.endswith(WEIGHT_SUFFIXES) and n not in others]
+    if ADAPTER in others:
+        rule = f"holds an adapter ({ADAPTER}), not a model"
+        remedy = "merge it into its base model (peft: merge_and_unload, save_pretrained)"
+    elif others:
+        rule = f"holds neither {WEIGHTS} nor {INDEX}, only {some(others)}"
+        remedy = f"download what is missing, or rename the file that is the model to {WEIGHTS}"
+    elif foreign and foreign[0].endswith(PICKLES):
+        rule = "holds its weights as pickles, not as *.safetensors"
+        remedy = f"convert it ({some(foreign)}): load it with transformers and call save_pretrained"
+    elif foreign:
+        rule = f"holds no *.safetensors file, only {some(foreign)}"
+        remedy = "download the safetensors files of that model"
+    else:
+        rule, remedy = "holds no *.safetensors file", COMPLETE
+    raise ValueError(f"{key} = {str(folder)!r}: {rule}; {remedy}")
+
+
+def _joined(folder: Path, key: str, headers: dict[str, dict[str, Stored]]) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
+    for file, found in headers.items():
+        for name, tensor in found.items():
+            other = tensors.setdefault(name, tensor).file.name
+            rule = f"tensor {shown(name)} is in two files, {other} and {file}"
+            require(other == file, key, str(folder), rule, "download both again")
+    return tensors
+
+
+def _compare(folder: Path, key: str, manifest: dict[str, str], tensors: dict[str, Stored]) -> None:
+    """The index and the files must tell of the same tensors in the same places."""
+    for name, file in manifest.items():
+        there = tensors[name].file.name if name in tensors else "none of its files"
+        rule = f"{INDEX} places tensor {shown(name)} in {file}, but it is in {there}"
+        require(there == file, key, str(folder), rule, "download index and shards again")
+    for name, tensor in tensors.items():
+        known = name in manifest or HARMLESS.fullmatch(name) is not None
+        rule = f"tensor {shown(name)} is in {tensor.file.name}, but {INDEX} does not name it"
+        require(known, key, str(folder), rule, "download index and shards again")
+
+
+def some(names: list[str] | tuple[str, ...], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more

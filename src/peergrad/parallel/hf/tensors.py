@@ -1,8 +1,14 @@
 """Which tensors an HF checkpoint of a shape holds, and their sizes."""
 
+import re
 from math import prod
 
 from peergrad.parallel.hf.config import Shape
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""A buffer that older versions of transformers wrote. Every reader, transformers itself too, makes
+the frequencies from config.json, so leaving it out loses nothing."""
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -22,12 +28,12 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         "post_attention_layernorm": (h,),
         **{f"mlp.{name}": size for name, size in mlp.items()},
     }
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, h)}
+    found: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab, h)}
     for i in range(shape.layers):
         found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
     found["model.norm.weight"] = (h,)
     if not shape.tied:
-        found["lm_head.weight"] = (shape.vocab, h)
+        found[HEAD] = (shape.vocab, h)
     return found
 
 
