@@ -3,6 +3,8 @@
 A module of its own, because the collector process imports it and must not load Megatron.
 """
 
+from functools import partial
+
 from peergrad.config import Config
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
@@ -23,4 +25,7 @@ def collector_parts(config: Config) -> Parts:
         held_out=held_out,
         scorer=RewardPool(config.reward),
         stop_token_ids=(tokenizer.eos_token_id,),
+        decode=partial(
+            tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        ),
     )

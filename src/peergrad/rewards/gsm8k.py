@@ -20,7 +20,9 @@ from peergrad.data import Prompt, Rollout
 from peergrad.rewards.numbers import numbers_in, only_number, starts_with_number, value_of
 
 HEADINGS = 16  # markers looked at, from the end: a model that writes nothing else has no answer
-_HEADING = re.compile(r"[\s*_]*+[0-9]{1,3}+(?:[.):]\**+\s[\s*]*+[^\s*]|\s*+[-\u2013\u2014]\s[A-Za-z])")
+_HEADING = re.compile(  # "2. Add", "**2.** Add", "2 - Add"
+    r"[\s*_]*+[0-9]{1,3}+(?:[.):]\**+\s[\s*]*+[^\s*]|\s*+[-\u2013\u2014]\s[A-Za-z])"
+)
 _BARE_BOX = re.compile(r"\s*+[-$]*+[0-9][0-9.,]*+")
 
 
@@ -71,6 +73,13 @@ def final_number(text: str, *, anywhere: bool = True) -> Fraction | None:
 
 def _is_heading(line: str) -> bool:
     return _HEADING.match(line) is not None or line.rstrip("* ").endswith(":")
+
+
+def reference_text(answer: str) -> str:
+    r"""The final answer of a reference: of the last box, behind the last ``####``, or all of it;
+    without dollars around it."""
+    box = last_box(answer)
+    return answer.rpartition("####")[2].strip(" \n$") if box is None else box
 
 
 def last_box(text: str) -> str | None:

@@ -16,7 +16,8 @@ MAX_DIGITS = 40  # Longer numbers are noise, and slow to convert.
 # No number: digits inside a word (x2), an ordinal (1st), a power (2^3), or grouped wrongly (1,23 is
 # two numbers).
 _NUMBER = re.compile(
-    r"""(?:(?<![\w)}])(?P<minus>[-\u2212\u2013]))?+
+    r"""(?=[-\u2212\u2013\\$\u20ac\u00a3\u00a5\u20b9.0-9])  # thrice as fast
+        (?:(?<![\w)}])(?P<minus>[-\u2212\u2013]))?+
         (?:\\?[$\u20ac\u00a3\u00a5\u20b9][ ]?(?P<minus_after>[-\u2212\u2013])?+)?+
         (?<![\w^\u00b1]) (?<!\^\{)
         (?:(?P<whole>[0-9]{1,6}+)[ ]{1,3}+(?=[0-9]{1,6}+[ ]?/[ ]?[0-9]{1,6}+(?![0-9])))?+
@@ -56,10 +57,10 @@ _FRACTION = re.compile(
 )
 _PLAIN = re.compile(r"[-+\u2212]?[0-9][0-9.,]*+")
 _COMMAND = re.compile(r"\\([A-Za-z]++)")
-_HARMLESS = frozenset(
-    "left right big Big displaystyle textstyle approx therefore degree circ euro pounds textdollar"
-    " textdegree texteuro percent".split()
-)
+_HARMLESS = {
+    *("left", "right", "big", "Big", "displaystyle", "textstyle", "approx", "therefore"),
+    *("degree", "circ", "textdegree", "euro", "pounds", "textdollar", "texteuro", "percent"),
+}
 
 
 def numbers_in(text: str) -> list[re.Match[str]]:
