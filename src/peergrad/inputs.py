@@ -4,11 +4,16 @@ A module of its own, because the collector process imports it and must not load 
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from peergrad.config import Config
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
+from peergrad.rollout.text import Decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def collector_parts(config: Config) -> Parts:
@@ -25,7 +30,13 @@ def collector_parts(config: Config) -> Parts:
         held_out=held_out,
         scorer=RewardPool(config.reward),
         stop_token_ids=(tokenizer.eos_token_id,),
-        decode=partial(
-            tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        ),
+        decode=answer_decoder(tokenizer),
+    )
+
+
+def answer_decoder(tokenizer: "PreTrainedTokenizerBase") -> Decode:
+    """What makes texts of token sequences: every token of them, special or not, and nothing tidied
+    up."""
+    return partial(
+        tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -25,7 +25,6 @@ SCORES = ("score", "reward")
 """The key of a returned dictionary that holds the reward; its other numbers are metrics."""
 LISTS = {"prompts", "completions", "queries", "responses", "rollouts", "samples", "solutions"}
 """First or second argument of rewards that grade a batch at a time, as other trainers call them."""
-FORM = "must be called as (prompt, rollout) for one answer"
 
 
 def load_function(path: str) -> RewardFunction:
@@ -46,44 +45,47 @@ def load_function(path: str) -> RewardFunction:
         raise ValueError(
             f"reward.function = {path!r}: {rule}; correct it, or set PYTHONPATH"
         ) from error
-    problem = _unusable(function)
-    _check(problem is None, path, problem or "")
+    problem, takes = _unusable(function)
+    instead = "" if takes is None else f", instead of {one_line(str(takes), 100)}"
+    _check(problem is None, path, problem or "", instead)
     checked: RewardFunction = function
     return checked
 
 
-def _check(ok: bool, path: str, rule: str) -> None:
-    form = "write it as def score(prompt, rollout) -> float, or async def"
+def _check(ok: bool, path: str, rule: str, instead: str = "") -> None:
+    form = f"write it as def score(prompt, rollout) -> float, or async def{instead}"
     require(ok, "reward.function", path, rule, form)
 
 
-def _unusable(function: Any) -> str | None:
-    """Why ``function`` can never grade an answer; None if nothing speaks against it."""
+def _unusable(function: Any) -> tuple[str | None, inspect.Signature | None]:
+    """Why ``function`` can never grade an answer, None if nothing speaks against it; its
+    arguments, if they are the reason."""
     if not callable(function):
-        return "must name something callable"
+        return "must name something callable", None
     if inspect.isclass(function):
-        return "is a class, and must be a function: name a method or an instance of it"
+        return "is a class, and must be a function: name a method or an instance of it", None
     called = function if inspect.isroutine(function) else type(function).__call__
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-        return "is a generator (it has a yield), and must return its reward"
+        return "is a generator (it has a yield), and must return its reward", None
     try:
         signature = inspect.signature(function)
     except ValueError:  # some built-in callables do not tell their signature
-        return None
+        return None, None
+    return _misfit(signature), signature
+
+
+def _misfit(signature: inspect.Signature) -> str | None:
+    names = list(signature.parameters)[:2]
+    if names[:1] == ["self"]:
+        return "is a method without its object, and must be a function or an object's method"
+    if LISTS & set(names):
+        return "grades lists, as TRL's rewards do, and must grade one answer"
     try:
         signature.bind(None, None)
     except TypeError:
-        return f"must take two arguments, (prompt, rollout); it takes {signature}"
-    return _misnamed(list(signature.parameters)[:2], signature)
-
-
-def _misnamed(names: list[str], signature: inspect.Signature) -> str | None:
-    if names[0] == "self":
-        return f"is a method without its object, {FORM}; it takes {signature}"
-    if LISTS & set(names):
-        return f"grades lists, as TRL's rewards do, and {FORM}; it takes {signature}"
-    if names[0] in ("rollout", "completion", "response") or names[1:] == ["prompt"]:
-        return f"takes the rollout first, and {FORM}; it takes {signature}"
+        return "must take two arguments, (prompt, rollout)"
+    if names[1:] == ["prompt"] or names[:1] == ["rollout"]:
+        return "must take the prompt first, then the rollout"
     return None
 
 
@@ -154,10 +156,9 @@ def number(value: object) -> float:
 
 def _short(value: object) -> str:
     try:
-        text = f"a {type(value).__name__}" if inspect.isgenerator(value) else repr(value)
+        return one_line(repr(value), 80)
     except Exception:  # the user's own __repr__, or an integer too long for Python to print
-        text = f"a {type(value).__name__}"
-    return one_line(text, 80)
+        return f"a value of type {type(value).__name__}"
 
 
 def _describe(error: BaseException) -> str:
