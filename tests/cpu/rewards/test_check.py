@@ -23,7 +23,7 @@ MODULES = {
     "number": ("score = 1", "must name something callable; "),
     "single": (
         "def score(rollout): return 1.0",
-        "does not take the prompt first (it takes (rollout)) and ",
+        "must take two arguments, (prompt, rollout); ",
     ),
     "leaves": ("import os; os._exit(3)", "importing it ended its process, status 3; "),
     "hangs": ("import time; time.sleep(60)", "importing it took longer than 3 s; correct the "),
