@@ -65,8 +65,9 @@ def prompts(*answers: str) -> list[Prompt]:
         ("gsm8k", "", "'') is not one number"),
         ("arithmetic", "1 + 1\n#### 2", "'1 + 1\\n#### 2') is a whole solution, compared to the"),
         ("arithmetic", " ", "' ') is empty"),
-        ("math", "", "'') cannot be read as mathematics"),
-        ("math", "\\boxed{}", "'\\\\boxed{}') cannot be read as mathematics"),
+        ("math", "}{", "'}{') cannot be read as mathematics"),
+        ("math", "", "'') is empty"),
+        ("math", "\\boxed{}", "'\\\\boxed{}') is empty"),
     ],
 )
 def test_answers_that_can_never_be_matched(kind: str, answer: str, problem: str) -> None:
