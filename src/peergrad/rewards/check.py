@@ -1,6 +1,6 @@
 """Whether a reward can ever be earned, before anything is started."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -17,6 +17,7 @@ EXPRESSIONS = 300
 """Different references, evenly spread, that ``math`` reads before the start, at 8 to 50 ms each;
 plain numbers do not count. The others are read when they are needed."""
 SECONDS = 10.0  # for one of them
+REMEDY = "correct data.answer_key or the row, or choose another reward"
 
 
 def check_function(config: RewardConfig, *, limit: float = START_SECONDS) -> None:
@@ -44,10 +45,17 @@ def check_answers(kind: RewardKind, prompts: Sequence[Prompt], option: str) -> N
     """
     if kind is RewardKind.function:
         return
-    known = _unreadable(prompts) if kind is RewardKind.math else None
-    for prompt, problem, remedy in known or ((p, *_problem(kind, p.answer)) for p in prompts):
-        rule = f"the answer {_place(prompt)} of {option} ({prompt.answer[-40:]!r}) {problem}"
-        require(problem is None, "reward.kind", kind.name, rule, remedy)
+    for prompt in prompts:
+        _require(kind, option, prompt, *_problem(kind, prompt.answer))
+    if kind is RewardKind.math:
+        _read_expressions(prompts, option)
+
+
+def _require(
+    kind: RewardKind, option: str, prompt: Prompt, problem: str | None, remedy: str = REMEDY
+) -> None:
+    rule = f"the answer {_place(prompt)} of {option} ({prompt.answer[-40:]!r}) {problem}"
+    require(problem is None, "reward.kind", kind.name, rule, remedy)
 
 
 def _place(prompt: Prompt) -> str:
@@ -57,35 +65,30 @@ def _place(prompt: Prompt) -> str:
 
 def _problem(kind: RewardKind, answer: str) -> tuple[str | None, str]:
     """Why ``answer`` cannot be matched, or None; and what to do."""
-    remedy = "correct data.answer_key or the row, or choose another reward"
     if kind is RewardKind.gsm8k:
         bad = reference_number(answer) is None
-        return "is not one number, bare or after ####" if bad else None, remedy
-    if "####" in answer:
+        return "is not one number, bare or after ####" if bad else None, REMEDY
+    if kind is RewardKind.arithmetic and "####" in answer:
         return "is a whole solution, compared to the letter", "set reward=gsm8k"
-    bad = not answer.strip()
-    return "is empty" if bad else None, "correct data.answer_key or the row"
+    text = reference_text(answer) if kind is RewardKind.math else answer
+    return "is empty" if not text.strip() else None, "correct data.answer_key or the row"
 
 
-def _unreadable(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, str | None, str]]:
-    """Those whose reference does not even equal itself, each with why and what to do."""
-    remedy = "correct data.answer_key or the row, or choose another reward"
-    for prompt in prompts:
-        if not reference_text(prompt.answer).strip():
-            yield prompt, "is empty", remedy
+def _read_expressions(prompts: Sequence[Prompt], option: str) -> None:
+    """Refuse a reference that does not even equal itself, or takes long to find out."""
     distinct = {prompt.answer: prompt for prompt in reversed(prompts)}
     asked = [p for p in reversed(distinct.values()) if only_number(p.answer) is None]
-    asked = asked[:: -(-len(asked) // EXPRESSIONS) or 1]
     nothing, process = np.zeros(0), RewardProcess(MATHEMATICS)
     try:
-        for prompt in asked:
-            same = Rollout(
-                nothing, nothing, (), "stop", f"\\boxed{{{reference_text(prompt.answer)}}}"
-            )
+        for prompt in asked[:: -(-len(asked) // EXPRESSIONS) or 1]:
+            text = f"\\boxed{{{reference_text(prompt.answer)}}}"
+            same = Rollout(nothing, nothing, (), "stop", text)
             result = process.score(prompt, same, SECONDS)
+            problem = None
             if isinstance(result, Failure) and result.kind == "timeout":
-                yield prompt, f"takes longer than {SECONDS:g} s to read", remedy
+                problem = f"takes longer than {SECONDS:g} s to read"
             elif isinstance(result, Failure) or result.reward != 1:
-                yield prompt, "cannot be read as mathematics", remedy
+                problem = "cannot be read as mathematics"
+            _require(RewardKind.math, option, prompt, problem)
     finally:
         process.stop()
