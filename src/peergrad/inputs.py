@@ -3,10 +3,17 @@
 A module of its own, because the collector process imports it and must not load Megatron.
 """
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 from peergrad.config import Config
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
+from peergrad.rollout.text import Decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def collector_parts(config: Config) -> Parts:
@@ -23,4 +30,16 @@ def collector_parts(config: Config) -> Parts:
         held_out=held_out,
         scorer=RewardPool(config.reward),
         stop_token_ids=(tokenizer.eos_token_id,),
+        decode=answer_decoder(tokenizer),
+    )
+
+
+def answer_decoder(tokenizer: "PreTrainedTokenizerBase") -> Decode:
+    """What makes texts of token sequences: every token of them, special or not, and nothing tidied
+    up. A million tokens take a core 0.3 s; through transformers' own ``batch_decode`` half as much
+    again."""
+    if tokenizer.is_fast:
+        return partial(tokenizer.backend_tokenizer.decode_batch, skip_special_tokens=False)
+    return partial(
+        tokenizer.batch_decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -56,9 +56,10 @@ def train(
                 taken = rollouts.take(step - 1)
             groups = taken.groups
             metrics.log(
-                numbers := rollout_statistics(
-                    groups, dropped=taken.dropped, failed=taken.failed, version=step - 1
-                )
+                numbers := {
+                    **rollout_statistics(groups, dropped=taken.dropped, version=step - 1),
+                    **taken.grading,
+                }
             )
             warn_of_lost_step(config, numbers, step=step)
             samples = make_samples(groups)

@@ -67,6 +67,7 @@ def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
             "reward": result.mean_reward,
             "length": result.mean_length,
             "truncated": result.truncated,
+            **result.grading,
         }
 
 
@@ -74,11 +75,7 @@ def warn_of_lost_step(config: Config, numbers: Mapping[str, float], *, step: int
     """Say so if a step's rollouts, described by ``numbers``, can teach nothing, and where to
     look."""
     where = f"look at rollouts/step_{step:06d}.jsonl.zst" if config.rollout.dump else "record them"
-    if numbers["reward/failed"] == 1:
-        log.warning(
-            "step %d: every reward failed and counts as 0; see logs/latest/collector.log", step
-        )
-    elif numbers["reward/flat_groups"] == 1:
+    if numbers["reward/flat_groups"] == 1:
         log.warning(
             "step %d: the answers of each group have equal rewards (mean %.3g), so there is "
             "nothing to learn; %s: is the reward right, are the prompts too hard or too easy?",

@@ -14,6 +14,7 @@ from peergrad.algo.samples import make_samples
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.observing.metrics import Metrics
+from peergrad.rollout.evaluation import EvaluationResult
 from peergrad.stages import (
     check_gap,
     evaluate,
@@ -95,7 +96,7 @@ def test_broken_weights_stop_the_run_whatever_is_configured(action: OnNonfinite)
 
 
 NUMBERS = {
-    **{"reward/failed": 0.0, "reward/flat_groups": 0.5, "reward/mean": 0.25},
+    **{"reward/flat_groups": 0.5, "reward/mean": 0.25},
     "response/truncated": 0.5,
 }
 
@@ -105,7 +106,6 @@ NUMBERS = {
     [
         ({}, []),
         ({"reward/flat_groups": 1.0}, ["equal rewards (mean 0.25)", "rollouts/step_000003.jsonl"]),
-        ({"reward/failed": 1.0, "reward/flat_groups": 1.0}, ["every reward failed", "collector.l"]),
         (
             {"response/truncated": 1.0},
             ["every answer was cut off at rollout.max_new_tokens = 1024"],
@@ -206,13 +206,24 @@ class Log(Metrics):
 
 
 def test_evaluations_have_rows_of_their_own() -> None:
-    result = SimpleNamespace(pass_rate=0.5, mean_reward=0.6, mean_length=7.0, truncated=0.1)
+    result = EvaluationResult(
+        version=10,
+        prompts=8,
+        pass_rate=0.5,
+        mean_reward=0.6,
+        mean_length=7.0,
+        truncated=0.1,
+        grading={"reward/failed": 0.25, "reward_part/format": 1.5},
+    )
     log = Log()
     rollouts: Any = SimpleNamespace(evaluate=lambda version: result)
     evaluate(rollouts, log, step=10)
     ((kind, step, row),) = log.rows
     assert (kind, step) == ("eval", 10) and row.pop("time/eval") >= 0
-    assert row == {"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1}
+    assert row == {
+        **{"pass@1": 0.5, "reward": 0.6, "length": 7.0, "truncated": 0.1},
+        **{"reward/failed": 0.25, "reward_part/format": 1.5},
+    }
 
 
 def gap(tmp_path: Path, size: float, **options: Any) -> Log:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peergrad.algo.shaping import Moments
+from peergrad.grades import ROUNDING, tolerance
 
 
 def group_mean(value: Float[Tensor, " N"], of: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -41,12 +42,14 @@ def group_std(
 
 
 def is_flat(value: Float[Tensor, " N"], of: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """Whether all values of the set of each element are equal."""
+    """Whether all values of the set of each element are equal, but for rounding: the noise in sums
+    of rewards, divided by its own standard deviation, would be an advantage of 1."""
     sets = int(of.max()) + 1 if of.numel() else 0
     wide = value.double()
     least = wide.new_full((sets,), torch.inf).scatter_reduce_(0, of, wide, "amin")
     most = wide.new_full((sets,), -torch.inf).scatter_reduce_(0, of, wide, "amax")
-    return (least == most)[of]
+    size = torch.maximum(least.abs(), most.abs()).clamp(min=1)
+    return (most - least <= ROUNDING * size)[of]
 
 
 def centre(
@@ -86,9 +89,10 @@ def running_centre(value: Float[Tensor, " N"], moments: Moments) -> Float[Tensor
 def running_divide(
     centred: Float[Tensor, " N"], moments: Moments, *, unbiased: bool, eps: float
 ) -> Float[Tensor, " N"]:
-    """``centred / (std + eps)`` with the standard deviation of the run so far; 0 if that is 0."""
+    """``centred / (std + eps)`` with the standard deviation of the run so far; 0 if that is 0, but
+    for rounding."""
     std = moments.std(unbiased=unbiased)
-    return centred / (std + eps) if std > 0 else torch.zeros_like(centred)
+    return centred / (std + eps) if std > tolerance(moments.mean) else torch.zeros_like(centred)
 
 
 def clip_advantage(advantage: Float[Tensor, " N"], bound: float) -> Float[Tensor, " N"]:

@@ -19,7 +19,7 @@ from peergrad.algo.shaping import (
     overlong_penalty,
     shape_reward,
 )
-from peergrad.config import AlgoConfig, KlPlace, Level, TokenLevel
+from peergrad.config import LARGEST_REWARD, AlgoConfig, KlPlace, Level, TokenLevel, require
 from peergrad.data import Group
 
 
@@ -53,8 +53,9 @@ def grade(
     ``groups`` and ``samples`` are everything that a step trains on, over all ranks. In order:
     shaping of the rewards; mean and standard deviation of groups, batch or run; KL in the reward
     and discount; whitening over tokens; clip. Returns the samples, the state for the next step and
-    metrics.
+    metrics. Raises ValueError for a reward beyond what rewards may be: a record may hold one.
     """
+    _check_rewards(groups)
     rewards = torch.from_numpy(np.concatenate([g.rewards for g in groups])).double()
     lengths = torch.tensor([s.logp_engine.size for s in samples])
     cut = np.array([r.finish == "length" for g in groups for r in g.rollouts])
@@ -86,6 +87,19 @@ def grade(
                 ),
             )
     return graded, state, metrics
+
+
+def _check_rewards(groups: Sequence[Group]) -> None:
+    """Squares of huge rewards overflow, and every advantage is NaN or 0."""
+    for group in groups:
+        bad = group.rewards[~(np.abs(group.rewards) <= LARGEST_REWARD)]
+        require(
+            not bad.size,
+            "reward",
+            float(bad[0]) if bad.size else 0.0,
+            f"of an answer of group {group.id} must be at most {LARGEST_REWARD:g} in size",
+            "scale the rewards down, or use another recording",
+        )
 
 
 def _shape(rewards: Tensor, lengths: Tensor, algo: AlgoConfig, max_tokens: int) -> Tensor:

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peergrad.algo.sampling import flat
 from peergrad.data import Group
 
 
 def rollout_statistics(
-    groups: Sequence[Group], *, dropped: Sequence[float] = (), failed: int = 0, version: int
+    groups: Sequence[Group], *, dropped: Sequence[float] = (), version: int
 ) -> dict[str, float]:
     """Reward, length and age of one step's rollouts; ``version`` is the trainer's weight version.
 
     ``dropped`` are the mean rewards of the groups that dynamic sampling turned away: ``sampling/*``
-    counts them too, everything else is about what is trained on. ``failed``: rewards that could not
-    be computed and count as 0, also of groups that later steps train on.
+    counts them too, everything else is about what is trained on.
 
     A flat group (all rewards equal) teaches nothing; their fraction says how much of the batch is
     wasted. Lengths are in tokens, staleness in weight versions, of the oldest token of each
@@ -31,8 +31,7 @@ def rollout_statistics(
         "sampling/reward": float(np.mean(drawn)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
-        "reward/failed": min(1.0, failed / (len(rollouts) * len(drawn) / len(groups))),
-        "reward/flat_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups])),
+        "reward/flat_groups": float(np.mean([flat(g.rewards) for g in groups])),
         "response/length": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated": float(np.mean([r.finish == "length" for r in rollouts])),

@@ -3,6 +3,12 @@
 import numpy as np
 
 from peergrad.config import FlatGroups, SamplingConfig
+from peergrad.grades import tolerance
+
+
+def flat(rewards: np.ndarray) -> bool:
+    """Whether all rewards of a group are equal, but for rounding: 0.1 + 0.2 and 0.3 are."""
+    return bool(np.ptp(rewards) <= tolerance(np.abs(rewards).max()))
 
 
 def selects(rewards: np.ndarray, sampling: SamplingConfig) -> bool:
@@ -14,6 +20,7 @@ def selects(rewards: np.ndarray, sampling: SamplingConfig) -> bool:
     """
     mean = float(rewards.mean())
     drop_flat = sampling.dynamic or sampling.flat_groups is FlatGroups.drop
-    low = -np.inf if sampling.mean_low is None else sampling.mean_low
-    high = np.inf if sampling.mean_high is None else sampling.mean_high
-    return not (drop_flat and np.ptp(rewards) == 0) and bool(low < mean < high)
+    low, high = sampling.mean_low, sampling.mean_high
+    above = low is None or mean > low + tolerance(low)
+    below = high is None or mean < high - tolerance(high)
+    return not (drop_flat and flat(rewards)) and above and below

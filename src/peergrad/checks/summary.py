@@ -22,6 +22,7 @@ WIDTH, LABEL = 80, 13
 REWARDS = {
     RewardKind.arithmetic: "arithmetic: 1 if the whole answer is right, else 0",
     RewardKind.gsm8k: "gsm8k: 1 if the final number is right, else 0",
+    RewardKind.math: "math: 1 if the final expression is right, else 0",
 }
 
 

@@ -41,6 +41,7 @@ from peergrad.config.rules import (
     require,
 )
 from peergrad.config.run import (
+    LARGEST_REWARD,
     WANDB_REFUSES,
     CheckpointConfig,
     DataConfig,
@@ -62,6 +63,7 @@ from peergrad.config.run import (
 )
 
 __all__ = [
+    "LARGEST_REWARD",
     "SEQUENCE_RATIO",
     "WANDB_REFUSES",
     "AdvantageConfig",

@@ -8,11 +8,14 @@ from peergrad.config.rules import at_least, finite, positive, require, seconds
 
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Spec = Enum("Spec", ["auto", "te", "torch"])
-RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "function"])
-OnError = Enum("OnError", ["zero", "stop"])
+RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "math", "function"])
+OnError = Enum("OnError", ["zero", "drop", "stop"])
 OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
 Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
 Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
+
+LARGEST_REWARD = 1e9
+"""Squares of larger ones, summed over a batch, leave float32."""
 
 WANDB_REFUSES = "/\\#?%:"
 """Characters that W&B allows neither in a project nor in an identifier."""
@@ -166,16 +169,23 @@ class DataConfig:
 @dataclass(kw_only=True)
 class RewardConfig:
     kind: RewardKind = RewardKind.arithmetic
-    """``arithmetic`` (exact match), ``gsm8k`` (final number), ``function`` (your own)."""
+    """``arithmetic`` (exact match), ``gsm8k`` (final number), ``math`` (equal expressions, by
+    math-verify), ``function`` (your own)."""
     function: str | None = None
-    """``package.module:callable`` taking (prompt, rollout) and returning a float."""
+    """``package.module:callable`` taking (prompt, rollout) of one answer and returning a number of
+    at most 1e9, or a dictionary with it as ``score``, whose other numbers become metrics; also
+    ``async def``. Of the rollout, ``text`` is what was sampled, special tokens and all, but for the
+    tokenizer's own end token; ``tokens`` are the ids."""
     workers: int = 1
-    """Processes that compute rewards."""
+    """Processes that compute rewards of the kinds ``math`` and ``function``, one at a time each."""
     timeout: float = 10.0
-    """Seconds one reward may take."""
+    """Seconds one reward may take. The first one of each process may take 60 if that is more: it
+    loads what the function needs."""
     on_error: OnError = OnError.zero
-    """A reward that fails or takes too long: reward 0 and a warning that names the sample, or
-    stop."""
+    """A reward that fails or takes too long: reward 0 (``zero``), its answer left out of its group
+    and of evaluations (``drop``; a group with fewer than two answers left is replaced by another
+    prompt's), or the end of the run (``stop``). A step or an evaluation of which all rewards fail
+    ends the run whatever this says."""
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)
@@ -269,13 +279,20 @@ class EvaluationConfig:
     samples: int = 1
     """Answers per prompt; pass@1 is their mean."""
     pass_reward: float = 1.0
-    """An answer passes when its reward reaches this."""
+    """An answer passes when its reward reaches this, but for rounding."""
 
     def __post_init__(self) -> None:
         at_least("evaluation.every", self.every, 0)
         at_least("evaluation.prompts", self.prompts, 1)
         at_least("evaluation.temperature", self.temperature, 0, "use 0 for greedy answers")
         finite("evaluation.pass_reward", self.pass_reward, "use 1")
+        require(
+            self.pass_reward <= LARGEST_REWARD,
+            "evaluation.pass_reward",
+            self.pass_reward,
+            f"is beyond the largest reward, {LARGEST_REWARD:g}",
+            "use 1",
+        )
         at_least("evaluation.samples", self.samples, 1)
         require(
             self.samples == 1 or self.temperature > 0,

@@ -1,6 +1,6 @@
-"""Rewards: a prompt and a rollout in, a float out."""
+"""Rewards: a prompt and a rollout in, a number out."""
 
 from peergrad.rewards.check import check_answers, check_function
-from peergrad.rewards.pool import RewardError, RewardPool
+from peergrad.rewards.pool import RewardPool
 
-__all__ = ["RewardError", "RewardPool", "check_answers", "check_function"]
+__all__ = ["RewardPool", "check_answers", "check_function"]

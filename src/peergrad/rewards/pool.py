@@ -1,49 +1,41 @@
-"""``RewardPool``: rewards for many rollouts at a time, and what happens when one fails."""
+"""``RewardPool``: rewards for many rollouts at a time."""
 
 import asyncio
-import logging
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from peergrad.config import OnError, RewardConfig, RewardKind
+from peergrad.config import RewardConfig, RewardKind
 from peergrad.data import Prompt, Rollout
+from peergrad.grades import Failure, Grade
 from peergrad.rewards import arithmetic, gsm8k
-from peergrad.rewards.function import Failure, RewardFunction, evaluate
+from peergrad.rewards.function import RewardFunction, evaluate
 from peergrad.rewards.process import RewardProcess
-
-logger = logging.getLogger(__name__)
 
 _BUILT_IN: dict[RewardKind, RewardFunction] = {
     RewardKind.arithmetic: arithmetic.reward,
     RewardKind.gsm8k: gsm8k.reward,
 }
-
-
-class RewardError(RuntimeError):
-    """A reward failed and reward.on_error is stop."""
+MATHEMATICS = "peergrad.rewards.mathematics:reward"
+"""In processes, as a user's function: simplifying what a model writes may take for ever."""
 
 
 class RewardPool:
     """Scores rollouts by ``config``; create it before anything that costs time to start.
 
-    The built-in rewards are string comparisons of microseconds, linear in the text: they run where
-    they are called, because sending a rollout to a process would cost more. A user's function runs
-    in ``config.workers`` processes, each reward within ``config.timeout`` seconds of its start
-    there; a process that takes longer is killed and replaced.
-
-    ``failures`` counts by kind: ``error`` (it raised), ``value`` (no finite number), ``timeout``,
-    ``crash`` (its process ended).
+    ``arithmetic`` and ``gsm8k`` are string comparisons of microseconds, linear in the text: they
+    run where they are called, because sending a rollout to a process would cost more. All others
+    run in ``config.workers`` processes, each reward within ``config.timeout`` seconds of its start
+    there (the first of a process may take a minute); a process that takes longer is killed and
+    replaced.
 
     Example:
         >>> with RewardPool(RewardConfig(kind=RewardKind.gsm8k)) as pool:
-        ...     reward = await pool.score(prompt, rollout)
+        ...     grade = await pool.score(prompt, rollout)
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self.failures: Counter[str] = Counter()
         self._config = config
         self._closed = False
         self._built_in = _BUILT_IN.get(config.kind)
@@ -54,7 +46,7 @@ class RewardPool:
 
     def _start_processes(self) -> None:
         """All at once, and from the pool's own threads: a process ends with its starting thread."""
-        count, function = self._config.workers, str(self._config.function)
+        count, function = self._config.workers, self._config.function or MATHEMATICS
         self._processes = [RewardProcess(function) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="reward")
         try:
@@ -65,16 +57,14 @@ class RewardPool:
         for process in self._processes:
             self._idle.put(process)
 
-    async def score(self, prompt: Prompt, rollout: Rollout) -> float:
-        """The rollout's reward. A failed one is 0 and a warning, or raises RewardError."""
+    async def score(self, prompt: Prompt, rollout: Rollout) -> Grade | Failure:
+        """The rollout's grade, or why it has none."""
         if self._built_in is not None:
-            result = evaluate(self._built_in, prompt, rollout)
-        else:
-            loop = asyncio.get_running_loop()
-            result = await loop.run_in_executor(self._threads, self._in_process, prompt, rollout)
-        return self._failed(result, prompt, rollout) if isinstance(result, Failure) else result
+            return evaluate(self._built_in, prompt, rollout)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._in_process, prompt, rollout)
 
-    def _in_process(self, prompt: Prompt, rollout: Rollout) -> float | Failure:
+    def _in_process(self, prompt: Prompt, rollout: Rollout) -> Grade | Failure:
         process = self._idle.get()  # never waits: there are as many processes as threads
         try:
             result = process.score(prompt, rollout, self._config.timeout)
@@ -83,17 +73,6 @@ class RewardPool:
         if self._closed:
             raise RuntimeError("the reward pool was closed while a reward was running")
         return result
-
-    def _failed(self, failure: Failure, prompt: Prompt, rollout: Rollout) -> float:
-        self.failures[failure.kind] += 1
-        message = (
-            f"the reward of a rollout of {prompt.id} {failure.reason}; "
-            f"the text ends {rollout.text[-80:]!r}"
-        )
-        if self._config.on_error is OnError.stop:
-            raise RewardError(f"{message}; reward.on_error=zero would count it as 0 and go on")
-        logger.warning("%s; counted as 0", message)
-        return 0.0
 
     def close(self) -> None:
         """End the processes, even in the middle of a reward. Closing twice is fine."""

@@ -13,9 +13,10 @@ from contextlib import suppress
 from multiprocessing import Pipe
 
 from peergrad.data import Prompt, Rollout
-from peergrad.rewards.function import Failure
+from peergrad.grades import Failure, Grade
 
 START_SECONDS = 120.0  # Importing the user's module; that long only on a cold network file system.
+FIRST_SECONDS = 60.0  # A process's first reward: it imports more, loads a model, opens connections.
 
 
 class RewardProcess:
@@ -27,6 +28,8 @@ class RewardProcess:
 
     def __init__(self, function: str) -> None:
         self._function = function
+        self._patient = True  # with the next first reward
+        self._first = True
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, limit: float = START_SECONDS) -> None:
@@ -44,6 +47,7 @@ class RewardProcess:
                 process_group=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
+        self._first = True
         problem = self._receive(limit)
         if isinstance(problem, Failure):
             rule = f"importing it {problem.reason}"
@@ -52,21 +56,30 @@ class RewardProcess:
             self.stop()
             raise ValueError(problem)
 
-    def score(self, prompt: Prompt, rollout: Rollout, limit: float) -> float | Failure:
-        """The function's value, or why there is none, after at most ``limit`` seconds."""
+    def score(self, prompt: Prompt, rollout: Rollout, limit: float) -> Grade | Failure:
+        """The function's value, or why there is none, after at most ``limit`` seconds.
+
+        The first reward of a process may take ``FIRST_SECONDS`` if ``limit`` is less; not again
+        before one has come, once that was too little.
+        """
         if self._process is None:
             self.start()
+        if self._first and self._patient:
+            limit = max(limit, FIRST_SECONDS)
         with suppress(ConnectionError):  # it has ended: _receive finds out how
             self._connection.send((prompt, rollout))
         answer = self._receive(limit)
-        assert isinstance(answer, float | Failure)
+        assert isinstance(answer, Grade | Failure)
+        slow = isinstance(answer, Failure) and answer.kind == "timeout"
+        self._patient = not slow or (self._patient and not self._first)
+        self._first = False
         return answer
 
-    def _receive(self, limit: float) -> float | Failure | str | None:
+    def _receive(self, limit: float) -> Grade | Failure | str | None:
         """The next message; a process that does not send one in time, or ends, is done with."""
         try:
             if self._connection.poll(limit):
-                message: float | Failure | str | None = self._connection.recv()
+                message: Grade | Failure | str | None = self._connection.recv()
                 return message
         except (EOFError, ConnectionError):
             return Failure("crash", f"ended its process, status {self.stop()}")

@@ -2,9 +2,11 @@
 
 ``DESCRIPTOR`` is the file descriptor of a connection inherited from ``peergrad.rewards.process``.
 The first message out is None, or why the function cannot be used; then each (prompt, rollout) is
-answered by one float or ``Failure``. The process ends when the connection does.
+answered by one ``Grade`` or ``Failure``. The process ends when the connection does. What the
+function opens while it is awaited it may keep: all calls share one event loop.
 """
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -28,9 +30,10 @@ def main(descriptor: int, path: str) -> None:
             parent.send(str(error))
             return
         parent.send(None)
-        while True:
-            prompt, rollout = parent.recv()
-            parent.send(evaluate(function, prompt, rollout))
+        with asyncio.Runner() as runner:
+            while True:
+                prompt, rollout = parent.recv()
+                parent.send(evaluate(function, prompt, rollout, runner))
 
 
 if __name__ == "__main__":

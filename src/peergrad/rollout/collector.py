@@ -16,17 +16,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from peergrad.algo.sampling import selects
 from peergrad.config import Config
-from peergrad.data import Prompt, Rollout
+from peergrad.data import Prompt
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import DEATH_SECONDS, ServerError
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
+from peergrad.rollout.scoring import Scorer, Scoring
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
+from peergrad.rollout.text import Decode, Decoding
 from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 
 log = logging.getLogger(__name__)
@@ -34,16 +36,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 1.0
 GRACE_SECONDS = 10.0
-
-
-class Scorer(Protocol):
-    """Grades answers; several at a time. ``failures`` counts those that it could not, by kind."""
-
-    failures: Counter[str]
-
-    async def score(self, prompt: Prompt, rollout: Rollout) -> float: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Parts:
     held_out: Sequence[Prompt]  # for evaluation; may be empty
     scorer: Scorer
     stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
+    decode: Decode  # what rewards read of an answer
 
 
 class Collector:
@@ -175,8 +168,7 @@ class _Worker:
         identity: str | None,
     ) -> None:
         rollout, choice = config.rollout, config.algo.sampling
-        self._evaluation = config.evaluation
-        self._failed = 0  # rewards, until the last take
+        self._evaluation, self._reward = config.evaluation, config.reward
         self.progress: Callable[[], str] = str  # of the verb at work
         self._parts = parts
         self._engine = SGLangEngine(
@@ -192,11 +184,15 @@ class _Worker:
             max_new_tokens=rollout.max_new_tokens,
             stop_token_ids=(*parts.stop_token_ids, *rollout.stop_token_ids),
         )
+        self._answers = Decoding(self._engine, parts.decode, parts.stop_token_ids)
+        self._scoring = Scoring(
+            parts.scorer, config.reward, what="a step", answers=rollout.batch_size
+        )
         restored = None if state is None else cast(StreamState, pickle.loads(state))
         self._stream = Stream(
-            self._engine,
+            self._answers,
             parts.prompts,
-            parts.scorer.score,
+            self._scoring,
             self._sampling,
             batch=rollout.prompts_per_step,
             max_staleness=rollout.max_staleness,
@@ -221,13 +217,10 @@ class _Worker:
         self.progress = self._stream.progress
         began = time.monotonic()
         taken = await self._stream.take(version)
-        failures = sum(self._parts.scorer.failures.values())
-        taken = replace(taken, failed=failures - self._failed)
-        self._failed = failures
+        taken = replace(taken, grading=self._scoring.numbers(f"step {version + 1}"))
         log.info(
-            "step %d: %d groups after %.1f s (%d dropped, %d rewards failed)",
+            "step %d: %d groups after %.1f s (%d dropped)",
             version + 1, len(taken.groups), time.monotonic() - began, len(taken.dropped),
-            taken.failed,
         )  # fmt: skip
         return taken
 
@@ -243,17 +236,19 @@ class _Worker:
             max_new_tokens=self._sampling.max_new_tokens,
             stop_token_ids=self._sampling.stop_token_ids,
         )
+        answers = len(prompts) * sampling.n
+        scoring = Scoring(self._parts.scorer, self._reward, what="an evaluation", answers=answers)
         result = await evaluate(
-            self._engine,
+            self._answers,
             prompts,
-            self._parts.scorer.score,
+            scoring,
             sampling,
             version=version,
             pass_reward=self._evaluation.pass_reward,
             answered=answered,
         )
         log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
-        return result
+        return replace(result, grading=scoring.numbers(f"evaluation after step {version}"))
 
     async def state(self) -> bytes:
         return pickle.dumps(self._stream.state())

@@ -2,19 +2,20 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from peergrad.data import Prompt, Rollout
-from peergrad.rollout.engine import Engine, Sampling
-from peergrad.rollout.stream import Score
+from peergrad.grades import tolerance
+from peergrad.rollout.engine import Sampling
+from peergrad.rollout.stream import Answers, Score
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Means over all answers to the held-out prompts.
+    """Means over all answers to the held-out prompts; rewards over those that have one.
 
     Example:
         ``EvaluationResult(version=40, prompts=256, pass_rate=0.62, mean_reward=0.64,
@@ -27,10 +28,11 @@ class EvaluationResult:
     mean_reward: float
     mean_length: float  # tokens
     truncated: float  # share of answers cut off at max_new_tokens
+    grading: Mapping[str, float] = field(default_factory=dict)  # metrics: failures, parts
 
 
 async def evaluate(
-    engine: Engine,
+    engine: Answers,
     prompts: Sequence[Prompt],
     score: Score,
     sampling: Sampling,
@@ -39,9 +41,12 @@ async def evaluate(
     pass_reward: float,
     answered: Counter[str],
 ) -> EvaluationResult:
-    """Answer and grade all prompts at once; ``answered`` gets the id of each that is done."""
+    """Answer and grade all prompts at once; ``answered`` gets the id of each that is done.
 
-    async def answer(prompt: Prompt) -> list[tuple[Rollout, float]]:
+    An answer passes if its reward reaches ``pass_reward`` but for rounding: 0.7 + 0.2 + 0.1 is 1.
+    """
+
+    async def answer(prompt: Prompt) -> list[tuple[Rollout, float | None]]:
         request = f"evaluation/{version}/{prompt.id}"
         rollouts = await engine.generate(prompt.tokens, sampling, request_id=request)
         rewards = await asyncio.gather(*(score(prompt, rollout) for rollout in rollouts))
@@ -50,11 +55,11 @@ async def evaluate(
 
     answers = await asyncio.gather(*map(answer, prompts))
     graded = [pair for pairs in answers for pair in pairs]
-    rewards = np.array([reward for _, reward in graded])
+    rewards = np.array([reward for _, reward in graded if reward is not None])
     return EvaluationResult(
         version=version,
         prompts=len(prompts),
-        pass_rate=float(np.mean(rewards >= pass_reward)),
+        pass_rate=float(np.mean(rewards >= pass_reward - tolerance(pass_reward))),
         mean_reward=float(np.mean(rewards)),
         mean_length=float(np.mean([len(rollout.tokens) for rollout, _ in graded])),
         truncated=float(np.mean([rollout.finish == "length" for rollout, _ in graded])),

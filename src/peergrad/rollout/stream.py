@@ -8,17 +8,33 @@ that is not worth training on may be dropped: one of the next prompt takes its p
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from peergrad.config.rules import require
 from peergrad.data import Group, Prompt, Rollout
-from peergrad.rollout.engine import Engine, Sampling
+from peergrad.grades import RewardError
+from peergrad.rollout.engine import Sampling
 
 log = logging.getLogger(__name__)
-Score = Callable[[Prompt, Rollout], Awaitable[float]]
+
+Score = Callable[[Prompt, Rollout], Awaitable[float | None]]
+"""An answer's reward; None leaves the answer out of its group."""
 Select = Callable[[Group], bool]
+
+PEERS = 2  # least answers of a group: one alone has no peers
+PATIENCE = 10  # times the groups of a step may be left without peers before it is an error
+
+
+class Answers(Protocol):
+    """The part of an ``Engine`` that draws."""
+
+    async def generate(
+        self, prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str
+    ) -> list[Rollout]: ...
 
 
 class PromptSource(Protocol):
@@ -34,16 +50,17 @@ class PromptSource(Protocol):
 @dataclass(frozen=True)
 class Taken:
     """What a step trains on, and the mean raw rewards of the groups that were dropped on the way:
-    those of the prompts before its last one and after the last one of the step before. ``failed``
-    rewards count as 0: all since the step before, also those of groups for later steps.
+    those of the prompts before its last one and after the last one of the step before.
+    ``grading``: metrics of all that was graded since the step before, also for later steps.
 
     Example:
-        ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0), failed=2)``
+        ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0),
+        grading={"reward/failed": 0.125})``
     """
 
     groups: list[Group]
     dropped: tuple[float, ...] = ()
-    failed: int = 0
+    grading: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,13 +82,14 @@ class Stream:
     At weight version v, the groups started may not exceed ``(max_staleness + v + 1) * batch``: that
     is AReaL's bound (accepted + running), and since batches are handed out in starting order, a
     group trained on at version v was started at version ``v - max_staleness`` or later. A dropped
-    group counts as neither; its replacement is the youngest, so that the same holds for it.
+    group counts as neither; its replacement is the youngest, so that the same holds for it. So
+    does one in which fewer than two answers could be graded.
     All methods belong to one event loop.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Answers,
         prompts: PromptSource,
         score: Score,
         sampling: Sampling,
@@ -105,6 +123,7 @@ class Stream:
         self._dropped: dict[int, float] = {}
         self._waiting: dict[int, Prompt] = {}  # restored, to be sampled afresh
         self._made_by = made_by
+        self._lonely = 0  # groups without peers, since the last batch
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
@@ -141,6 +160,7 @@ class Stream:
             raise self._failure
         wanted, dropped = self._wanted(), self._dropped_before()
         self._batches += 1
+        self._lonely = 0
         return Taken(
             [self._finished.pop(sequence) for sequence in wanted],
             tuple(self._dropped.pop(sequence) for sequence in dropped),
@@ -223,10 +243,15 @@ class Stream:
         """Sample and grade one group; the first failure ends all others."""
         try:
             group = await self._sample(f"{sequence}/{prompt.id}", prompt)
-            selected = self._select is None or self._select(group)
+            lonely = len(group.rollouts) < PEERS
+            selected = not lonely and (self._select is None or self._select(group))
             del self._in_flight[sequence]
             if selected:
                 self._finished[sequence] = group
+            elif lonely:
+                self._lonely += 1
+                self._fill()
+                self._check_lonely()
             else:
                 self._dropped[sequence] = float(group.rewards.mean())
                 self._fill()
@@ -244,7 +269,17 @@ class Stream:
         rollouts = await self._engine.generate(prompt.tokens, self._sampling, request_id=group_id)
         rewards = await asyncio.gather(*(self._score(prompt, rollout) for rollout in rollouts))
         graded = zip(rollouts, rewards, strict=True)
-        return Group(group_id, prompt, tuple(replace(r, reward=reward) for r, reward in graded))
+        peers = tuple(replace(r, reward=reward) for r, reward in graded if reward is not None)
+        return Group(group_id, prompt, peers)
+
+    def _check_lonely(self) -> None:
+        allowed = PATIENCE * self._batch
+        if self._lonely > allowed and not self._full():
+            raise RewardError(
+                f"reward.on_error = 'drop': rewards failed until fewer than {PEERS} answers were "
+                f"left in {self._lonely} groups, for a step of {self._batch}; correct the reward, "
+                "or set reward.on_error=zero"
+            )
 
     def _check_limit(self) -> None:
         """Only an unfinished batch can fail; what was dropped beyond it is the next one's."""
@@ -252,7 +287,8 @@ class Stream:
         allowed = self._limit * self._batch
         if not self._limit or self._full() or len(means) + self._batch <= allowed:
             return
-        often = ", ".join(f"{mean:.3g} in {n}" for mean, n in Counter(means).most_common(2))
+        counts = Counter(f"{mean:.3g}" for mean in means)
+        often = ", ".join(f"{mean} in {n}" for mean, n in counts.most_common(2))
         require(
             False,
             "algo.sampling.limit",

@@ -117,7 +117,20 @@ def test_is_flat() -> None:
     value = f64(1, 0.1, 2, 0.1, 0.1, 5, 2, -1)
     of = ids(0, 3, 0, 3, 3, 4, 0, 6)
     assert is_flat(value, of).tolist() == [False, True, False, True, True, True, False, True]
-    assert not is_flat(f64(1, 1 + 2e-16), ids(0, 0)).any()  # one unit in the last place
+    assert not is_flat(f64(1, 1 + 1e-8), ids(0, 0)).any()
+
+
+@pytest.mark.parametrize(
+    "rewards", [(0.1 + 0.2, 0.3), (0.7 + 0.2 + 0.1 - 1, 0), (1e9, 1e9 + 0.1), (1, 1 + 2e-16)]
+)
+def test_rounding_is_no_difference(rewards: tuple[float, float]) -> None:
+    """Divided by its own deviation it would be an advantage of 1 to learn from."""
+    value, of = f64(*rewards), ids(0, 0)
+    assert is_flat(value, of).all()
+    assert centre(value, of).tolist() == centre(value, of, leave_one_out=True).tolist() == [0, 0]
+    assert divide_by_std(value - 5, value, of, unbiased=True, eps=0.0).tolist() == [0, 0]
+    moments = Moments().merge(value)
+    assert running_divide(value - 5, moments, unbiased=True, eps=0.0).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -190,6 +190,45 @@ def test_a_flat_group_among_others_is_exactly_zero() -> None:
     assert advantages(samples)[:3] == [0.0] * 3
 
 
+@pytest.mark.parametrize("std", [Level.group, Level.batch, Level.running])
+@pytest.mark.parametrize("mean", [Level.group, Level.batch, Level.running])
+@pytest.mark.parametrize("token_std", [TokenLevel.none, TokenLevel.batch])
+def test_rounding_is_not_learned_from(mean: Level, std: Level, token_std: TokenLevel) -> None:
+    """A spread of 5.6e-17, divided by itself, would be an advantage of 1."""
+    groups = new_groups([0.1 + 0.2, 0.3, 0.3], lengths=[2, 1, 3])
+    config = AdvantageConfig(
+        mean=mean, std=std, eps=0.0, token_mean=token_std, token_std=token_std, token_eps=0.0
+    )
+    samples, _, _ = graded(groups, advantage=config)
+    assert advantages(samples) == [0.0] * 6
+
+
+@pytest.mark.parametrize("reward", [1e155, -1e10, math.nan, math.inf])
+def test_what_no_reward_may_be_is_named(reward: float) -> None:
+    with pytest.raises(ValueError, match=r"^reward = .*: of an answer of group 1 must be at most"):
+        graded(new_groups([0.0, 1.0], [0.0, reward]))
+
+
+@pytest.mark.parametrize("std", [Level.group, Level.batch, Level.running])
+def test_the_largest_rewards_do_not_overflow(std: Level) -> None:
+    samples, state, _ = graded(
+        new_groups([1e9, -1e9], [-1e9, 1e9]),
+        advantage=AdvantageConfig(std=std, unbiased=False, eps=0.0),
+    )
+    assert advantages(samples) == [1, -1, -1, 1]
+    assert np.isfinite(np.float32(state.rewards.squares))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_groups_need_not_be_of_one_size(leave_one_out: bool) -> None:
+    """Failed answers may have been left out of some: each group is graded as if it were alone."""
+    options = AdvantageConfig(leave_one_out=leave_one_out)
+    rewards = [[1.0, 0.0, 0.0], [1.0, 0.0], [0.2, 0.4, 0.9, 1.0]]
+    together, _, _ = graded(new_groups(*rewards), advantage=options)
+    alone = [graded(new_groups(one), advantage=options)[0] for one in rewards]
+    assert advantages(together) == [a for samples in alone for a in advantages(samples)]
+
+
 # --- tokens --------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,6 @@ def test_rollouts() -> None:
         "sampling/reward": 0.75,  # of .5 and 1
         "reward/mean": 0.75,
         "reward/std": pytest.approx(np.sqrt(3) / 4),  # sqrt((3 * .0625 + .5625) / 4)
-        "reward/failed": 0.0,
         "reward/flat_groups": 0.5,
         "response/length": 3.0,
         "response/length_max": 6.0,
@@ -52,7 +51,13 @@ def test_rollouts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "flat"), [([[1, 1], [0, 0], [0, 1]], 2 / 3), ([[0, 1]], 0.0), ([[0.1] * 3], 1.0)]
+    ("rewards", "flat"),
+    [
+        ([[1, 1], [0, 0], [0, 1]], 2 / 3),
+        ([[0, 1]], 0.0),
+        ([[0.1] * 3], 1.0),
+        ([[0.1 + 0.2, 0.3]], 1.0),
+    ],
 )
 def test_flat_groups(rewards: list[list[float]], flat: float) -> None:
     prompt = Prompt("a", np.ones(1, np.int32), "", "")
@@ -70,13 +75,3 @@ def test_dropped_groups_count_as_drawn() -> None:
     assert found["sampling/groups"] == 4
     assert found["sampling/reward"] == 0.625  # (.5 + 1 + 0 + 1) / 4
     assert found["reward/mean"] == 0.5
-
-
-@pytest.mark.parametrize(("failed", "share"), [(2, 0.25), (8, 1.0), (9, 1.0)])
-def test_failed_rewards_are_a_share_of_all_that_were_graded(failed: int, share: float) -> None:
-    """Eight: two answers in a group that is kept and three that are dropped."""
-    prompt = Prompt("a", np.ones(1, np.int32), "", "")
-    pair = tuple(new_rollout(1, r, "stop", ((0, 0, 1),)) for r in (0.0, 1.0))
-    group = Group("a", prompt, pair)
-    found = rollout_statistics([group], dropped=[0.0] * 3, failed=failed, version=0)
-    assert found["reward/failed"] == share

@@ -23,6 +23,8 @@ BETWEEN = SamplingConfig(mean_low=0.25, mean_high=0.75)
         (DROP, [1, 0, 1], True),
         (DYNAMIC, [1, 1], False),
         (DYNAMIC, [1, 1 - 1e-6], True),
+        (DYNAMIC, [0.1 + 0.2, 0.3], False),  # flat but for rounding
+        (SamplingConfig(mean_high=1.0), [0.7 + 0.2 + 0.1] * 2, False),  # and 1 but for rounding
         (BETWEEN, [1, 0], True),
         (BETWEEN, [1, 0, 0, 0], False),  # .25: strictly above
         (BETWEEN, [1, 1, 1, 0], False),  # .75: strictly below

@@ -21,7 +21,10 @@ MODULES = {
     "without": ("", "cannot be imported (AttributeError: "),
     "noise": ("raise ImportError('a\\nb')", "cannot be imported (ImportError: a b)"),
     "number": ("score = 1", "must name something callable; "),
-    "single": ("def score(rollout): return 1.0", "must take two arguments, (prompt, rollout); "),
+    "single": (
+        "def score(rollout): return 1.0",
+        "must take two arguments, (prompt, rollout); ",
+    ),
     "leaves": ("import os; os._exit(3)", "importing it ended its process, status 3; "),
     "hangs": ("import time; time.sleep(60)", "importing it took longer than 3 s; correct the "),
 }
@@ -62,13 +65,14 @@ def prompts(*answers: str) -> list[Prompt]:
         ("gsm8k", "", "'') is not one number"),
         ("arithmetic", "1 + 1\n#### 2", "'1 + 1\\n#### 2') is a whole solution, compared to the"),
         ("arithmetic", " ", "' ') is empty"),
+        ("math", "}{", "'}{') cannot be read as mathematics"),
+        ("math", "", "'') is empty"),
+        ("math", "\\boxed{}", "'\\\\boxed{}') is empty"),
     ],
 )
 def test_answers_that_can_never_be_matched(kind: str, answer: str, problem: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_answers(
-            RewardKind[kind], prompts("#### 5" * (kind == "gsm8k") or "5", answer), "data.source"
-        )
+        check_answers(RewardKind[kind], prompts("5", answer, answer), "data.source")
     start = f"reward.kind = {kind!r}: the answer in row 2 of data.source ({problem}"
     assert str(caught.value).startswith(start) and "; " in str(caught.value)
 
@@ -77,3 +81,11 @@ def test_answers_that_can(tmp_path: Path) -> None:
     check_answers(RewardKind.gsm8k, prompts("#### 18", "9 * 2 = $18\n#### $1,800.50", "7"), "x")
     check_answers(RewardKind.arithmetic, prompts("7", "seven"), "x")
     check_answers(RewardKind.function, prompts("", "####"), "x")
+    check_answers(RewardKind.gsm8k, prompts("1e-05", "3e+08", "\\frac34"), "x")
+    check_answers(RewardKind.math, prompts("7", "\\frac{1}{2}", "$x=5$", "$(1, 2]$", "no"), "x")
+
+
+def test_a_row_without_a_number_is_named_by_its_id() -> None:
+    prompt = Prompt("train-a.jsonl", np.array([1], np.int32), "?", "none")
+    with pytest.raises(ValueError, match=r"the answer to train-a\.jsonl of x \('none'\) is not"):
+        check_answers(RewardKind.gsm8k, [prompt], "x")

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import time
-from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 from fake_sglang import FakeServer, answer_generate, sample
 
-from peergrad.config import Config, FlatGroups, SamplingConfig
+from peergrad.config import Config, FlatGroups, OnError, RewardConfig, SamplingConfig
 from peergrad.data import Prompt
+from peergrad.grades import Failure, Grade
 from peergrad.rollout.collector import Collector, Parts
 
 
@@ -37,13 +37,10 @@ class Counting:
 class LastDigit:
     """Rewards answers whose prompt ends in an even token."""
 
-    def __init__(self):
-        self.failures = Counter()
-
     async def score(self, prompt, rollout):
         if prompt.id == "p666":
             raise ValueError("no grade for p666")
-        return float(prompt.tokens[-1] % 2 == 0)
+        return Grade(float(prompt.tokens[-1] % 2 == 0))
 
     def close(self):
         pass
@@ -53,11 +50,24 @@ class OddDiffer(LastDigit):
     """Rewards one answer of two if the prompt ends in an odd token, else both."""
 
     def __init__(self):
-        super().__init__()
         self.graded = count()
 
     async def score(self, prompt, rollout):
-        return float(prompt.tokens[-1] % 2 == 0 or next(self.graded) % 2)
+        return Grade(float(prompt.tokens[-1] % 2 == 0 or next(self.graded) % 2))
+
+
+class ByText(LastDigit):
+    """Rewards what it reads; fails where the prompt ends in 1."""
+
+    async def score(self, prompt, rollout):
+        if prompt.tokens[-1] == 1:
+            return Failure("value", "returned None, which is no number")
+        return Grade(len(rollout.text), {"eos": float("<1>" in rollout.text)})
+
+
+class Never(LastDigit):
+    async def score(self, prompt, rollout):
+        return Failure("error", "raised KeyError: 'x' (mine.py:7)")
 
 
 def new_prompt(index):
@@ -65,7 +75,19 @@ def new_prompt(index):
 
 
 def build(config):
-    return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,))
+    return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,), decode)
+
+
+def decode(answers):
+    return ["".join(f"<{token}>" for token in answer) for answer in answers]
+
+
+def build_by_text(config):
+    return replace(build(config), scorer=ByText())
+
+
+def build_never(config):
+    return replace(build(config), scorer=Never())
 
 
 def build_odd_differ(config):
@@ -162,6 +184,50 @@ def test_without_it_such_groups_are_left_to_the_trainer(start):
     assert [g.id for g in taken.groups] == ["0/p0", "1/p1", "2/p2"] and taken.dropped == ()
 
 
+def test_rewards_read_the_tokens_that_were_sampled(start, caplog):
+    """Not the engine's text, which lacks special tokens; the end token is left off."""
+    collector = start(build_by_text)
+    collector.set_version(0)
+    taken = collector.take(0)
+    assert [g.rollouts[0].text for g in taken.groups] == ["<5><0>", "<5><1>", "<5><2>"]
+    assert [g.rewards.tolist() for g in taken.groups] == [[6, 6], [0, 0], [6, 6]]
+    assert taken.grading == {
+        **{"reward/failed": 1 / 3, "reward/failed_value": 1 / 3, "reward_part/eos": 0.0},
+        **{f"reward/failed_{kind}": 0.0 for kind in ("error", "timeout", "crash")},
+    }
+    assert caplog.text.count("step 1: 2 of 6 rewards failed (value 2) and count as 0: that of") == 1
+    result = collector.evaluate(1)  # p0 to p4, greedy
+    assert result.grading["reward/failed"] == 0.2 and result.mean_reward == 24 / 5
+
+
+def test_failed_answers_can_be_left_out(start):
+    config = new_config()
+    config.reward = RewardConfig(on_error=OnError.drop)
+    collector = start(build_by_text, config)
+    collector.set_version(0)
+    taken = collector.take(0)
+    assert [g.id for g in taken.groups] == ["0/p0", "2/p2", "3/p3"]  # p1 has no answer left
+    assert taken.grading["reward/failed"] == 0.25
+    assert collector.evaluate(1).mean_reward == 6
+
+
+def test_a_reward_that_never_works_ends_the_run_in_its_first_step(start):
+    collector = start(build_never)
+    collector.set_version(0)
+    rule = (
+        r"^reward\.kind = 'arithmetic': all 6 rewards of a step failed \(error 6\), that of a "
+        r"rollout of p\d raised KeyError: 'x' \(mine\.py:7\); its text ends '<5><\d>'; correct it"
+    )
+    with pytest.raises(RuntimeError, match=rule):
+        collector.take(0)
+
+
+def test_or_in_its_first_evaluation(start):
+    collector = start(build_never)
+    with pytest.raises(RuntimeError, match="all 5 rewards of an evaluation failed"):
+        collector.evaluate(0)
+
+
 def test_an_error_comes_with_its_message_and_the_log_has_its_traceback(start, caplog):
     caplog.set_level("INFO")
     collector = start(build_from_666)
@@ -194,8 +260,7 @@ class Slow(LastDigit):
         if prompt.id == "p1":
             logging.getLogger("rewards").warning("100 % slow")
             await asyncio.sleep(1.5)
-        self.failures["error"] += prompt.id == "p2"
-        return 0.0
+        return Failure("error", "raised") if prompt.id == "p2" else Grade(0.0)
 
 
 def build_slow(config):
@@ -211,9 +276,9 @@ def test_one_hears_how_far_it_is_and_what_is_wrong(start, caplog):
     taken = collector.take(0)
     assert heard[-1] == "2 of 3 groups, 1 in flight"
     assert "100 % slow" in caplog.text
-    assert taken.failed == 2
+    assert taken.grading["reward/failed"] == taken.grading["reward/failed_error"] == 1 / 3
     collector.set_version(1)
-    assert collector.take(1).failed == 0
+    assert collector.take(1).grading["reward/failed"] == 0
 
 
 def test_a_dead_process_is_noticed(server, start):

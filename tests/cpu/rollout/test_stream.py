@@ -3,12 +3,14 @@
 import asyncio
 import pickle
 import random
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
 
 from peergrad.data import Group, Prompt, Rollout
+from peergrad.grades import RewardError
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.stream import Stream, StreamState, Taken
 
@@ -302,6 +304,47 @@ def test_the_limit_itself_is_allowed_to_every_batch():
         return [each.dropped for each in await train(stream, engine, range(3))]
 
     assert asyncio.run(main()) == [(0, 1, 0, 1)] * 3
+
+
+def failing(*which: int):
+    """No reward for these answers, counted over all groups of two."""
+    answers = count()
+
+    async def score(prompt: Prompt, rollout: Rollout) -> float | None:
+        return None if next(answers) in which else 0.5
+
+    return score
+
+
+def test_a_failed_answer_is_left_out_of_its_group_and_a_lone_one_is_replaced():
+    async def main():
+        engine = FakeEngine(0)
+        engine.slowest = 0
+        sampling = replace(SAMPLING, n=3)
+        score = failing(0, 3, 4)  # one of the first group's answers, two of the second's
+        stream = Stream(engine, Counting(), score, sampling, batch=4, max_staleness=0)
+        (taken,) = await train(stream, engine, range(1))
+        return taken
+
+    taken = asyncio.run(main())
+    assert [g.id for g in taken.groups] == ["0/p0", "2/p2", "3/p3", "4/p4"]
+    assert [g.rewards.tolist() for g in taken.groups] == [[0.5] * 2, *[[0.5] * 3] * 3]
+    assert taken.dropped == ()  # those that taught nothing; this one was never graded
+
+
+def test_groups_without_peers_are_not_replaced_for_ever():
+    async def main():
+        engine = FakeEngine(0)
+        stream = new_stream(engine, Counting(), score=failing(*range(0, 1000, 2)))
+        stream.set_version(0)
+        with pytest.raises(RewardError) as error:
+            await stream.take(0)
+        assert str(error.value) == (
+            "reward.on_error = 'drop': rewards failed until fewer than 2 answers were left in 41 "
+            "groups, for a step of 4; correct the reward, or set reward.on_error=zero"
+        )
+
+    asyncio.run(main())
 
 
 class Slow(FakeEngine):
