@@ -268,7 +268,7 @@ def test_time_is_linear_in_the_text() -> None:
     for text in texts:
         start = time.process_time()
         final_number(text)
-        assert time.process_time() - start < 2.0, text[:40]
+        assert time.process_time() - start < 20, text[:40]  # quadratic: minutes
 
 
 def grade(answer: str, text: str, finish: str = "stop") -> float:
