@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, cast
 
@@ -56,6 +57,10 @@ class Parts:
     stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
 
 
+Build = Callable[[Config, Callable[[str], None]], Parts]
+"""Makes the parts; the second argument is to be told how far it is."""
+
+
 class Collector:
     """The trainer's handle on the collector process; used by global rank 0 only.
 
@@ -70,7 +75,7 @@ class Collector:
         self,
         config: Config,
         urls: Sequence[str],
-        build: Callable[[Config], Parts],
+        build: Build,
         *,
         state: bytes | None = None,
         identity: str | None = None,
@@ -267,7 +272,7 @@ def _run(
     parent: int,
     config: Config,
     urls: Sequence[str],
-    build: Callable[[Config], Parts],
+    build: Build,
     state: bytes | None,
     identity: str | None,
     open_log: Callable[[], object],
@@ -281,7 +286,7 @@ def _run(
     try:
         open_log()
         logging.getLogger().addHandler(outbox)
-        parts = build(config)
+        parts = build(config, partial(outbox.put, "progress"))
         try:
             asyncio.run(_serve(connection, outbox, config, urls, parts, state, identity))
         finally:

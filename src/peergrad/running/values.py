@@ -5,13 +5,13 @@ from copy import deepcopy
 from enum import Enum
 from typing import Any
 
-from omegaconf import DictConfig, EnumNode, ListConfig, StringNode
+from omegaconf import AnyNode, DictConfig, EnumNode, ListConfig, StringNode
 from omegaconf.base import Node
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, ValueNode
 
 from peergrad.running.hints import likeliest, unknown_key
-from peergrad.running.keys import is_free, is_section, keys
+from peergrad.running.keys import TEXTS, is_free, is_section, keys
 from peergrad.running.quoting import argument
 
 SCALARS = {
@@ -19,6 +19,7 @@ SCALARS = {
     FloatNode: "a number",
     BooleanNode: "true or false",
     StringNode: "text",
+    AnyNode: "text or a list of texts",
 }
 ITEMS = {int: "whole numbers", str: "texts"}
 
@@ -112,7 +113,7 @@ def _remedy(key: str, node: Node, value: Any, typed: str) -> str:
         return _as_list(key, node, value)
     if isinstance(node, DictConfig):
         return f"write it as in '{key}={{name: value}}'"
-    if isinstance(node, StringNode) and argument(key, typed):
+    if isinstance(node, TEXTS) and argument(key, typed):
         return f"for this very text write {argument(key, typed)}"
     if isinstance(node, IntegerNode) and isinstance(value, float) and value.is_integer():
         return f"write {key}={int(value)}"

@@ -125,7 +125,7 @@ def test_warnings(config: Config, what: str) -> None:
     if what == "few":
         train = Source("few.jsonl", 9, 0, 3, 3)
     if what == "same":
-        held_out = train
+        held_out, config.data.held_out = train, config.data.source
     config.run.resume = what == "resume"
     found = None if what == "held_out" else held_out
     text = " ".join(summary(config, 4, Inputs(SHAPE, TOKENIZER, train, found)).split())

@@ -64,19 +64,19 @@ def new_prompt(index):
     return Prompt(f"p{index}", np.array([5, index], np.int32), "", "")
 
 
-def build(config):
+def build(config, heard=str):
     return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,))
 
 
-def build_odd_differ(config):
+def build_odd_differ(config, heard=str):
     return replace(build(config), scorer=OddDiffer())
 
 
-def build_badly(config):
+def build_badly(config, heard=str):
     raise FileNotFoundError("no such data set: nowhere.jsonl")
 
 
-def build_from_666(config):
+def build_from_666(config, heard=str):
     parts = build(config)
     parts.prompts.position = 666
     return parts
@@ -198,7 +198,7 @@ class Slow(LastDigit):
         return 0.0
 
 
-def build_slow(config):
+def build_slow(config, heard=str):
     return replace(build(config), scorer=Slow())
 
 

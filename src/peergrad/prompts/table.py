@@ -1,0 +1,109 @@
+"""Many prompts in a few flat arrays: 40 bytes a prompt beside its tokens and its texts."""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from peergrad.data import Prompt
+
+
+class _Texts:
+    """Texts one behind the other, as UTF-8."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, text: str) -> None:
+        self._bytes += text.encode("utf-8")
+        self._ends.append(len(self._bytes))
+
+    def __getitem__(self, index: int) -> str:
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8")
+
+
+class Table(Sequence[Prompt]):
+    """Prompts that can be added at the end; each is made when it is asked for.
+
+    The prompt of row 17 has the id ``train-17``; that of the second file ``train-1-17``: more rows
+    or more files rename none.
+
+    Example:
+        >>> table = Table("train")
+        >>> table.append(0, 17, [5, 3, 9], "1+2=", "3", "")
+        >>> table[0].id, table[0].tokens
+        ('train-17', array([5, 3, 9], dtype=int32))
+    """
+
+    def __init__(self, split: str) -> None:
+        self._split = split
+        self._files, self._rows = array("i"), array("q")
+        self._tokens, self._ends = array("i"), array("q", [0])
+        self._texts, self._answers, self._extras = _Texts(), _Texts(), _Texts()
+
+    def append(
+        self, file: int, row: int, tokens: Sequence[int], text: str, answer: str, extra: str
+    ) -> None:
+        """One more; texts must be such that UTF-8 can hold them. ``extra``: a JSON object, or
+        nothing."""
+        self._files.append(file)
+        self._rows.append(row)
+        self._tokens.extend(tokens)
+        self._ends.append(len(self._tokens))
+        self._texts.append(text)
+        self._answers.append(answer)
+        self._extras.append(extra)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self._prompt(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._prompt(index % len(self))
+
+    def _prompt(self, index: int) -> Prompt:
+        extra = self._extras[index]
+        return Prompt(
+            id=self._id(index),
+            tokens=np.frombuffer(self._content(index), np.int32).copy(),  # that can be written to
+            text=self._texts[index],
+            answer=self._answers[index],
+            extra=json.loads(extra) if extra else {},
+        )
+
+    def _id(self, index: int) -> str:
+        file = f"{self._files[index]}-" if self._files[index] else ""
+        return f"{self._split}-{file}{self._rows[index]}"
+
+    def _content(self, index: int) -> bytes:
+        return self._tokens[self._ends[index] : self._ends[index + 1]].tobytes()
+
+    def identities(self) -> Iterator[tuple[str, str, bytes]]:
+        """(id, answer, tokens as bytes) of each: what tells one set of prompts from another."""
+        for index in range(len(self)):
+            yield self._id(index), self._answers[index], self._content(index)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt, [N] int64."""
+        return np.diff(np.frombuffer(self._ends, np.int64))
+
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers that are equal where tokens are, and where tokens and answer are: each [N]
+        int64, of use in this process alone."""
+        tokens = np.empty(len(self), np.int64)
+        both = np.empty(len(self), np.int64)
+        for index, (_, answer, content) in enumerate(self.identities()):
+            tokens[index] = hash(content)
+            both[index] = hash((content, answer))
+        return tokens, both
