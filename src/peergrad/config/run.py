@@ -190,7 +190,7 @@ def _check_source(key: str, value: Any) -> None:
     names = value if isinstance(value, list) else [value]
     fine = bool(names) and all(isinstance(name, str) and _is_text(name) and name for name in names)
     rule = "must be the path of a file, or a list of such"
-    require(fine, key, value, rule, f"write it as in {key}=a.jsonl, or {key}=[a.jsonl,b.jsonl]")
+    require(fine, key, value, rule, f"write it as in {key}=a.jsonl or '{key}=[a.jsonl,b.jsonl]'")
 
 
 def _is_text(value: str) -> bool:

@@ -106,12 +106,13 @@ class Special:
 
     def notes(self, source: str) -> list[str]:
         """What is allowed, and perhaps not meant: a line of each kind."""
-        token, kind = self._tokenizer.bos_token, "the chat template" if self._chat else "tokenizer"
+        token = self._tokenizer.bos_token
+        twice = "the template or the messages" if self._chat else "the text"
         lines = (
-            (self._twice, f"begin with {token!r} twice: take it out of the text"),
+            (self._twice, f"begin with {token!r} twice: take one out of {twice}"),
             (
                 self._absent,
-                f"begin without {token!r}, which the tokenizer has and {kind} leaves out",
+                f"begin without {token!r}, which the tokenizer has and the chat template leaves out",
             ),
             (self._strange, f"hold what the tokenizer knows only as {self._tokenizer.unk_token!r}"),
         )

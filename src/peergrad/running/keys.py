@@ -9,11 +9,8 @@ from omegaconf.base import Node
 
 from peergrad.config import Config
 
-FREE = (
-    "parallel.megatron",
-    "rollout.servers.args",
-    "data.template_args",
-)  # dicts that take any key
+# Dicts that take any key.
+FREE = ("parallel.megatron", "rollout.servers.args", "data.template_args")
 TEXTS = (StringNode, AnyNode)  # a text; AnyNode: or a list of texts
 
 

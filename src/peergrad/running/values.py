@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, ValueNode
 
 from peergrad.running.hints import likeliest, unknown_key
-from peergrad.running.keys import TEXTS, is_free, is_section, keys
+from peergrad.running.keys import is_free, is_section, keys
 from peergrad.running.quoting import argument
 
 SCALARS = {
@@ -19,7 +19,7 @@ SCALARS = {
     FloatNode: "a number",
     BooleanNode: "true or false",
     StringNode: "text",
-    AnyNode: "text or a list of texts",
+    AnyNode: "the path of a file, or a list of such",
 }
 ITEMS = {int: "whole numbers", str: "texts"}
 
@@ -69,6 +69,9 @@ def _fits(key: str, value: Any) -> bool:
         return isinstance(value, dict) and not is_section(key)
     if isinstance(node, ListConfig):
         return isinstance(value, list) and all(_item_fits(node, item) for item in value)
+    if isinstance(node, AnyNode):
+        several = isinstance(value, list) and bool(value)
+        return isinstance(value, str) or (several and all(isinstance(item, str) for item in value))
     if isinstance(node, EnumNode):
         return isinstance(value, str) and value in node.enum_type.__members__
     if isinstance(node, BooleanNode) and isinstance(value, int | float):
@@ -101,7 +104,7 @@ def _rule(node: Node) -> str:
         rule = f"a list of {ITEMS[node._metadata.element_type]}"
     elif isinstance(node, ValueNode):
         rule = SCALARS[type(node)]
-    return rule + (", or null" if node._metadata.optional else "")
+    return rule + (", or null" if node._metadata.optional and type(node) is not AnyNode else "")
 
 
 def _remedy(key: str, node: Node, value: Any, typed: str) -> str:
@@ -113,7 +116,9 @@ def _remedy(key: str, node: Node, value: Any, typed: str) -> str:
         return _as_list(key, node, value)
     if isinstance(node, DictConfig):
         return f"write it as in '{key}={{name: value}}'"
-    if isinstance(node, TEXTS) and argument(key, typed):
+    if isinstance(node, AnyNode):
+        return f"write it as in {key}=a.jsonl or {shlex.quote(f'{key}=[a.jsonl,b.jsonl]')}"
+    if isinstance(node, StringNode) and argument(key, typed):
         return f"for this very text write {argument(key, typed)}"
     if isinstance(node, IntegerNode) and isinstance(value, float) and value.is_integer():
         return f"write {key}={int(value)}"

@@ -199,6 +199,7 @@ class Slow(LastDigit):
 
 
 def build_slow(config, heard=str):
+    heard("2 of 5 files")
     return replace(build(config), scorer=Slow())
 
 
@@ -207,6 +208,7 @@ def test_one_hears_how_far_it_is_and_what_is_wrong(start, caplog):
     collector, heard = start(build_slow), []
     collector.heard = heard.append
     collector.ready()
+    assert heard[0] == "2 of 5 files"
     collector.set_version(0)
     taken = collector.take(0)
     assert heard[-1] == "2 of 3 groups, 1 in flight"

@@ -1,0 +1,53 @@
+"""Prompts in flat arrays are the prompts that went in."""
+
+import numpy as np
+import pytest
+
+from peergrad.data import Prompt
+from peergrad.prompts import Prompts, Table
+
+ROWS = [
+    (0, 0, [5, 3, 9], "1+2=", "3", ""),
+    (0, 7, [5], "\u00e4\n", "", '{"level": null, "tags": ["\u00e4"]}'),
+    (2, 0, [5, 3, 9], "", "4", ""),
+]
+
+
+@pytest.fixture
+def table() -> Table:
+    table = Table("train")
+    for row in ROWS:
+        table.append(*row)
+    return table
+
+
+def test_what_went_in_comes_out(table: Table) -> None:
+    assert [prompt.id for prompt in table] == ["train-0", "train-7", "train-2-0"]
+    assert [prompt.tokens.tolist() for prompt in table] == [tokens for _, _, tokens, *_ in ROWS]
+    assert [(prompt.text, prompt.answer) for prompt in table] == [row[3:5] for row in ROWS]
+    assert [prompt.extra for prompt in table] == [{}, {"level": None, "tags": ["\u00e4"]}, {}]
+    assert table[0].tokens.dtype == np.int32 and table[0].tokens.flags.writeable
+    assert table.lengths().tolist() == [3, 1, 3]
+
+
+def test_it_is_a_sequence(table: Table) -> None:
+    assert len(table) == 3 and table[-1].id == table[2].id
+    assert [prompt.id for prompt in table[1:9]] == ["train-7", "train-2-0"]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            table[index]
+
+
+def test_equal_tokens_have_equal_hashes(table: Table) -> None:
+    tokens, both = table.hashes()
+    assert tokens[0] == tokens[2] != tokens[1]
+    assert len(set(both.tolist())) == 3
+
+
+def test_the_order_knows_them_as_it_knows_a_list(table: Table) -> None:
+    """A checkpoint's position holds for the same prompts, however they are kept."""
+    listed: list[Prompt] = list(table)
+    for shuffle in (True, False):
+        one, other = (Prompts(records, shuffle=shuffle, seed=3) for records in (table, listed))
+        assert one.state_dict() == other.state_dict()
+        assert [next(one).id for _ in range(7)] == [next(other).id for _ in range(7)]
