@@ -21,17 +21,15 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Renders the prompts of one source: as they are, or through the tokenizer's chat template.
-
-    ``continued`` counts the conversations whose last answer is continued.
-    """
+    """Renders the prompts of one source: as they are, or through the tokenizer's chat template."""
 
     def __init__(self, config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises ValueError for a template argument that the template does not read."""
         self._config, self._tokenizer = config, tokenizer
         self._key = Key("data.prompt_key", config.prompt_key)
         self._template = _template(tokenizer) if config.chat else ""
-        self.continued = 0
+        self._continued = 0
+        self._lost, self._lost_where = 0, ""  # messages that the template left out
         for name, value in config.template_args.items():
             require(
                 name in _variables(self._template),
@@ -46,7 +44,9 @@ class Renderer:
         prompt = self._key.of(row)
         if self._config.chat:
             messages = self._with_system(row, self._messages(row, prompt))
-            return require_text(self._key, row, self._chat(row, messages)), messages
+            text = self._chat(row, messages)
+            self._look_for(row, messages, text)
+            return require_text(self._key, row, text), messages
         correct = "correct it, or set data.chat=true for lists of messages"
         if not isinstance(prompt, str) or prompt == "":
             rule = f"{row.where} must hold text there, not {shown(prompt)}"
@@ -112,7 +112,7 @@ class Renderer:
             rule = f"{row.where} ends with a message of the assistant, which another would follow"
             remedy = "remove that message, or set data.continue_final_message=true to continue it"
             raise self._key.refusal(rule, remedy)
-        self.continued += going_on
+        self._continued += going_on
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -127,6 +127,32 @@ class Renderer:
             rule = f"the tokenizer's chat template fails on {row.where} ({one_line(error)})"
             remedy = "correct the row, or use the tokenizer of a chat model"
             raise BadRow("data.chat", True, rule, remedy) from error
+
+    def _look_for(self, row: Row, messages: Messages, text: str) -> None:
+        """Answers may lose their thoughts, and results of tools their form; the rest is meant to
+        be read."""
+        for number, message in enumerate(messages, 1):
+            meant = message["role"] not in ("assistant", "tool")
+            if meant and message["content"].strip() not in text:
+                self._lost += 1
+                where = f"{row.where}: message {number}, role {message['role']!r}"
+                self._lost_where = self._lost_where or where
+                return
+
+    def notes(self, source: str) -> list[str]:
+        """What is allowed, and perhaps not meant: a line of each kind."""
+        found = []
+        if self._config.continue_final_message and not self._continued:
+            found.append(
+                "data.continue_final_message=true has no effect: no conversation of "
+                f"{source} ends with the assistant"
+            )
+        if self._lost:
+            found.append(
+                f"{self._lost} prompts of {source} lose a message in the chat template, which "
+                f"does not write it as it is ({self._lost_where})"
+            )
+        return found
 
 
 def _stored(text: str) -> Messages | None:

@@ -30,6 +30,8 @@ class Row:
     columns: dict[str, Any]
 
 
+Heard = Callable[[str], None]
+"""Is told how far something is, as in "12,288 rows, 31% of train.jsonl"."""
 Read = Iterator[tuple[int, float, Any]]  # (index of the row, share of the file so far, the row)
 
 
@@ -67,7 +69,7 @@ def _check_path(source: str, option: str) -> Path:
     return path.resolve()
 
 
-def read_rows(path: Path, option: str, heard: Callable[[str], None]) -> Iterator[Row]:
+def read_rows(path: Path, option: str, heard: Heard) -> Iterator[Row]:
     """The rows of one file; ``heard`` is told how far it is.
 
     Raises ValueError for the first that cannot be read; ``option`` is the key that names the file.

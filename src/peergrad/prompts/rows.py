@@ -1,7 +1,6 @@
 """What a row holds under a key, and how a bad one is named."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -102,7 +101,3 @@ def require_text(key: Key, row: Row, text: str, what: str = "") -> str:
         rule = f"{row.where} holds a NUL character{what}, which no text has"
         raise key.refusal(rule, "correct it: the data is damaged or in another encoding")
     return text
-
-
-Heard = Callable[[str], None]
-"""Is told how far something is, as in "12,288 rows, 31% of train.jsonl"."""

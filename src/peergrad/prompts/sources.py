@@ -15,8 +15,8 @@ from peergrad.config import DataConfig, require
 from peergrad.config.rules import one_line
 from peergrad.prompts import arithmetic
 from peergrad.prompts.chat import Messages, Renderer
-from peergrad.prompts.files import GENERATED, Row, check_source, paths, read_rows
-from peergrad.prompts.rows import BadRow, Heard, Key, answer_text, require_text
+from peergrad.prompts.files import GENERATED, Heard, Row, check_source, paths, read_rows
+from peergrad.prompts.rows import BadRow, Key, answer_text, require_text
 from peergrad.prompts.special import Special
 from peergrad.prompts.table import Table
 
@@ -244,14 +244,9 @@ class _Reader:
         )
         hashes, with_answers = self._table.hashes()
         tokens, both = len(np.unique(hashes)), len(np.unique(with_answers))
-        notes = self._special.notes(name)
-        if self._config.continue_final_message and not self._renderer.continued:
-            notes.append(
-                "data.continue_final_message=true has no effect: no conversation of "
-                f"{name} ends with the assistant"
-            )
+        notes = (*self._special.notes(name), *self._renderer.notes(name))
         left_out, repeated = self._rows - len(self._table), len(self._table) - tokens
-        return Loaded(self._table, left_out, repeated, both - tokens, tuple(notes), hashes)
+        return Loaded(self._table, left_out, repeated, both - tokens, notes, hashes)
 
 
 def source_name(source: str | Sequence[str]) -> str:

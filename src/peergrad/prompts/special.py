@@ -110,10 +110,7 @@ class Special:
         twice = "the template or the messages" if self._chat else "the text"
         lines = (
             (self._twice, f"begin with {token!r} twice: take one out of {twice}"),
-            (
-                self._absent,
-                f"begin without {token!r}, which the tokenizer has and the chat template leaves out",
-            ),
+            (self._absent, f"begin without {token!r}: the chat template leaves it out"),
             (self._strange, f"hold what the tokenizer knows only as {self._tokenizer.unk_token!r}"),
         )
         return [

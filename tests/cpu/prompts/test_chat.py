@@ -132,6 +132,16 @@ def test_an_answer_that_is_begun(tmp_path: Path) -> None:
     )
 
 
+def test_messages_that_the_template_leaves_out(tmp_path: Path) -> None:
+    template = "{% for m in messages if m.role != 'developer' %}{{ m.content | trim }} {% endfor %}"
+    order = {"role": "developer", "content": "be brief"}
+    plain = {"role": "user", "content": " 1+2= "}  # templates may trim
+    assert read(tmp_path, [plain], [order, USER], [order, USER], template=template).notes == (
+        f"2 prompts of {tmp_path}/rows.jsonl lose a message in the chat template, which does not "
+        "write it as it is (row 2 of rows.jsonl: message 1, role 'developer')",
+    )
+
+
 def test_arguments_of_the_template(tmp_path: Path) -> None:
     for value, end in ((False, "no thinking"), (True, "")):
         found = texts(tmp_path, "1", template=THINKING, template_args={"enable_thinking": value})

@@ -94,8 +94,8 @@ def test_two_begin_tokens(tmp_path: Path) -> None:
 def test_no_begin_token(tmp_path: Path) -> None:
     made = tokenizer(f"{BEGIN} $A", bos_token=BEGIN, chat_template=CHAT)
     assert read(tmp_path, made, "1+2=", "1", chat=True).notes == (
-        f"2 of 2 prompts of {tmp_path}/rows.jsonl begin without '<pad>', which the tokenizer has "
-        "and the chat template leaves out (row 1 of rows.jsonl: 'user 1+2=\\nas')",
+        f"2 of 2 prompts of {tmp_path}/rows.jsonl begin without '<pad>': the chat template "
+        "leaves it out (row 1 of rows.jsonl: 'user 1+2=\\nas')",
     )
     made.chat_template = "{{ bos_token }}" + CHAT
     assert read(tmp_path, made, "1+2=", chat=True).notes == ()
