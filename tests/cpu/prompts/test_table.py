@@ -5,6 +5,7 @@ import pytest
 
 from peergrad.data import Prompt
 from peergrad.prompts import Prompts, Table
+from peergrad.prompts.table import BLOCK
 
 ROWS = [
     (0, 0, [5, 3, 9], "1+2=", "3", ""),
@@ -51,3 +52,16 @@ def test_the_order_knows_them_as_it_knows_a_list(table: Table) -> None:
         one, other = (Prompts(records, shuffle=shuffle, seed=3) for records in (table, listed))
         assert one.state_dict() == other.state_dict()
         assert [next(one).id for _ in range(7)] == [next(other).id for _ in range(7)]
+
+
+def test_texts_are_found_in_any_order() -> None:
+    """Across packed blocks, in the open one, and between additions."""
+    table, seen = Table("test"), 0
+    for index in range(3 * BLOCK + 5):
+        table.append(0, index, [index], f"{index} \U0001f600", str(-index), f'{{"i": {index}}}')
+        seen = (7 * seen + 3) % (index + 1)
+        prompt = table[seen]
+        assert (prompt.id, prompt.text) == (f"test-{seen}", f"{seen} \U0001f600")
+        assert (prompt.answer, prompt.extra) == (str(-seen), {"i": seen})
+    assert [prompt.extra["i"] for prompt in table] == list(range(len(table)))
+    assert [answer for _, answer, _ in table.identities()] == [str(-i) for i in range(len(table))]
