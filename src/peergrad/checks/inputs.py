@@ -21,6 +21,7 @@ from peergrad.prompts import (
     Loaded,
     TokenizerFacts,
     load_tokenizer,
+    paths,
     read_prompts,
     source_name,
     tokenizer_facts,
@@ -187,16 +188,20 @@ def _read_source(
 ) -> Loaded:
     """The prompts that ``option`` names, with answers that can be matched."""
     data, train = config.data, option == "data.source"
+    source = data.source if train else data.held_out
     loaded = read_prompts(
         data,
-        data.source if train else data.held_out,
+        source,
         split="train" if train else "test",
         tokenizer=tokenizer,
         seed=config.run.seed if train else 0,
         vocab=vocab,
         heard=heard,
     )
-    check_answers(config.reward.kind, loaded.prompts, option)
+    files = paths(source)
+    for number, file in enumerate(files):
+        name = file if files[1:] else option
+        check_answers(config.reward.kind, loaded.prompts.part(number), name)
     return loaded
 
 

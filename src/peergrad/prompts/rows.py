@@ -16,6 +16,9 @@ class BadRow(ValueError):
         self.kind = (key, remedy)
         self._parts = (key, value, rule, remedy)
 
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, object, str, str]]:
+        return BadRow, self._parts  # as every error, it may travel between processes
+
     def with_more(self, count: int, at_least: bool) -> "BadRow":
         """The same, with the number of further rows of its kind."""
         key, value, rule, remedy = self._parts

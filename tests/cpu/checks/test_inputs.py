@@ -82,6 +82,8 @@ def test_several_files_and_what_they_share(config: Config, folder: Path) -> None
     assert (found.train.prompts, found.train.repeated, found.train.contradicting) == (12, 2, 1)
     assert (found.held_out.repeated, found.shared) == (0, 2)
     assert said == ["", ""]  # nothing took a second
+    write_rows(folder, [*rows, {"prompt": "9", "answer": ""}], "other.jsonl")
+    assert f"the answer in row 4 of {folder}/other.jsonl ('') is empty; " in refusal(config)
 
 
 def add_far_token(config: Config, folder: Path) -> None:

@@ -4,6 +4,7 @@ import datetime
 import gc
 import json
 import logging
+import pickle
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -397,8 +398,11 @@ def test_lists_that_are_none(
 
 def test_rows_like_the_first_bad_one_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row(), row(7), row(answer=None), row(8), row(), row(9))
-    with pytest.raises(ValueError, match=r"row 2 of .*, not 7 \(2 more like it\); correct it, or"):
+    with pytest.raises(
+        ValueError, match=r"row 2 of .*, not 7 \(2 more like it\); correct it, or"
+    ) as e:
         load(path)
+    assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
     Path(path).write_text(Path(path).read_text() + "{")
     with pytest.raises(ValueError, match=r"not 7 \(at least 2 more like it\); correct it, or"):
         load(path)

@@ -39,6 +39,13 @@ def test_it_is_a_sequence(table: Table) -> None:
             table[index]
 
 
+def test_the_prompts_of_one_file(table: Table) -> None:
+    files = [[prompt.id for prompt in table.part(file)] for file in range(4)]
+    assert files == [["train-0", "train-7"], [], ["train-2-0"], []]
+    assert table.part(0)[-1].id == table.part(0)[1:][0].id == "train-7"
+    assert len(table.part(0)) == 2 and table.part(2)[0].answer == "4"
+
+
 def test_equal_tokens_have_equal_hashes(table: Table) -> None:
     tokens, both = table.hashes()
     assert tokens[0] == tokens[2] != tokens[1]
