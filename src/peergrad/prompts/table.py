@@ -31,7 +31,8 @@ class _Texts:
     def append(self, *texts: str) -> None:
         self._open += texts
         if len(self._open) == BLOCK * self.COLUMNS:
-            self._packed.append(self._compressor.compress("\0".join(self._open).encode("utf-8")))
+            packed = self._compressor.compress("\0".join(self._open).encode("utf-8"))
+            self._packed.append(bytes(memoryview(packed)))  # its buffer is that of the text
             self._open = []
 
     def __getitem__(self, index: int) -> list[str]:
