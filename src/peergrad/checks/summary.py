@@ -126,10 +126,11 @@ def _prompt_warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             counts = f"{source.repeated} of {source.prompts} prompts"
             yield f"{option}: {counts} repeat the tokens of an earlier one{also}"
     held_out = inputs.held_out
-    if inputs.train is None or held_out is None or config.data.source == GENERATED:
-        return  # of what is generated, the two splits share no problem
+    if inputs.train is None or held_out is None:
+        return
     trained = paths(config.data.source)
-    if set(trained) & set(paths(config.data.held_out)):
+    # The two splits of what is generated share no problem.
+    if set(trained) & set(paths(config.data.held_out)) - {GENERATED}:
         which = "has a file" if trained[1:] else "is the file"
         yield f"data.held_out {which} that is trained on: its pass@1 will say nothing"
     elif inputs.shared:

@@ -194,6 +194,14 @@ def test_what_is_perhaps_not_meant_by_the_prompts(config: Config) -> None:
         "data.held_out: 1 of 1319 prompts repeat the tokens of an earlier one",
         "data.held_out: 37 of 1319 prompts are trained on, too: its pass@1 will be too high",
     ]
-    config.data.source = [TRAIN.name, HELD_OUT.name]
+    for source in ("arithmetic", TRAIN.name):  # held out is a file
+        config.data.source = source
+        assert (
+            "data.held_out: 37 of 1319 prompts are trained on"
+            in list(warnings_of(config, inputs))[-1]
+        )
+    config.data.source = config.data.held_out = "arithmetic"
+    assert list(warnings_of(config, Inputs(SHAPE, TOKENIZER, TRAIN, HELD_OUT))) == []
+    config.data.source, config.data.held_out = [TRAIN.name, HELD_OUT.name], HELD_OUT.name
     last = list(warnings_of(config, inputs))[-1]
     assert last == "data.held_out has a file that is trained on: its pass@1 will say nothing"
