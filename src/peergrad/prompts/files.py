@@ -145,12 +145,24 @@ def _read_parquet(path: Path, option: str) -> Read:
 def _values(column: Any, where: str, first: int) -> list[Any]:
     """A column's values; ``first`` is the row of the first."""
     try:
-        values: list[Any] = column.to_pylist()
+        values: list[Any] = _plain(column).to_pylist()
         return values
     except UnicodeDecodeError as error:  # parquet stores bytes and only says that they are text
         bad = next(i for i in range(len(column)) if not _readable(column[i]))
         rule = f"is not UTF-8 in row {first + bad + 1} ({one_line(error)})"
         raise ValueError(f"{where} {rule}; convert it") from error
+    except ValueError as error:  # times inside of other values, finer than Python knows
+        rule = f"holds what cannot be read ({one_line(error)})"
+        raise ValueError(f"{where} {rule}; store it as text") from error
+
+
+def _plain(column: Any) -> Any:
+    """Times as text: Python has none finer than a microsecond."""
+    import pyarrow.types as types
+
+    kind = column.type
+    fine = types.is_temporal(kind) and getattr(kind, "unit", None) == "ns"
+    return column.cast("string") if fine and not types.is_duration(kind) else column
 
 
 def _readable(value: Any) -> bool:

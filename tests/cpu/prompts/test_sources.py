@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,19 @@ def test_bytes_beside_the_prompt_are_counted_only(tmp_path: Path) -> None:
     columns = {"prompt": ["1"], "answer": ["1"], "image": [{"bytes": b"12345"}]}
     path = table(tmp_path, **{name: pyarrow.array(values) for name, values in columns.items()})
     assert load(path)[0].extra == {"image": {"bytes": "<5 bytes>"}}
+
+
+def test_times_finer_than_pythons(tmp_path: Path) -> None:
+    """As pandas writes them."""
+    answers = {"prompt": pyarrow.array(["1"]), "answer": pyarrow.array(["1"])}
+    times = pyarrow.array([1], pyarrow.timestamp("ns"))
+    (prompt,) = load(table(tmp_path, **answers, at=times))
+    assert prompt.extra == {"at": "1970-01-01 00:00:00.000000001"}
+    if find_spec("pandas") is not None:  # which has times that are fine enough
+        return
+    inside = pyarrow.StructArray.from_arrays([times], ["at"])
+    with pytest.raises(ValueError, match=r"^data.source = .*: column 'x' holds what .*; store it"):
+        load(table(tmp_path, **answers, x=inside))
 
 
 def test_keys_inside_of_columns(tmp_path: Path) -> None:
