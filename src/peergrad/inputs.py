@@ -3,10 +3,13 @@
 A module of its own, because the collector process imports it and must not load Megatron.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from peergrad.config import Config
+from peergrad.data import Prompt
+from peergrad.parallel.hf.config import read_shape
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
@@ -16,15 +19,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def collector_parts(config: Config) -> Parts:
-    """What the collector process works with; runs in that process."""
+def collector_parts(config: Config, heard: Callable[[str], None] = lambda text: None) -> Parts:
+    """What the collector process works with; runs in that process. ``heard`` is told how far the
+    prompts are read."""
     tokenizer = load_tokenizer(config.model.path)
-    data, seed = config.data, config.run.seed
-    records = load_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)
-    held_out = []
-    if data.held_out is not None:
-        # A seed of its own kind: the held-out order must not change with run.seed.
-        held_out = load_prompts(data, data.held_out, split="test", tokenizer=tokenizer, seed=0)
+    data, seed, vocab = config.data, config.run.seed, read_shape(config.model.path).vocab
+
+    def load(source: str | Sequence[str], split: str, seed: int) -> Sequence[Prompt]:
+        return load_prompts(
+            data, source, split=split, tokenizer=tokenizer, seed=seed, vocab=vocab, heard=heard
+        )
+
+    records = load(data.source, "train", seed)
+    # A seed of its own kind: the held-out order must not change with run.seed.
+    held_out = [] if data.held_out is None else load(data.held_out, "test", 0)
     return Parts(
         prompts=Prompts(records, shuffle=data.shuffle, seed=seed),
         held_out=held_out,

@@ -84,16 +84,16 @@ def check_all(config: Config, directory: RunDir, place: Place) -> str:
         ThreadPoolExecutor(1) as beside,
     ):
         arguments = beside.submit(check_args, config.rollout.servers.args)
-        inputs = read_inputs(config, directory)
+        inputs = read_inputs(config, directory, screen)
         arguments.result()
     return summary(config, place.world, inputs)
 
 
-def read_inputs(config: Config, directory: RunDir) -> Inputs:
+def read_inputs(config: Config, directory: RunDir, screen: Screen) -> Inputs:
     """What the run reads and whom it asks, read and asked once. ValueError for what is wrong."""
     from peergrad.rollout.probe import probe
 
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, heard=screen.detail)
     probe(config, directory.known_identity)
     return inputs
 
@@ -134,7 +134,7 @@ def open_folder(
     screen.say(f"objective  {objective_line(config)}")
     screen.say(f"log        {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
-        inputs = read_inputs(config, directory)
+        inputs = read_inputs(config, directory, screen)
     for warning in warnings_of(config, inputs):
         log.warning("%s", warning)
     with writing("run folder", directory.path):

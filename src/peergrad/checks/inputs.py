@@ -2,8 +2,9 @@
 reward function, Megatron's options."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,18 @@ from peergrad.prompts import (
     Loaded,
     TokenizerFacts,
     load_tokenizer,
+    paths,
     read_prompts,
+    source_name,
     tokenizer_facts,
 )
 from peergrad.rewards import check_answers, check_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1024
+"""Answers that are tokenised at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Source:
     left_out: int  # longer than data.max_prompt_tokens
     typical: int  # tokens: the median
     longest: int  # tokens
+    repeated: int = 0  # prompts whose tokens an earlier one has
+    contradicting: int = 0  # those of them with another answer
+    notes: tuple[str, ...] = ()  # what is perhaps not meant
 
 
 @dataclass(frozen=True)
@@ -58,20 +67,22 @@ class Inputs:
     tokenizer: TokenizerFacts | None
     train: Source | None
     held_out: Source | None
+    shared: int = 0  # held-out prompts that are trained on, too
 
 
-def check_inputs(config: Config) -> Inputs:
+def check_inputs(config: Config, heard: Callable[[str], None] = lambda text: None) -> Inputs:
     """Read what a run of ``config`` reads on rank 0 and starts with; ``check`` has passed.
+    ``heard`` is told how far the prompts are read.
 
     Raises ValueError with one line for the first thing that the run would fail on. Takes seconds:
     imports transformers; torch and Megatron only if something was asked of them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries as they are imported: no news for a check
-        return _check_inputs(config, read_shape(config.model.path))
+        return _check_inputs(config, read_shape(config.model.path), heard)
 
 
-def _check_inputs(config: Config, shape: Shape) -> Inputs:
+def _check_inputs(config: Config, shape: Shape, heard: Callable[[str], None]) -> Inputs:
     check_account(config)
     _check_models(config, shape)
     _check_resume(config, shape)
@@ -82,9 +93,10 @@ def _check_inputs(config: Config, shape: Shape) -> Inputs:
         tokenizer = load_tokenizer(config.model.path)
         chat = config.data.chat
         facts = tokenizer_facts(tokenizer, config.model.path, vocab=shape.vocab, chat=chat)
-        train, held_out = _read_sources(config, tokenizer)
+        read = partial(_read_source, config, tokenizer, vocab=shape.vocab, heard=heard)
+        train, held_out, shared = _read_sources(config, tokenizer, read)
         check_function(config.reward)
-        found = Inputs(shape, facts, train, held_out)
+        found = Inputs(shape, facts, train, held_out, shared)
     _check_megatron(config, shape)
     return found
 
@@ -172,18 +184,43 @@ def _check_resume(config: Config, shape: Shape) -> None:
 
 
 def _read_sources(
-    config: Config, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[Source, Source | None]:
-    """Training and held-out prompts, as the collector reads them."""
-    data, seed = config.data, config.run.seed
-    train = read_prompts(data, data.source, split="train", tokenizer=tokenizer, seed=seed)
-    check_answers(config.reward.kind, train.prompts, "data.source")
+    config: Config, tokenizer: "PreTrainedTokenizerBase", read: Callable[[str], Loaded]
+) -> tuple[Source, Source | None, int]:
+    """Training and held-out prompts, as the collector reads them, and how many are both."""
+    data = config.data
+    train = read("data.source")
     _check_answer_lengths(config, train.prompts, tokenizer)
     if data.held_out is None:
-        return _describe(data.source, train), None
-    test = read_prompts(data, data.held_out, split="test", tokenizer=tokenizer, seed=0)
-    check_answers(config.reward.kind, test.prompts, "data.held_out")
-    return _describe(data.source, train), _describe(data.held_out, test)
+        return _describe(data.source, train), None, 0
+    test = read("data.held_out")
+    return _describe(data.source, train), _describe(data.held_out, test), test.shared(train)
+
+
+def _read_source(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerBase",
+    option: str,
+    *,
+    vocab: int,
+    heard: Callable[[str], None],
+) -> Loaded:
+    """The prompts that ``option`` names, with answers that can be matched."""
+    data, train = config.data, option == "data.source"
+    source = data.source if train else data.held_out
+    loaded = read_prompts(
+        data,
+        source,
+        split="train" if train else "test",
+        tokenizer=tokenizer,
+        seed=config.run.seed if train else 0,
+        vocab=vocab,
+        heard=heard,
+    )
+    files = paths(source)
+    for number, file in enumerate(files):
+        name = file if files[1:] else option
+        check_answers(config.reward.kind, loaded.prompts.part(number), name)
+    return loaded
 
 
 def _check_answer_lengths(
@@ -192,22 +229,33 @@ def _check_answer_lengths(
     """An exact match needs room for the answer and the end token."""
     if config.reward.kind is not RewardKind.arithmetic:
         return
-    answers = [prompt.answer for prompt in prompts]
-    encoded = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
-    least = min(map(len, encoded)) + 1
+    lengths: set[int] = set()
+    for start in range(0, len(prompts), CHUNK):
+        answers = [prompt.answer for prompt in prompts[start : start + CHUNK]]
+        encoded = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+        lengths.update(map(len, encoded))
+    least = min(lengths) + 1
     require(
         least <= config.rollout.max_new_tokens,
         "rollout.max_new_tokens",
         config.rollout.max_new_tokens,
         f"is too few for any answer of data.source: the shortest takes {least} with its end token",
-        f"use at least {max(map(len, encoded)) + 1}",
+        f"use at least {max(lengths) + 1}",
     )
 
 
-def _describe(source: str, loaded: Loaded) -> Source:
-    lengths = np.array([len(prompt.tokens) for prompt in loaded.prompts])
-    typical, longest = int(np.median(lengths)), int(lengths.max())
-    return Source(source, len(lengths), loaded.left_out, typical, longest)
+def _describe(source: str | Sequence[str], loaded: Loaded) -> Source:
+    lengths = loaded.prompts.lengths()
+    return Source(
+        source_name(source),
+        prompts=len(lengths),
+        left_out=loaded.left_out,
+        typical=int(np.median(lengths)),
+        longest=int(lengths.max()),
+        repeated=loaded.repeated,
+        contradicting=loaded.contradicting,
+        notes=loaded.notes,
+    )
 
 
 def _check_megatron(config: Config, shape: Shape) -> None:

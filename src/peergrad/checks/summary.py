@@ -17,6 +17,7 @@ from peergrad.checks.place import (
 from peergrad.checks.recording import foreign
 from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec
 from peergrad.parallel.hf.tensors import parameters
+from peergrad.prompts import GENERATED, paths
 
 WIDTH, LABEL = 80, 13
 REWARDS = {
@@ -115,14 +116,34 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
     evaluation = config.evaluation
     if evaluation.every and config.data.held_out is None and train is not None:
         yield f"evaluation.every={evaluation.every} has no effect without data.held_out"
-    same = train is not None and inputs.held_out is not None and train.name == inputs.held_out.name
-    if same and config.data.source != "arithmetic":  # whose two splits share no problem
-        yield "data.held_out is the file that is trained on: its pass@1 will say nothing"
+    yield from _prompt_warnings(config, inputs)
     step = resumed_step(config)
     if step is not None and step >= config.run.steps:
         yield f"the newest checkpoint is of step {step}: nothing is left of run.steps to train"
     if config.run.resume and step is None:
         yield "run.resume=true, but there is no checkpoint: the run starts from the beginning"
+
+
+def _prompt_warnings(config: Config, inputs: Inputs) -> Iterator[str]:
+    for option, source in (("data.source", inputs.train), ("data.held_out", inputs.held_out)):
+        if source is None:
+            continue
+        yield from source.notes
+        if source.repeated:
+            also = f", {source.contradicting} with another answer" if source.contradicting else ""
+            counts = f"{source.repeated} of {source.prompts} prompts"
+            yield f"{option}: {counts} repeat the tokens of an earlier one{also}"
+    held_out = inputs.held_out
+    if inputs.train is None or held_out is None:
+        return
+    trained = paths(config.data.source)
+    # The two splits of what is generated share no problem.
+    if set(trained) & set(paths(config.data.held_out)) - {GENERATED}:
+        which = "has a file" if trained[1:] else "is the file"
+        yield f"data.held_out {which} that is trained on: its pass@1 will say nothing"
+    elif inputs.shared:
+        counts = f"{inputs.shared} of {held_out.prompts} prompts"
+        yield f"data.held_out: {counts} are trained on, too: its pass@1 will be too high"
 
 
 def _tokens(config: Config, inputs: Inputs) -> int:

@@ -20,6 +20,13 @@ LARGEST_REWARD = 1e9
 WANDB_REFUSES = "/\\#?%:"
 """Characters that W&B allows neither in a project nor in an identifier."""
 
+TEMPLATE_OURS = {
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Arguments of a chat that are no variables of its template, or that follow from other keys."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -131,18 +138,26 @@ class KernelsConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: str = "???"
-    """``arithmetic`` (generated) or a .jsonl / .parquet file of training prompts. Mandatory."""
-    held_out: str | None = None
+    source: Any = "???"
+    """``arithmetic`` (generated), or a .jsonl / .parquet file of training prompts, or a list of
+    files, as in ``[a.jsonl,b.parquet]``. Mandatory."""
+    held_out: Any = None
     """The same for evaluation; null: no evaluation."""
     prompt_key: str = "prompt"
-    """Column that holds the prompt: a string, or a list of chat messages."""
+    """Column that holds the prompt: a string, or a list of chat messages, which may be stored as
+    JSON text. A value inside of a column: ``column.name``."""
     answer_key: str = "answer"
-    """Column that holds the right answer, handed to the reward."""
+    """Column that holds the right answer, handed to the reward: a string or a number. A value
+    inside of a column: ``reward_model.ground_truth``."""
     chat: bool = False
-    """Render prompts through the tokenizer's chat template."""
+    """Render prompts through the tokenizer's chat template. Rewards find the messages in
+    ``prompt.extra["messages"]``."""
     system: str | None = None
     """System message put first when ``chat`` is on."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, as in ``{enable_thinking: false}``."""
+    continue_final_message: bool = False
+    """A conversation that ends with a message of the assistant: the answer continues it."""
     shuffle: bool = True
     """A new order every epoch, a function of run.seed and the epoch alone."""
     max_prompt_tokens: int = 1024
@@ -150,13 +165,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
-        require(
-            self.system is None or self.chat,
-            "data.system",
-            self.system,
-            "has no effect without data.chat",
-            "set data.chat=true",
-        )
+        _check_source("data.source", self.source)
+        if self.held_out is not None:
+            _check_source("data.held_out", self.held_out)
+        for key in ("system", "template_args", "continue_final_message"):
+            value = getattr(self, key)
+            unset = value is None or not (value or key == "system")
+            rule, remedy = "has no effect without data.chat", "set data.chat=true"
+            require(unset or self.chat, f"data.{key}", value, rule, remedy)
+        system = self.system or ""
+        rule, remedy = "must be text without NUL characters, and UTF-8", "correct it"
+        require(_is_text(system), "data.system", self.system, rule, remedy)
+        ours = TEMPLATE_OURS & set(self.template_args)
+        rule, remedy = f"{', '.join(sorted(ours))} is set here", "remove it"
+        require(not ours, "data.template_args", self.template_args, rule, remedy)
         require(
             self.prompt_key != self.answer_key,
             "data.answer_key",
@@ -164,6 +186,19 @@ class DataConfig:
             "is also data.prompt_key: every prompt would be its own answer",
             "name the column of the right answers",
         )
+
+
+def _check_source(key: str, value: Any) -> None:
+    """A path or a list of paths."""
+    names = value if isinstance(value, list) else [value]
+    fine = bool(names) and all(isinstance(name, str) and _is_text(name) and name for name in names)
+    rule = "must be the path of a file, or a list of such"
+    require(fine, key, value, rule, f"write it as in {key}=a.jsonl or '{key}=[a.jsonl,b.jsonl]'")
+
+
+def _is_text(value: str) -> bool:
+    """Whether ``value`` can be written as UTF-8, and holds no NUL character."""
+    return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from peergrad.config import require
 from peergrad.data import Prompt
+from peergrad.prompts.table import Table
 
 
 class Prompts(Iterator[Prompt]):
@@ -37,17 +38,16 @@ class Prompts(Iterator[Prompt]):
         if self._position == len(self._records):
             self._epoch, self._position = self._epoch + 1, 0
             self._order = self._epoch_order()
-        prompt = self._records[self._order[self._position]]
+        prompt = self._records[int(self._order[self._position])]
         self._position += 1
         return prompt
 
-    def _epoch_order(self) -> list[int]:
+    def _epoch_order(self) -> Sequence[int] | np.ndarray:
         if not self._shuffle:
-            return list(range(len(self._records)))
+            return range(len(self._records))
         # numpy keeps raw bits the same in every version, which it does not promise of permutation()
         bits = np.random.Philox(np.random.SeedSequence([self._seed, self._epoch]))
-        order: list[int] = np.argsort(bits.random_raw(len(self._records)), kind="stable").tolist()
-        return order
+        return np.argsort(bits.random_raw(len(self._records)), kind="stable")
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` needs to go on from here; plain JSON."""
@@ -70,6 +70,7 @@ class Prompts(Iterator[Prompt]):
 def _digest(records: Sequence[Prompt]) -> str:
     """Ids alone would not tell two files of the same length apart, so tokens and answers count."""
     digest = hashlib.sha256()
-    for prompt in records:
-        digest.update(repr((prompt.id, prompt.answer)).encode() + prompt.tokens.tobytes())
+    listed = ((prompt.id, prompt.answer, prompt.tokens.tobytes()) for prompt in records)
+    for id, answer, tokens in records.identities() if isinstance(records, Table) else listed:
+        digest.update(repr((id, answer)).encode() + tokens)
     return digest.hexdigest()[:16]

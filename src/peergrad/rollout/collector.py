@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -49,6 +50,10 @@ class Parts:
     decode: Decode  # what rewards read of an answer
 
 
+Build = Callable[[Config, Callable[[str], None]], Parts]
+"""Makes the parts; the second argument is to be told how far it is."""
+
+
 class Collector:
     """The trainer's handle on the collector process; used by global rank 0 only.
 
@@ -63,7 +68,7 @@ class Collector:
         self,
         config: Config,
         urls: Sequence[str],
-        build: Callable[[Config], Parts],
+        build: Build,
         *,
         state: bytes | None = None,
         identity: str | None = None,
@@ -263,7 +268,7 @@ def _run(
     parent: int,
     config: Config,
     urls: Sequence[str],
-    build: Callable[[Config], Parts],
+    build: Build,
     state: bytes | None,
     identity: str | None,
     open_log: Callable[[], object],
@@ -277,7 +282,7 @@ def _run(
     try:
         open_log()
         logging.getLogger().addHandler(outbox)
-        parts = build(config)
+        parts = build(config, partial(outbox.put, "progress"))
         try:
             asyncio.run(_serve(connection, outbox, config, urls, parts, state, identity))
         finally:

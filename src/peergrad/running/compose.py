@@ -7,7 +7,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
     InterpolationValidationError,
@@ -18,7 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from peergrad.config import AlgoConfig, Config
 from peergrad.running.hints import meant, unknown_key, unknown_option
-from peergrad.running.keys import config_dir, groups, keys, schema
+from peergrad.running.keys import TEXTS, config_dir, groups, keys, schema
 from peergrad.running.overrides import read_overrides
 from peergrad.running.quoting import argument, escaped
 from peergrad.running.values import wrong_type
@@ -89,7 +89,7 @@ def _filled(composed: DictConfig) -> DictConfig:
     filled = composed.copy()
     for key in OmegaConf.missing_keys(composed):
         node = keys()[key]
-        usual = UNSET if isinstance(node, StringNode) else OmegaConf.select(schema(), key)
+        usual = UNSET if isinstance(node, TEXTS) else OmegaConf.select(schema(), key)
         OmegaConf.update(filled, key, usual)
     return filled
 

@@ -4,12 +4,14 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import AnyNode, DictConfig, OmegaConf, StringNode
 from omegaconf.base import Node
 
 from peergrad.config import Config
 
-FREE = ("parallel.megatron", "rollout.servers.args")  # dicts that take any key
+# Dicts that take any key.
+FREE = ("parallel.megatron", "rollout.servers.args", "data.template_args")
+TEXTS = (StringNode, AnyNode)  # a text; AnyNode: or a list of texts
 
 
 def config_dir() -> Path:
@@ -31,7 +33,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def schema() -> DictConfig:
-    """The dataclasses as Hydra's schema, with the two free dicts open to any key."""
+    """The dataclasses as Hydra's schema, with the free dicts open to any key."""
     found = OmegaConf.structured(Config)
     assert isinstance(found, DictConfig)
     for free in FREE:

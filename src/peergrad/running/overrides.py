@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import ListConfig, StringNode
+from omegaconf import AnyNode, ListConfig
 from omegaconf.nodes import FloatNode, IntegerNode
 
 from peergrad.running.hints import unknown_key, unknown_option
-from peergrad.running.keys import groups, is_free, keys
+from peergrad.running.keys import TEXTS, groups, is_free, keys
 from peergrad.running.quoting import argument, quoted
 from peergrad.running.values import check_value, show, wrong_type
 
@@ -49,7 +49,7 @@ def _read(parser: OverridesParser, text: str) -> str:
     if key in groups() and not isinstance(value, dict):
         _check_option(key, value)
         return text
-    if isinstance(keys().get(key), StringNode) and isinstance(value, bool | int | float):
+    if isinstance(keys().get(key), TEXTS) and isinstance(value, bool | int | float):
         return f"{key}={quoted(raw.strip())}"
     check_value(key, value, raw)
     return text
@@ -98,7 +98,7 @@ def _unreadable(key: str, raw: str) -> str:
     if key in groups():
         return unknown_option(key, raw)
     node = keys().get(key)
-    if node is not None and not isinstance(node, StringNode):
+    if node is not None and not isinstance(node, TEXTS):
         return wrong_type(key, raw, raw)
     return f"{key} = {raw!r}: needs quotes; {_with_quotes(key, raw)}"
 
@@ -112,12 +112,12 @@ def _sweep(key: str, raw: str, parsed: Override) -> str:
     """The line for several values at once."""
     node, start = keys().get(key), f"{key} = {raw}: a start runs one configuration; "
     plain = parsed.value()
-    if isinstance(node, ListConfig) and isinstance(plain, ChoiceSweep):
+    if isinstance(node, ListConfig | AnyNode) and isinstance(plain, ChoiceSweep):
         return f"{key} = {raw}: is a list; write {shlex.quote(f'{key}=[{raw}]')}"
     if isinstance(node, IntegerNode | FloatNode) and re.fullmatch(r"\d{1,3}(,\d{3})+", raw):
         return f"{key} = {raw}: has commas; write {key}={raw.replace(',', '')}"
     simple = isinstance(plain, ChoiceSweep) and plain.simple_form
-    text = isinstance(node, StringNode) or is_free(key)
+    text = isinstance(node, TEXTS) or is_free(key)
     if simple and text and re.search(r",\s", raw):
         return f"{key} = {raw!r}: a text with a comma needs quotes; {_with_quotes(key, raw)}"
     own = "" if key == "run.name" else " run.name=run$((++i))"

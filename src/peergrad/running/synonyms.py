@@ -278,6 +278,10 @@ data.prompt_key : input_key prompt_column question_key prompt_field data.prompt
 data.answer_key : label_key answer_column target_key reference_key data.answer
 data.chat : apply_chat_template chat_template use_chat_template
 data.system : system_prompt system_message
+data.template_args :
+    chat_template_kwargs apply_chat_template_kwargs template_kwargs chat_template_args
+data.template_args.enable_thinking :
+    enable_thinking chat_template_kwargs.enable_thinking
 data.max_prompt_tokens :
     max_prompt_length rollout_max_prompt_len max_prompt_len prompt_length max_seq_len
 data.shuffle : rollout_shuffle shuffle_data shuffle_dataset

@@ -5,7 +5,7 @@ from copy import deepcopy
 from enum import Enum
 from typing import Any
 
-from omegaconf import DictConfig, EnumNode, ListConfig, StringNode
+from omegaconf import AnyNode, DictConfig, EnumNode, ListConfig, StringNode
 from omegaconf.base import Node
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, ValueNode
@@ -19,6 +19,7 @@ SCALARS = {
     FloatNode: "a number",
     BooleanNode: "true or false",
     StringNode: "text",
+    AnyNode: "the path of a file, or a list of such",
 }
 ITEMS = {int: "whole numbers", str: "texts"}
 
@@ -68,6 +69,9 @@ def _fits(key: str, value: Any) -> bool:
         return isinstance(value, dict) and not is_section(key)
     if isinstance(node, ListConfig):
         return isinstance(value, list) and all(_item_fits(node, item) for item in value)
+    if isinstance(node, AnyNode):
+        several = isinstance(value, list) and bool(value)
+        return isinstance(value, str) or (several and all(isinstance(item, str) for item in value))
     if isinstance(node, EnumNode):
         return isinstance(value, str) and value in node.enum_type.__members__
     if isinstance(node, BooleanNode) and isinstance(value, int | float):
@@ -100,7 +104,7 @@ def _rule(node: Node) -> str:
         rule = f"a list of {ITEMS[node._metadata.element_type]}"
     elif isinstance(node, ValueNode):
         rule = SCALARS[type(node)]
-    return rule + (", or null" if node._metadata.optional else "")
+    return rule + (", or null" if node._metadata.optional and type(node) is not AnyNode else "")
 
 
 def _remedy(key: str, node: Node, value: Any, typed: str) -> str:
@@ -112,6 +116,8 @@ def _remedy(key: str, node: Node, value: Any, typed: str) -> str:
         return _as_list(key, node, value)
     if isinstance(node, DictConfig):
         return f"write it as in '{key}={{name: value}}'"
+    if isinstance(node, AnyNode):
+        return f"write it as in {key}=a.jsonl or {shlex.quote(f'{key}=[a.jsonl,b.jsonl]')}"
     if isinstance(node, StringNode) and argument(key, typed):
         return f"for this very text write {argument(key, typed)}"
     if isinstance(node, IntegerNode) and isinstance(value, float) and value.is_integer():

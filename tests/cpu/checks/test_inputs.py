@@ -13,6 +13,7 @@ import torch
 from peergrad.checks import Source, check, check_inputs
 from peergrad.checks.place import check_folder
 from peergrad.config import Config, RewardKind, ServerMode, Spec
+from peergrad.inputs import collector_parts
 from peergrad.parallel.hf.folder import INDEX
 from tests.models import make_hf_model
 
@@ -67,6 +68,51 @@ def test_what_was_found(config: Config, folder: Path) -> None:
     assert found.train == Source(config.data.source, prompts=9, left_out=0, typical=4, longest=4)
     assert found.held_out == Source(config.data.held_out, 3, 1, typical=5, longest=7)
     assert not Path(config.run.root).exists()  # nothing was written
+
+
+def test_several_files_and_what_they_share(config: Config, folder: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}.0"} for i in (1, 30, 30)]
+    other = write_rows(folder, rows, "other.jsonl")
+    test = write_rows(folder, [{"prompt": "1+1=", "answer": "2"}, *rows[1:2]], "test.jsonl")
+    config.data.source, config.data.held_out = [config.data.source, other], test
+    said: list[str] = []
+    found = check_inputs(config, heard=said.append)
+    assert found.train is not None and found.held_out is not None
+    assert found.train.name == f"{folder}/rows.jsonl and 1 more"
+    assert (found.train.prompts, found.train.repeated, found.train.contradicting) == (12, 2, 1)
+    assert (found.held_out.repeated, found.shared) == (0, 2)
+    assert said == ["", ""]  # nothing took a second
+    write_rows(folder, [*rows, {"prompt": "9", "answer": ""}], "other.jsonl")
+    assert f"the answer in row 4 of {folder}/other.jsonl ('') is empty; " in refusal(config)
+
+
+def add_far_token(config: Config, folder: Path) -> None:
+    """A tokenizer whose post-processor puts a token before every text that no model has."""
+    file = folder / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    far = {"id": "<far>", "ids": [500], "tokens": ["<far>"]}
+    parts = [
+        {"SpecialToken": {"id": "<far>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    tokenizer["post_processor"] = {
+        **{"type": "TemplateProcessing", "single": parts, "pair": parts + parts[1:]},
+        "special_tokens": {"<far>": far},
+    }
+    file.write_text(json.dumps(tokenizer))
+
+
+def test_ids_that_the_model_does_not_know(config: Config, folder: Path) -> None:
+    """The check and the collector, which reads the prompts again, refuse them alike."""
+    add_far_token(config, folder)
+    found = refusal(config)
+    assert found.startswith(
+        "data.prompt_key = 'prompt': row 1 of rows.jsonl has token 500, but the model (vocab_size) "
+        "knows only 128; "
+    )
+    with pytest.raises(ValueError) as caught:
+        collector_parts(config)
+    assert str(caught.value) == found
 
 
 def cut(file: Path, size: int) -> None:

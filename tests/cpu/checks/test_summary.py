@@ -1,10 +1,11 @@
 """What a check that passes says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from peergrad.checks import Inputs, Source, summary
+from peergrad.checks import Inputs, Source, summary, warnings_of
 from peergrad.checks.place import checkpoint_bytes, disk_warning, gigabytes, resumed_step
 from peergrad.config import AlgoConfig, Config, Dtype, RewardKind, ServerMode
 from peergrad.parallel.hf.config import Shape
@@ -125,7 +126,7 @@ def test_warnings(config: Config, what: str) -> None:
     if what == "few":
         train = Source("few.jsonl", 9, 0, 3, 3)
     if what == "same":
-        held_out = train
+        held_out, config.data.held_out = train, config.data.source
     config.run.resume = what == "resume"
     found = None if what == "held_out" else held_out
     text = " ".join(summary(config, 4, Inputs(SHAPE, TOKENIZER, train, found)).split())
@@ -180,3 +181,27 @@ def test_where_a_run_goes_on(config: Config, tmp_path: Path) -> None:
     for text, step in (("step_000012\n", 12), ("", None), ("other", None)):
         pointer.write_text(text)
         assert resumed_step(config) == step
+
+
+def test_what_is_perhaps_not_meant_by_the_prompts(config: Config) -> None:
+    train = replace(TRAIN, repeated=12, contradicting=3, notes=("9 of 9 begin twice",))
+    held_out = replace(HELD_OUT, repeated=1)
+    inputs = Inputs(SHAPE, TOKENIZER, train, held_out, shared=37)
+    assert list(warnings_of(config, inputs)) == [
+        "9 of 9 begin twice",
+        "data.source: 12 of 7461 prompts repeat the tokens of an earlier one, 3 with another "
+        "answer",
+        "data.held_out: 1 of 1319 prompts repeat the tokens of an earlier one",
+        "data.held_out: 37 of 1319 prompts are trained on, too: its pass@1 will be too high",
+    ]
+    for source in ("arithmetic", TRAIN.name):  # held out is a file
+        config.data.source = source
+        assert (
+            "data.held_out: 37 of 1319 prompts are trained on"
+            in list(warnings_of(config, inputs))[-1]
+        )
+    config.data.source = config.data.held_out = "arithmetic"
+    assert list(warnings_of(config, Inputs(SHAPE, TOKENIZER, TRAIN, HELD_OUT))) == []
+    config.data.source, config.data.held_out = [TRAIN.name, HELD_OUT.name], HELD_OUT.name
+    last = list(warnings_of(config, inputs))[-1]
+    assert last == "data.held_out has a file that is trained on: its pass@1 will say nothing"

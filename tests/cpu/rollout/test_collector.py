@@ -74,7 +74,7 @@ def new_prompt(index):
     return Prompt(f"p{index}", np.array([5, index], np.int32), "", "")
 
 
-def build(config):
+def build(config, heard=str):
     return Parts(Counting(), [new_prompt(i) for i in range(8)], LastDigit(), (1,), decode)
 
 
@@ -82,23 +82,23 @@ def decode(answers):
     return ["".join(f"<{token}>" for token in answer) for answer in answers]
 
 
-def build_by_text(config):
+def build_by_text(config, heard=str):
     return replace(build(config), scorer=ByText())
 
 
-def build_never(config):
+def build_never(config, heard=str):
     return replace(build(config), scorer=Never())
 
 
-def build_odd_differ(config):
+def build_odd_differ(config, heard=str):
     return replace(build(config), scorer=OddDiffer())
 
 
-def build_badly(config):
+def build_badly(config, heard=str):
     raise FileNotFoundError("no such data set: nowhere.jsonl")
 
 
-def build_from_666(config):
+def build_from_666(config, heard=str):
     parts = build(config)
     parts.prompts.position = 666
     return parts
@@ -263,7 +263,8 @@ class Slow(LastDigit):
         return Failure("error", "raised") if prompt.id == "p2" else Grade(0.0)
 
 
-def build_slow(config):
+def build_slow(config, heard=str):
+    heard("2 of 5 files")
     return replace(build(config), scorer=Slow())
 
 
@@ -272,6 +273,7 @@ def test_one_hears_how_far_it_is_and_what_is_wrong(start, caplog):
     collector, heard = start(build_slow), []
     collector.heard = heard.append
     collector.ready()
+    assert heard[0] == "2 of 5 files"
     collector.set_version(0)
     taken = collector.take(0)
     assert heard[-1] == "2 of 3 groups, 1 in flight"

@@ -294,3 +294,26 @@ def test_what_the_user_has_chosen(overrides: list[str], chosen: set[str]) -> Non
     assert found >= chosen
     whole = any(override.startswith("algo.surrogate=") for override in overrides)
     assert whole or found == chosen  # a section that is named is chosen as a whole
+
+
+def test_one_source_or_several() -> None:
+    several = "data.source=[a.jsonl,'b c.parquet']"
+    config, text = compose_config([MODEL, several, "data.held_out=t.jsonl"])
+    assert config.data.source == ["a.jsonl", "b c.parquet"]
+    assert config.data.held_out == "t.jsonl"
+    assert OmegaConf.create(text).data.source == config.data.source
+    assert refusal(MODEL, "data.source=a.jsonl,b.jsonl") == (
+        "data.source = a.jsonl,b.jsonl: is a list; write 'data.source=[a.jsonl,b.jsonl]'"
+    )
+    rule = "must be the path of a file, or a list of such; write it as in data.source=a.jsonl or "
+    for value, shown in (("[5,a]", "[5,a]"), ("[]", "[]"), ("{a: 1}", "{a:1}"), ("null", "None")):
+        found = refusal(MODEL, f"data.source={value}")
+        assert found == f"data.source = {shown}: {rule}'data.source=[a.jsonl,b.jsonl]'"
+
+
+def test_variables_of_the_chat_template() -> None:
+    data = ["data=jsonl", "data.source=a.jsonl"]
+    for form in ("data.template_args={enable_thinking: false}",
+                 "data.template_args.enable_thinking=false"):  # fmt: skip
+        config, _ = compose_config([MODEL, *data, form])
+        assert config.data.template_args == {"enable_thinking": False}
