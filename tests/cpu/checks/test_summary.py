@@ -89,7 +89,8 @@ def test_a_replay(config: Config) -> None:
     config.rollout.replay = "runs/first"
     lines = summary(config, 4, Inputs(SHAPE, None, None, None)).splitlines()
     assert "rollouts       recorded ones of runs/first; no engine, no evaluation" in lines
-    assert not [line for line in lines if line.startswith(("prompts", "servers", "warning"))]
+    assert not [line for line in lines if line.startswith(("prompts", "servers"))]
+    assert any(line.startswith("warning") and "has no config.yaml" in line for line in lines)
 
 
 def test_long_names_never_make_it_wide(config: Config) -> None:
