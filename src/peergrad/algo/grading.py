@@ -198,7 +198,7 @@ def _whiten(
             white,
             kept,
             sets[config.token_std],
-            unbiased=config.unbiased,
+            unbiased=config.token_unbiased,
             eps=config.token_eps,
         )
     return torch.zeros_like(value).masked_scatter(keep, white)

@@ -95,18 +95,39 @@ def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
     algo = config.algo
     adv, shaping = algo.advantage, algo.shaping
     no_std, no_token_std = adv.std is Level.none, adv.token_std is TokenLevel.none
-    centred = adv.mean is not Level.none or (
-        adv.token_mean is not TokenLevel.none and adv.std is Level.none and shaping.discount == 1
-    )
-    cancels = centred and shaping.clip is None
     again = "only sampling.dynamic=true draws again"
     yield "sampling.limit", not algo.sampling.dynamic, again
     yield "sampling.limit", config.rollout.replay is not None, "recorded groups are as they are"
     yield "shaping.overlong_factor", shaping.overlong_tokens == 0, "shaping.overlong_tokens is 0"
-    yield "shaping.bias", cancels, "subtracting a mean cancels it"
+    yield "shaping.bias", _shift_cancels(algo), "subtracting a mean cancels it"
+    yield "shaping.scale", _scale_cancels(config), "dividing by a standard deviation cancels it"
     yield "advantage.eps", no_std, "advantage.std is none"
-    yield "advantage.token_eps", no_token_std, "advantage.token_std is none"
-    yield "advantage.unbiased", no_std and no_token_std, "no standard deviation divides"
+    yield "advantage.unbiased", no_std, "advantage.std is none"
+    yield (
+        "advantage.token_eps advantage.token_unbiased",
+        no_token_std,
+        "advantage.token_std is none",
+    )
+
+
+def _shift_cancels(algo: AlgoConfig) -> bool:
+    """Whether a constant added to all rewards is gone from the advantages."""
+    adv, shaping = algo.advantage, algo.shaping
+    own_std = adv.std is Level.group and adv.token_mean is not TokenLevel.group
+    # Divided by deviations of one's group, the constant differs from group to group.
+    late = adv.token_mean is not TokenLevel.none and not own_std and shaping.discount == 1
+    return shaping.clip is None and (adv.mean is not Level.none or late)
+
+
+def _scale_cancels(config: Config) -> bool:
+    """Whether a factor of all rewards is gone from the advantages, but for a share of 1e-3 of a
+    deviation that rewards around 1 may have: what an epsilon, unscaled, may still tell."""
+    algo = config.algo
+    adv, scale = algo.advantage, algo.shaping.scale
+    first = adv.std is not Level.none
+    late = adv.token_std is not TokenLevel.none and not _kl_in_reward(config)
+    eps = adv.eps if first else adv.token_eps
+    return algo.shaping.clip is None and (first or late) and eps * max(1, 1 / scale) <= 1e-3
 
 
 def _surrogate(config: Config, plan: Plan) -> Iterator[Rule]:
