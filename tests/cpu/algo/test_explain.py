@@ -125,7 +125,8 @@ def test_every_preset_explains_itself(preset: str) -> None:
             ],
             [
                 *("in the reward, weight 0.04, adapted towards 0.3 a token over 10000 answers",),
-                *("0.9^(u−t)", "− 0.04 · KL_u", "(length − 1000)₊/24"),
+                *("0.9^(T−t) · A − 0.04 · Σ_(u=t…T) 0.9^(u−t) · KL_u", "(length − 1000)₊/24"),
+                "log π_old − log π_ref",
             ],
         ),
         (
