@@ -44,6 +44,8 @@ from peergrad.running.compose import chosen_keys, compose_config, config_dir
 
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted(path.stem for path in (config_dir() / "algo").glob("*.yaml"))
+KL = ["algo.kl.coef=0.1"]
+REWARD = [*KL, "algo.kl.place=reward", "algo.kl.estimator=k1"]
 ONE_STEP = ["areal", "deepseekmath", "dr_grpo", "rloo", "roll"]
 
 
@@ -192,6 +194,23 @@ def test_an_objective_of_your_own_says_so() -> None:
             "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
         ),
         (
+            [
+                *("algo.advantage.mean=none", "algo.advantage.std=batch"),
+                *("algo.advantage.token_mean=group", "algo.shaping.bias=-0.5"),
+            ],
+            "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
+        ),
+        (
+            ["algo.shaping.scale=10"],
+            "algo.shaping.scale = 10.0: has no effect: dividing by a standard deviation cancels "
+            "it; remove it",
+        ),
+        (
+            ["algo=dr_grpo", "algo.advantage.token_std=batch", "algo.shaping.scale=10"],
+            "algo.shaping.scale = 10.0: has no effect: dividing by a standard deviation cancels "
+            "it; remove it",
+        ),
+        (
             ["algo=dr_grpo", "algo.advantage.eps=0.1"],
             "algo.advantage.eps = 0.1: has no effect: advantage.std is none; remove it",
         ),
@@ -224,6 +243,22 @@ def test_chosen_keys_without_effect_are_refused(overrides: list[str], message: s
     with pytest.raises(ValueError) as caught:
         refuse(compose_config(overrides)[0], chosen_keys(overrides))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=dr_grpo", "algo.shaping.scale=10"],  # nothing divides
+        ["algo.shaping.scale=10", "algo.shaping.clip=20"],
+        ["algo.shaping.scale=10", "algo.advantage.eps=0.1"],  # eps is not scaled
+        ["algo.shaping.scale=1e-6"],
+        ["algo=dr_grpo", "algo.advantage.token_std=batch", "algo.shaping.scale=10", *REWARD],
+        ["algo.advantage.mean=none", "algo.advantage.token_mean=batch", "algo.shaping.bias=-0.5"],
+    ],
+)
+def test_a_shaping_that_something_is_left_of_is_accepted(overrides: list[str]) -> None:
+    overrides = ["model.path=m", *overrides]
+    refuse(compose_config(overrides)[0], chosen_keys(overrides))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -314,8 +349,6 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 SEVERAL, STALE = "algo.minibatches=2", "rollout.max_staleness=2"
-KL = ["algo.kl.coef=0.1"]
-REWARD = [*KL, "algo.kl.place=reward", "algo.kl.estimator=k1"]
 SITUATIONS: dict[str, list[str]] = {
     **{name: [f"algo={name}"] for name in ONE_STEP},
     **{f"{name}, several steps": [f"algo={name}", SEVERAL] for name in ONE_STEP},
