@@ -209,7 +209,7 @@ def _advantage(config: Config) -> Iterator[tuple[str, str]]:
     yield from _credit(config)
     if adv.token_mean is not TokenLevel.none or adv.token_std is not TokenLevel.none:
         text = _normalised("A", adv.token_mean.name, adv.token_std.name, adv.token_eps)
-        over = _over(adv.token_unbiased) if adv.token_std is not TokenLevel.none else ""
+        over = _over(adv.unbiased_over_tokens) if adv.token_std is not TokenLevel.none else ""
         most = "long answers count more, groups of equal rewards get a signal"
         yield "then A", f"{text} over kept tokens{over}: {most}"
     if adv.clip is not None:

@@ -198,7 +198,7 @@ def _whiten(
             white,
             kept,
             sets[config.token_std],
-            unbiased=config.token_unbiased,
+            unbiased=config.unbiased_over_tokens,
             eps=config.token_eps,
         )
     return torch.zeros_like(value).masked_scatter(keep, white)

@@ -102,7 +102,8 @@ def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
     yield "shaping.bias", _shift_cancels(algo), "subtracting a mean cancels it"
     yield "shaping.scale", _scale_cancels(config), "dividing by a standard deviation cancels it"
     yield "advantage.eps", no_std, "advantage.std is none"
-    yield "advantage.unbiased", no_std, "advantage.std is none"
+    own = no_token_std or adv.token_unbiased is not None
+    yield "advantage.unbiased", no_std and own, "no standard deviation divides by it"
     yield (
         "advantage.token_eps advantage.token_unbiased",
         no_token_std,

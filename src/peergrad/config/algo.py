@@ -121,7 +121,7 @@ class AdvantageConfig:
     leave_one_out: bool = False
     """The mean is that of the others (RLOO)."""
     unbiased: bool = True
-    """The standard deviation of rewards divides by n - 1 instead of n."""
+    """Standard deviations divide by n - 1 instead of n."""
     eps: float = 1e-6
     """Added to the standard deviation; where all rewards are equal, the result is exactly 0."""
     token_mean: TokenLevel = TokenLevel.none
@@ -129,8 +129,8 @@ class AdvantageConfig:
     an advantage."""
     token_std: TokenLevel = TokenLevel.none
     """And divide by the standard deviation over tokens."""
-    token_unbiased: bool = True
-    """The standard deviation over tokens divides by n - 1 instead of n."""
+    token_unbiased: bool | None = None
+    """The same of that over tokens; default: as ``unbiased``."""
     token_eps: float = 1e-5
     """Added to the standard deviation over tokens."""
     clip: float | None = None
@@ -147,6 +147,11 @@ class AdvantageConfig:
             f"needs the mean of a group or a batch, not {self.mean.name}",
             "set algo.advantage.mean=group",
         )
+
+    @property
+    def unbiased_over_tokens(self) -> bool:
+        """Whether the standard deviation over tokens divides by n - 1."""
+        return self.unbiased if self.token_unbiased is None else self.token_unbiased
 
 
 @dataclass(kw_only=True)

@@ -311,7 +311,7 @@ CHANGES: dict[str, list[Any]] = {
     "advantage.eps": [0.5],
     "advantage.token_mean": list(TokenLevel),
     "advantage.token_std": list(TokenLevel),
-    "advantage.token_unbiased": [False],
+    "advantage.token_unbiased": [False, True],
     "advantage.token_eps": [0.5],
     "advantage.clip": [0.2],
     "surrogate.kind": list(SurrogateKind),
@@ -529,7 +529,7 @@ def complaints(config: Config, key: str, values: list[Any], before: np.ndarray) 
 EXCUSED = {
     # a factor for all, which dividing by the standard deviation over tokens takes out
     "advantage.leave_one_out": ("areal", "rlinf", "loglinear", "roll"),
-    "advantage.unbiased": ("areal", "rlinf", "loglinear", "roll"),
+    "advantage.unbiased": ("rlinf",),
     # with one optimizer step, and the advantage of a whole answer, they have one gradient
     "surrogate.kind": ("roll", "areal"),
     # a bad answer that has lost that much is beyond so small a clip already

@@ -51,7 +51,7 @@ VALUES: dict[str, list[Any]] = {
     "advantage.unbiased": [False],
     "advantage.token_mean": list(TokenLevel),
     "advantage.token_std": list(TokenLevel),
-    "advantage.token_unbiased": [False],
+    "advantage.token_unbiased": [False, True],
     "advantage.clip": [2.0],
     "surrogate.kind": list(SurrogateKind),
     "surrogate.dual_clip": [3.0],
