@@ -1,9 +1,9 @@
 """The objective: every knob of every GRPO variant, and the combinations that make no sense.
 
-A knob whose default turns it off (null, false, 0) and that could have no effect here is refused by
-``__post_init__``, as a ``Conflict``: what only a preset has set gives way instead
-(``peergrad.running.compose``). Which of the others are without effect depends on the whole run:
-``peergrad.algo.knobs`` knows.
+A knob whose default turns it off (null, false, 0) and that could have no effect here is a
+``Conflict`` in ``__post_init__``: refused, or put back if only a preset sets it
+(``running.preset``). Which of the others are without effect depends on the whole run:
+``algo.knobs`` knows.
 """
 
 import re
@@ -24,13 +24,7 @@ KlPlace = Enum("KlPlace", ["loss", "reward"])
 KlEstimator = Enum("KlEstimator", ["k1", "k2", "k3", "abs", "k3_unbiased"])
 Aggregation = Enum(
     "Aggregation",
-    [
-        "seq_mean_token_mean",
-        "token_mean",
-        "group_token_mean",
-        "seq_mean_token_sum",
-        "token_sum_const",
-    ],
+    "seq_mean_token_mean token_mean group_token_mean seq_mean_token_sum token_sum_const",
 )
 Denominator = Enum("Denominator", ["all", "kept"])
 OldPolicy = Enum("OldPolicy", ["auto", "recompute", "engine", "loglinear"])
@@ -98,9 +92,10 @@ class ShapingConfig:
         positive("algo.shaping.overlong_factor", self.overlong_factor, "the usual value is 1")
         finite("algo.shaping.bias", self.bias, "use 0")
         finite("algo.shaping.scale", self.scale, "use 1")
-        erases = "erases every reward" if self.scale == 0 else "rewards what ought to be punished"
-        remedy = "use 1" if self.scale == 0 else f"use {-self.scale:g}"
-        require(self.scale > 0, "algo.shaping.scale", self.scale, erases, remedy)
+        wrong = "erases every reward" if self.scale == 0 else "rewards what ought to be punished"
+        require(
+            self.scale > 0, "algo.shaping.scale", self.scale, wrong, "use 1, or another above 0"
+        )
         optional_positive("algo.shaping.clip", self.clip)
         require(
             0 < self.discount <= 1,
@@ -150,7 +145,6 @@ class AdvantageConfig:
 
     @property
     def unbiased_over_tokens(self) -> bool:
-        """Whether the standard deviation over tokens divides by n - 1."""
         return self.unbiased if self.token_unbiased is None else self.token_unbiased
 
 
@@ -247,9 +241,7 @@ class CorrectionConfig:
             f"must lie in [0, algo.correction.high ({high}))",
             "lower it",
         )
-        held = "weigh" if self.kind is CorrectionKind.tis else "drop"
-        outside = f"would {held} every token on policy, where k is 1"
-        outside = outside if held == "drop" else f"{outside}, by something else"
+        outside = "leaves out 1, which is k of every token on policy"
         require(low <= 1, "algo.correction.low", low, outside, "use at most 1")
         require(high >= 1, "algo.correction.high", high, outside, "use at least 1")
 
@@ -440,9 +432,7 @@ class AlgoConfig:
             "the ratio of surrogate.kind=icepop is to the engine",
             "set algo.old_policy=engine",
         )
-        counted = correction.m2po is None
-        given_up = ("algo.denominator", "algo.old_policy") if counted else ("algo.old_policy",)
-        remedies = ["algo.old_policy=recompute", *(["algo.denominator=all"] if counted else [])]
+        also = () if correction.m2po else ("algo.denominator",)
         needs_pass = correction.m2po is not None or (
             self.denominator is Denominator.kept and correction.drops
         )
@@ -451,7 +441,7 @@ class AlgoConfig:
             "algo.old_policy",
             "loglinear",
             "must be known before the update, for m2po or for the denominator=kept of a correction",
-            f"set {' or '.join(remedies)}",
-            gives_way=given_up,
+            f"set algo.old_policy=recompute{''.join(f' or {key}=all' for key in also)}",
+            gives_way=(*also, "algo.old_policy"),
             idle=False,
         )

@@ -55,7 +55,7 @@ def adapt_preset(composed: DictConfig, preset: DictConfig, chosen: Collection[st
 
 def _give_way(composed: DictConfig, chosen: Collection[str]) -> set[str]:
     """The keys that were put back although they had an effect."""
-    lost = set()
+    lost: set[str] = set()
     usual = leaves(OmegaConf.structured(AlgoConfig), "algo.")
     while True:
         try:
