@@ -185,7 +185,7 @@ def _kl(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "KL", text
     held = "" if kl.clamp_log_ratio is None else f" held within ±{kl.clamp_log_ratio:g}"
     yield "d", f"log {policy} − log π_ref{held}"
-    again = f"; it becomes π every {kl.reset_every} steps" if kl.reset_every else ""
+    again = f"; π_ref becomes π every {kl.reset_every} steps" if kl.reset_every else ""
     yield "π_ref", f"of the same token, by the reference{again}"
 
 

@@ -1,5 +1,6 @@
 """Which knobs of the objective are in force, which are forced to a value, which have no effect."""
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -12,6 +13,8 @@ from peergrad.config import (
     Config,
     CorrectionKind,
     FlatGroups,
+    KlConfig,
+    KlEstimator,
     KlPlace,
     Level,
     OldPolicy,
@@ -177,12 +180,25 @@ def _kl_and_weights(config: Config, _: Plan) -> Iterator[Rule]:
     algo = config.algo
     shape = "kl.place kl.estimator kl.clamp_log_ratio kl.clamp kl.reset_every kl.target"
     yield shape, algo.kl.coef == 0, "algo.kl.coef is 0"
+    yield "kl.clamp", _clamp_is_idle(algo.kl), "algo.kl.clamp_log_ratio keeps the estimate within"
     yield "kl.horizon", algo.kl.target is None, "algo.kl.target is not set: the weight is constant"
     yield "kl.target", algo.kl.place is KlPlace.loss, "only the KL in the reward adapts"
     dropping = algo.sampling.selects and not _draws_again(config)
     anything = dropping or algo.shaping.overlong_filter or algo.correction.drops
     yield "denominator", not anything, "nothing is dropped"
     yield "shuffle", algo.minibatches == 1, "there is one mini-batch"
+
+
+def _clamp_is_idle(kl: KlConfig) -> bool:
+    """Whether no estimate from a log ratio that is held can leave the bounds of the estimate."""
+    most = kl.clamp_log_ratio
+    if most is None or kl.clamp is None:
+        return False
+    if kl.estimator is KlEstimator.k2:
+        return kl.clamp >= most**2 / 2
+    if kl.estimator in (KlEstimator.k3, KlEstimator.k3_unbiased):
+        return most < 700 and kl.clamp >= math.exp(most) - most - 1
+    return kl.clamp >= most
 
 
 def forced_values(config: Config, plan: Plan) -> dict[str, tuple[str, str]]:

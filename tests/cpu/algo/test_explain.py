@@ -232,6 +232,11 @@ def test_an_objective_of_your_own_says_so() -> None:
             "algo.kl.estimator = k2: has no effect: algo.kl.coef is 0; remove it",
         ),
         (
+            ["algo.kl.estimator=k2", "algo.kl.clamp_log_ratio=4", "algo.kl.clamp=8"],
+            "algo.kl.clamp = 8.0: has no effect: algo.kl.clamp_log_ratio keeps the estimate "
+            "within; remove it",
+        ),
+        (
             ["algo.kl.horizon=7"],
             "algo.kl.horizon = 7: has no effect: algo.kl.target is not set: the weight is "
             "constant; remove it",
@@ -252,11 +257,12 @@ def test_chosen_keys_without_effect_are_refused(overrides: list[str], message: s
         ["algo.shaping.scale=10", "algo.shaping.clip=20"],
         ["algo.shaping.scale=10", "algo.advantage.eps=0.1"],  # eps is not scaled
         ["algo.shaping.scale=1e-6"],
+        ["algo.kl.clamp_log_ratio=20", "algo.kl.clamp=10"],
         ["algo=dr_grpo", "algo.advantage.token_std=batch", "algo.shaping.scale=10", *REWARD],
         ["algo.advantage.mean=none", "algo.advantage.token_mean=batch", "algo.shaping.bias=-0.5"],
     ],
 )
-def test_a_shaping_that_something_is_left_of_is_accepted(overrides: list[str]) -> None:
+def test_what_something_is_left_of_is_accepted(overrides: list[str]) -> None:
     overrides = ["model.path=m", *overrides]
     refuse(compose_config(overrides)[0], chosen_keys(overrides))
 
