@@ -28,7 +28,7 @@ from peergrad.running.preset import adapt_preset, read_preset
 PRESETS = sorted(groups()["algo"])
 OFF: dict[str, list[Any]] = {  # components turned off, or exchanged for another of their kind
     "kl.coef": [0.0],
-    "correction.kind": list(CorrectionKind),
+    "correction.kind": [CorrectionKind.none, CorrectionKind.tis, CorrectionKind.seq_mask_tis],
     "surrogate.kind": list(SurrogateKind),
     "advantage.mean": list(Level),
     "advantage.std": list(Level),
@@ -46,6 +46,7 @@ OFF: dict[str, list[Any]] = {  # components turned off, or exchanged for another
     "shuffle": [False],
 }
 MORE: dict[str, list[Any]] = {  # may be in vain; but then it is the user's key that is refused
+    "correction.kind": list(CorrectionKind),
     "denominator": list(Denominator),
     "old_policy": list(OldPolicy),
     "kl.place": list(KlPlace),
