@@ -66,8 +66,8 @@ def knobs(config: Config) -> list[Knob]:
 
 
 def _is_off(key: str, value: object) -> bool:
-    bound = key.rpartition(".")[2] in ("mean_low", "mean_high")  # 0 is a bound like another
-    return value is None or show(value) == "none" or (value in (False, 0) and not bound)
+    says = key.rpartition(".")[2] in ("mean_low", "mean_high", "token_unbiased")  # by 0 and false
+    return value is None or show(value) == "none" or (value in (False, 0) and not says)
 
 
 def refuse(config: Config, chosen: Collection[str]) -> None:

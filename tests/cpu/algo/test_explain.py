@@ -215,6 +215,11 @@ def test_an_objective_of_your_own_says_so() -> None:
             "algo.advantage.eps = 0.1: has no effect: advantage.std is none; remove it",
         ),
         (
+            ["algo.advantage.token_unbiased=false"],
+            "algo.advantage.token_unbiased = false: has no effect: advantage.token_std is none; "
+            "remove it",
+        ),
+        (
             ["algo.denominator=kept"],
             "algo.denominator = kept: has no effect: nothing is dropped; remove it",
         ),
