@@ -120,7 +120,10 @@ def _advantages(groups, rollouts, keep, algo: AlgoConfig, max_tokens, logp_old, 
         tokens.append(row)
     kept = [a for row, k in zip(tokens, keep, strict=True) if k for a in row]
     if config.token_mean.name == config.token_std.name == "batch":
-        mean, scale = sum(kept) / len(kept), _std(kept, config.unbiased) + config.token_eps
+        mean, scale = (
+            sum(kept) / len(kept),
+            _std(kept, config.unbiased_over_tokens) + config.token_eps,
+        )
         tokens = [[(a - mean) / scale for a in row] for row in tokens]
     if config.clip is not None:
         tokens = [[max(-config.clip, min(config.clip, a)) for a in row] for row in tokens]

@@ -148,8 +148,7 @@ def open_folder(
 
 def objective_line(config: Config) -> str:
     """Whose objective it is; all of it is in ``objective.txt``."""
-    source = config.algo.source.partition(" (there:")[0] or "an objective of your own"
-    return f"{source} (objective.txt)"
+    return f"{config.algo.title} (objective.txt)"
 
 
 def train(

@@ -25,10 +25,11 @@ ESTIMATE = {
     KlEstimator.k3_unbiased: "exp(−d) + d − 1 by value, d by gradient",
 }
 OLD = {
-    Old.current: "π of this forward pass, constant: ρ = 1, and the gradient is that of −A log π",
+    Old.current: "π of this forward pass, constant",
     Old.recompute: "π at the start of the step, from a pass before the first update",
-    Old.engine: "the engine's logprobs: the policy that sampled",
-    Old.loglinear: "log-linear between engine and π by weight version: lag/(lag+1) of the way",
+    Old.engine: "the engine's logprobs: π_old = π_engine, the policy that sampled",
+    Old.loglinear: "log π_old = log π_engine + λ (log π − log π_engine), constant; "
+    "λ = lag/(lag + 1), lag = weight versions since the token was sampled",
 }
 
 
@@ -65,12 +66,19 @@ def _formula(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "loss", f"Σ_answers Σ_tokens w · ( {terms} )"
     yield "w", _weight(config)
     yield "S", _surrogate(config)
-    if algo.surrogate.kind is not SurrogateKind.reinforce:
+    ratio = algo.surrogate.kind is not SurrogateKind.reinforce
+    if ratio:
         yield "ρ", _ratio(config)
-        yield "π_old", OLD[plan.old]
-    yield from _correction(config)
-    if algo.kl.coef > 0:
-        yield "KL", _kl(config)
+    rest = [*_correction(config), *_kl(config, plan)]
+    yield "π", "of a sampled token, by the policy as it is now"
+    asked = [text for _, text in rest]
+    if ratio or any("π_old" in text for text in asked):
+        one = ": ρ = 1, and the gradient is that of −A log π"
+        asked.append(OLD[plan.old] + (one if ratio and plan.old is Old.current else ""))
+        yield "π_old", asked[-1]
+    if any("π_engine" in text for text in asked):
+        yield "π_engine", "of the same token, as the engine that sampled reported it"
+    yield from rest
     if algo.entropy_coef:
         yield "H", "entropy of π over the full vocabulary"
     yield from _advantage(config)
@@ -104,7 +112,7 @@ def _surrogate(config: Config) -> str:
         return "−A · log π"
     if s.kind is SurrogateKind.cispo:
         mask = "; 0 where PPO would clip" if s.unified_mask else ""
-        return f"−const(clip(ρ, {bounds})) · A · log π{mask}"
+        return f"−const(clip(ρ, {bounds})) · A · log π{mask}; const = no gradient through it"
     if s.kind is SurrogateKind.sapo:
         return (
             f"−A · (4/τ) · sigmoid(τ (ρ − 1)), τ = {s.tau_positive:g} where A > 0, "
@@ -149,7 +157,9 @@ def _correction(config: Config) -> Iterator[tuple[str, str]]:
         ),
     }
     if c.kind is not CorrectionKind.none:
-        yield "c", f"{weights[c.kind]}, constant;  k = π_old / π_engine of the token"
+        yield "c", f"{weights[c.kind]}, constant"
+    if c.weighs_engine:
+        yield "k", "π_old / π_engine of the token, constant"
     if c.dppo is not None:
         yield "dropped", f"tokens with (π − π_engine) · sign(A) > {c.dppo:g}"
     if c.opsm is not None:
@@ -158,60 +168,81 @@ def _correction(config: Config) -> Iterator[tuple[str, str]]:
         yield "dropped", f"tokens with the largest (log k)² until the mean of the rest < {c.m2po:g}"
 
 
-def _kl(config: Config) -> str:
+def _kl(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
     kl = config.algo.kl
-    text = f"{ESTIMATE[kl.estimator]},  d = log π − log π_ref"
-    if kl.clamp_log_ratio is not None:
-        text += f" held within ±{kl.clamp_log_ratio:g}"
+    if kl.coef == 0:
+        return
+    text = ESTIMATE[kl.estimator]
     if kl.clamp is not None:
         text += f"; the estimate within ±{kl.clamp:g}"
+    policy = "π"
     if kl.place is KlPlace.reward:
+        policy = "π_old" if plan.old is Old.recompute else "π_engine"
         weight = f"weight {kl.coef:g}"
         if kl.target is not None:
             weight += f", adapted towards {kl.target:g} a token over {kl.horizon} answers"
         text += f"; in the reward, {weight}"
-    return text + (f"; π_ref becomes π every {kl.reset_every} steps" if kl.reset_every else "")
+    yield "KL", text
+    held = "" if kl.clamp_log_ratio is None else f" held within ±{kl.clamp_log_ratio:g}"
+    yield "d", f"log {policy} − log π_ref{held}"
+    again = f"; π_ref becomes π every {kl.reset_every} steps" if kl.reset_every else ""
+    yield "π_ref", f"of the same token, by the reference{again}"
 
 
 def _advantage(config: Config) -> Iterator[tuple[str, str]]:
     algo = config.algo
     shaping, adv = algo.shaping, algo.advantage
-    reward = "reward"
+    reward, where = "reward", ""
     if shaping.overlong_tokens:
         limit = config.rollout.max_new_tokens
         start = limit - shaping.overlong_tokens
         reward += f" − {shaping.overlong_factor:g} · (length − {start})₊/{shaping.overlong_tokens}"
+        where = "; (x)₊ = max(x, 0)"
     if shaping.bias:
         reward = f"({reward} {shaping.bias:+g})"
     if shaping.scale != 1:
         reward = f"{shaping.scale:g} · {reward}"
     if shaping.clip is not None:
         reward = f"clip({reward}, ±{shaping.clip:g})"
-    yield "r", reward
+    yield "r", reward + where
     yield "A", _per_answer(config)
-    kl = algo.kl.coef > 0 and algo.kl.place is KlPlace.reward
-    if kl or shaping.discount < 1:
-        cost = f" − {algo.kl.coef:g} · KL_u" if kl else ""
-        gamma = f"{shaping.discount:g}^(u−t) · " if shaping.discount < 1 else ""
-        yield "then", f"A_t = Σ_(u≥t) {gamma}( A at the last token{cost} )"
+    yield from _credit(config)
     if adv.token_mean is not TokenLevel.none or adv.token_std is not TokenLevel.none:
-        yield (
-            "then",
-            (
-                _normalised("A", adv.token_mean.name, adv.token_std.name, adv.token_eps)
-                + " over kept tokens: long answers count more, groups of equal rewards get a signal"
-            ),
-        )
+        text = _normalised("A", adv.token_mean.name, adv.token_std.name, adv.token_eps)
+        over = _over(adv.unbiased_over_tokens) if adv.token_std is not TokenLevel.none else ""
+        most = "long answers count more, groups of equal rewards get a signal"
+        yield "then A", f"{text} over kept tokens{over}: {most}"
     if adv.clip is not None:
-        yield "then", f"held within ±{adv.clip:g}"
+        yield "then A", f"held within ±{adv.clip:g}"
+
+
+def _credit(config: Config) -> Iterator[tuple[str, str]]:
+    """What a token leads to: the answer's outcome on its last token, a KL on each."""
+    algo, discount = config.algo, config.algo.shaping.discount
+    kl = algo.kl.coef > 0 and algo.kl.place is KlPlace.reward
+    if not kl and discount == 1:
+        return
+    outcome = "A" if discount == 1 else f"{discount:g}^(T−t) · A"
+    cost, words = "", ["t = this token"]
+    if kl:
+        gamma = "" if discount == 1 else f"{discount:g}^(u−t) · "
+        cost = f" − {algo.kl.coef:g} · Σ_(u=t…T) {gamma}KL_u"
+        words.append("KL_u = KL of token u")
+    words.append("T = the answer's last token")
+    yield "then A", f"{outcome}{cost};  {', '.join(words)}"
+
+
+def _over(unbiased: bool) -> str:
+    return f", std over their number{' − 1' if unbiased else ''}"
 
 
 def _per_answer(config: Config) -> str:
     adv = config.algo.advantage
     mean = "others of the " + adv.mean.name if adv.leave_one_out else adv.mean.name
     text = _normalised("r", mean, adv.std.name, adv.eps)
+    text += "; running = all answers of the run so far" if "(running)" in text else ""
     if adv.std is not Level.none:
-        text += f", std over n{' − 1' if adv.unbiased else ''}"
+        text += _over(adv.unbiased)
     flat = Level.group in (adv.mean, adv.std)
     return text + ("; exactly 0 in groups of equal rewards" if flat else "")
 

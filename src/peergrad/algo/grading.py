@@ -212,7 +212,7 @@ def _whiten(
             white,
             kept,
             sets[config.token_std],
-            unbiased=config.unbiased,
+            unbiased=config.unbiased_over_tokens,
             eps=config.token_eps,
         )
     return torch.zeros_like(value).masked_scatter(keep, white)

@@ -1,5 +1,6 @@
 """Which knobs of the objective are in force, which are forced to a value, which have no effect."""
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -12,6 +13,8 @@ from peergrad.config import (
     Config,
     CorrectionKind,
     FlatGroups,
+    KlConfig,
+    KlEstimator,
     KlPlace,
     Level,
     OldPolicy,
@@ -63,8 +66,8 @@ def knobs(config: Config) -> list[Knob]:
 
 
 def _is_off(key: str, value: object) -> bool:
-    bound = key.rpartition(".")[2] in ("mean_low", "mean_high")  # 0 is a bound like another
-    return value is None or show(value) == "none" or (value in (False, 0) and not bound)
+    says = key.rpartition(".")[2] in ("mean_low", "mean_high", "token_unbiased")  # by 0 and false
+    return value is None or show(value) == "none" or (value in (False, 0) and not says)
 
 
 def refuse(config: Config, chosen: Collection[str]) -> None:
@@ -95,18 +98,40 @@ def _sampling_and_reward(config: Config, _: Plan) -> Iterator[Rule]:
     algo = config.algo
     adv, shaping = algo.advantage, algo.shaping
     no_std, no_token_std = adv.std is Level.none, adv.token_std is TokenLevel.none
-    centred = adv.mean is not Level.none or (
-        adv.token_mean is not TokenLevel.none and adv.std is Level.none and shaping.discount == 1
-    )
-    cancels = centred and shaping.clip is None
     again = "only sampling.dynamic=true draws again"
     yield "sampling.limit", not algo.sampling.dynamic, again
     yield "sampling.limit", config.rollout.replay is not None, "recorded groups are as they are"
     yield "shaping.overlong_factor", shaping.overlong_tokens == 0, "shaping.overlong_tokens is 0"
-    yield "shaping.bias", cancels, "subtracting a mean cancels it"
+    yield "shaping.bias", _shift_cancels(algo), "subtracting a mean cancels it"
+    yield "shaping.scale", _scale_cancels(config), "dividing by a standard deviation cancels it"
     yield "advantage.eps", no_std, "advantage.std is none"
-    yield "advantage.token_eps", no_token_std, "advantage.token_std is none"
-    yield "advantage.unbiased", no_std and no_token_std, "no standard deviation divides"
+    own = no_token_std or adv.token_unbiased is not None
+    yield "advantage.unbiased", no_std and own, "no standard deviation divides by it"
+    yield (
+        "advantage.token_eps advantage.token_unbiased",
+        no_token_std,
+        "advantage.token_std is none",
+    )
+
+
+def _shift_cancels(algo: AlgoConfig) -> bool:
+    """Whether a constant added to all rewards is gone from the advantages."""
+    adv, shaping = algo.advantage, algo.shaping
+    own_std = adv.std is Level.group and adv.token_mean is not TokenLevel.group
+    # Divided by deviations of one's group, the constant differs from group to group.
+    late = adv.token_mean is not TokenLevel.none and not own_std and shaping.discount == 1
+    return shaping.clip is None and (adv.mean is not Level.none or late)
+
+
+def _scale_cancels(config: Config) -> bool:
+    """Whether a factor of all rewards is gone from the advantages, but for a share of 1e-3 of a
+    deviation that rewards around 1 may have: what an epsilon, unscaled, may still tell."""
+    algo = config.algo
+    adv, scale = algo.advantage, algo.shaping.scale
+    first = adv.std is not Level.none
+    late = adv.token_std is not TokenLevel.none and not _kl_in_reward(config)
+    eps = adv.eps if first else adv.token_eps
+    return algo.shaping.clip is None and (first or late) and eps * max(1, 1 / scale) <= 1e-3
 
 
 def _surrogate(config: Config, plan: Plan) -> Iterator[Rule]:
@@ -155,12 +180,25 @@ def _kl_and_weights(config: Config, _: Plan) -> Iterator[Rule]:
     algo = config.algo
     shape = "kl.place kl.estimator kl.clamp_log_ratio kl.clamp kl.reset_every kl.target"
     yield shape, algo.kl.coef == 0, "algo.kl.coef is 0"
+    yield "kl.clamp", _clamp_is_idle(algo.kl), "algo.kl.clamp_log_ratio keeps the estimate within"
     yield "kl.horizon", algo.kl.target is None, "algo.kl.target is not set: the weight is constant"
     yield "kl.target", algo.kl.place is KlPlace.loss, "only the KL in the reward adapts"
     dropping = algo.sampling.selects and not _draws_again(config)
     anything = dropping or algo.shaping.overlong_filter or algo.correction.drops
     yield "denominator", not anything, "nothing is dropped"
     yield "shuffle", algo.minibatches == 1, "there is one mini-batch"
+
+
+def _clamp_is_idle(kl: KlConfig) -> bool:
+    """Whether no estimate from a log ratio that is held can leave the bounds of the estimate."""
+    most = kl.clamp_log_ratio
+    if most is None or kl.clamp is None:
+        return False
+    if kl.estimator is KlEstimator.k2:
+        return kl.clamp >= most**2 / 2
+    if kl.estimator in (KlEstimator.k3, KlEstimator.k3_unbiased):
+        return most < 700 and kl.clamp >= math.exp(most) - most - 1
+    return kl.clamp >= most
 
 
 def forced_values(config: Config, plan: Plan) -> dict[str, tuple[str, str]]:

@@ -57,7 +57,7 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
     yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
-    where = algo.source.partition(" (there")[0] or "an objective of your own"
+    where = algo.title
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
     yield "objective", f"{where}; KL {algo.kl.coef:g}{place}" if algo.kl.coef else where
 

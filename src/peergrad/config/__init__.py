@@ -30,6 +30,7 @@ from peergrad.config.algo import (
     SurrogateKind,
     TokenLevel,
 )
+from peergrad.config.conflict import Conflict
 from peergrad.config.rollout import (
     OnGap,
     Proof,
@@ -71,6 +72,7 @@ __all__ = [
     "AlgoConfig",
     "CheckpointConfig",
     "Config",
+    "Conflict",
     "CorrectionConfig",
     "CorrectionKind",
     "CorrectionLevel",

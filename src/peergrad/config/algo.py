@@ -1,14 +1,16 @@
 """The objective: every knob of every GRPO variant, and the combinations that make no sense.
 
-A knob whose default turns it off (null, false, 0) and that could have no effect here is refused by
-``__post_init__``. Which of the others are without effect depends on the whole run:
-``peergrad.algo.knobs`` knows.
+A knob whose default turns it off (null, false, 0) and that could have no effect here is a
+``Conflict`` in ``__post_init__``: refused, or put back if only a preset sets it
+(``running.preset``). Which of the others are without effect depends on the whole run:
+``algo.knobs`` knows.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
+from peergrad.config.conflict import agree, belongs
 from peergrad.config.rules import at_least, finite, optional_positive, positive, require
 
 Level = Enum("Level", ["none", "group", "batch", "running"])
@@ -22,13 +24,7 @@ KlPlace = Enum("KlPlace", ["loss", "reward"])
 KlEstimator = Enum("KlEstimator", ["k1", "k2", "k3", "abs", "k3_unbiased"])
 Aggregation = Enum(
     "Aggregation",
-    [
-        "seq_mean_token_mean",
-        "token_mean",
-        "group_token_mean",
-        "seq_mean_token_sum",
-        "token_sum_const",
-    ],
+    "seq_mean_token_mean token_mean group_token_mean seq_mean_token_sum token_sum_const",
 )
 Denominator = Enum("Denominator", ["all", "kept"])
 OldPolicy = Enum("OldPolicy", ["auto", "recompute", "engine", "loglinear"])
@@ -96,7 +92,10 @@ class ShapingConfig:
         positive("algo.shaping.overlong_factor", self.overlong_factor, "the usual value is 1")
         finite("algo.shaping.bias", self.bias, "use 0")
         finite("algo.shaping.scale", self.scale, "use 1")
-        require(self.scale != 0, "algo.shaping.scale", self.scale, "erases every reward", "use 1")
+        wrong = "erases every reward" if self.scale == 0 else "rewards what ought to be punished"
+        require(
+            self.scale > 0, "algo.shaping.scale", self.scale, wrong, "use 1, or another above 0"
+        )
         optional_positive("algo.shaping.clip", self.clip)
         require(
             0 < self.discount <= 1,
@@ -125,6 +124,8 @@ class AdvantageConfig:
     an advantage."""
     token_std: TokenLevel = TokenLevel.none
     """And divide by the standard deviation over tokens."""
+    token_unbiased: bool | None = None
+    """The same of that over tokens; default: as ``unbiased``."""
     token_eps: float = 1e-5
     """Added to the standard deviation over tokens."""
     clip: float | None = None
@@ -134,13 +135,17 @@ class AdvantageConfig:
         at_least("algo.advantage.eps", self.eps, 0)
         at_least("algo.advantage.token_eps", self.token_eps, 0)
         optional_positive("algo.advantage.clip", self.clip)
-        require(
+        agree(
             not self.leave_one_out or self.mean in (Level.group, Level.batch),
             "algo.advantage.leave_one_out",
             self.leave_one_out,
             f"needs the mean of a group or a batch, not {self.mean.name}",
             "set algo.advantage.mean=group",
         )
+
+    @property
+    def unbiased_over_tokens(self) -> bool:
+        return self.unbiased if self.token_unbiased is None else self.token_unbiased
 
 
 @dataclass(kw_only=True)
@@ -177,11 +182,11 @@ class SurrogateConfig:
         kind, key = self.kind, "algo.surrogate"
         for name in ("dual_clip", "log_ratio_low", "max_mean_ratio"):
             finite(f"{key}.{name}", getattr(self, name), "use null to turn it off")
-        _belongs(f"{key}.dual_clip", self.dual_clip, kind, [SurrogateKind.clip, *SEQUENCE_RATIO])
-        _belongs(f"{key}.unified_mask", self.unified_mask, kind, [SurrogateKind.cispo])
+        belongs(f"{key}.dual_clip", self.dual_clip, kind, [SurrogateKind.clip, *SEQUENCE_RATIO])
+        belongs(f"{key}.unified_mask", self.unified_mask, kind, [SurrogateKind.cispo])
         ratio = [k for k in SurrogateKind if k is not SurrogateKind.reinforce]
         for name in ("log_ratio_low", "log_ratio_high", "max_mean_ratio"):
-            _belongs(f"{key}.{name}", getattr(self, name), kind, ratio)
+            belongs(f"{key}.{name}", getattr(self, name), kind, ratio)
         if self.dual_clip is not None:
             remedy = "use 3, or null to turn it off"
             require(self.dual_clip > 1, f"{key}.dual_clip", self.dual_clip, "must exceed 1", remedy)
@@ -227,7 +232,7 @@ class CorrectionConfig:
         none = CorrectionKind.none
         weights = [kind for kind in CorrectionKind if kind is not none]
         for name in ("low", "high"):
-            _belongs(f"algo.correction.{name}", getattr(self, name), self.kind, weights)
+            belongs(f"algo.correction.{name}", getattr(self, name), self.kind, weights)
         low, high = self.bounds
         require(
             0 <= low < high,
@@ -236,6 +241,9 @@ class CorrectionConfig:
             f"must lie in [0, algo.correction.high ({high}))",
             "lower it",
         )
+        outside = "leaves out 1, which is k of every token on policy"
+        require(low <= 1, "algo.correction.low", low, outside, "use at most 1")
+        require(high >= 1, "algo.correction.high", high, outside, "use at least 1")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -300,12 +308,10 @@ class KlConfig:
         at_least("algo.kl.horizon", self.horizon, 1)
         for name in ("clamp_log_ratio", "clamp", "target"):
             optional_positive(f"algo.kl.{name}", getattr(self, name))
-            _belongs(
-                f"algo.kl.{name}", getattr(self, name), self.coef > 0, [True], "algo.kl.coef>0"
-            )
-        _belongs("algo.kl.reset_every", self.reset_every, self.coef > 0, [True], "algo.kl.coef>0")
+            belongs(f"algo.kl.{name}", getattr(self, name), self.coef > 0, [True], "algo.kl.coef>0")
+        belongs("algo.kl.reset_every", self.reset_every, self.coef > 0, [True], "algo.kl.coef>0")
         reward = self.place is KlPlace.reward
-        _belongs("algo.kl.target", self.target, reward, [True], "algo.kl.place=reward")
+        belongs("algo.kl.target", self.target, reward, [True], "algo.kl.place=reward")
         in_loss = self.coef > 0 and not reward
         require(
             not (in_loss and self.estimator is KlEstimator.k1),
@@ -326,7 +332,7 @@ class KlConfig:
 @dataclass(kw_only=True)
 class AlgoConfig:
     source: str = ""
-    """Where this objective comes from; ``explain`` prints it."""
+    """Where this objective comes from, and what was changed of it; ``explain`` prints it."""
     differences: list[str] = field(default_factory=list)
     """Where it deliberately differs from its source."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -358,7 +364,7 @@ class AlgoConfig:
         at_least("algo.entropy_coef", self.entropy_coef, 0)
         for name in ("epochs", "minibatches"):
             at_least(f"algo.{name}", getattr(self, name), 1)
-        require(
+        agree(
             not self.shuffle or self.minibatches > 1,
             "algo.shuffle",
             self.shuffle,
@@ -368,24 +374,32 @@ class AlgoConfig:
         self._check_ratio()
         self._check_old_policy()
 
+    @property
+    def title(self) -> str:
+        """Whose objective it is and what was changed of it, without the source's own settings."""
+        return re.sub(r" \(there:[^)]*\)", "", self.source) or "an objective of your own"
+
     def _check_ratio(self) -> None:
         kind, correction = self.surrogate.kind, self.correction
         for name in correction.drops_tokens if kind in SEQUENCE_RATIO else []:
-            require(
+            agree(
                 False,
                 f"algo.correction.{name}",
                 getattr(getattr(correction, name), "name", getattr(correction, name)),
                 f"drops single tokens, but surrogate.kind={kind.name} has one ratio per answer",
                 "drop whole answers (seq_mask_tis, or mis with level=sequence), or use kind=clip",
+                idle=False,
             )
         decides = correction.decides_by_sequence
         for name in correction.drops_tokens if decides else []:
-            require(
+            agree(
                 False,
                 f"algo.correction.{name}",
                 getattr(getattr(correction, name), "name", getattr(correction, name)),
                 f"drops single tokens, but algo.correction.{decides} judges whole answers",
                 "use one of the two",
+                gives_way=(f"algo.correction.{name}", f"algo.correction.{decides}"),
+                idle=False,
             )
         varies = [
             ("algo.kl.place", "reward", self.kl.coef > 0 and self.kl.place is KlPlace.reward),
@@ -403,14 +417,14 @@ class AlgoConfig:
     def _check_old_policy(self) -> None:
         old, correction = self.old_policy, self.correction
         engine = old is OldPolicy.engine or self.surrogate.kind is SurrogateKind.icepop
-        require(
+        agree(
             not (engine and correction.weighs_engine),
             "algo.correction.kind" if correction.m2po is None else "algo.correction.m2po",
             correction.kind.name if correction.m2po is None else correction.m2po,
             "corrects the old policy towards the engine's, but the old policy is the engine's",
             "set algo.old_policy=recompute (and another surrogate.kind than icepop), or remove it",
         )
-        require(
+        agree(
             self.surrogate.kind is not SurrogateKind.icepop
             or old in (OldPolicy.auto, OldPolicy.engine),
             "algo.old_policy",
@@ -418,29 +432,16 @@ class AlgoConfig:
             "the ratio of surrogate.kind=icepop is to the engine",
             "set algo.old_policy=engine",
         )
+        also = () if correction.m2po else ("algo.denominator",)
         needs_pass = correction.m2po is not None or (
             self.denominator is Denominator.kept and correction.drops
         )
-        require(
+        agree(
             not (old is OldPolicy.loglinear and needs_pass),
             "algo.old_policy",
             "loglinear",
             "must be known before the update, for m2po or for the denominator=kept of a correction",
-            "set algo.old_policy=recompute",
+            f"set algo.old_policy=recompute{''.join(f' or {key}=all' for key in also)}",
+            gives_way=(*also, "algo.old_policy"),
+            idle=False,
         )
-
-
-def _belongs(
-    key: str, value: object, chosen: object, homes: list[Any], where: str | None = None
-) -> None:
-    """Refuse ``value`` unless it turns ``key`` off or ``chosen`` is one of its ``homes``."""
-    names = where or "kind=" + "|".join(home.name for home in homes)
-    section = key.rpartition(".")[0]
-    where_to = names if where else f"{section}.{names}"
-    require(
-        value is None or value == 0 or chosen in homes,
-        key,
-        value,
-        f"has no effect without {where_to}",
-        "remove it, or set that",
-    )

@@ -7,7 +7,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     InterpolationResolutionError,
     InterpolationValidationError,
@@ -16,10 +16,11 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from peergrad.config import AlgoConfig, Config
+from peergrad.config import Config
 from peergrad.running.hints import meant, unknown_key, unknown_option
 from peergrad.running.keys import TEXTS, config_dir, groups, keys, schema
-from peergrad.running.overrides import read_overrides
+from peergrad.running.overrides import named_keys, read_overrides
+from peergrad.running.preset import adapt_preset, leaves, read_preset
 from peergrad.running.quoting import argument, escaped
 from peergrad.running.values import wrong_type
 
@@ -29,14 +30,16 @@ UNSET = "unset"
 def compose_config(overrides: Sequence[str], *, allow_missing: bool = False) -> tuple[Config, str]:
     """Compose ``conf/config.yaml`` with Hydra overrides; the checked configuration and its YAML.
 
-    With ``allow_missing`` mandatory values may be absent: ``???`` in the YAML and ``unset`` in the
-    configuration, which then serves to be looked at.
+    What only the ``algo`` preset sets gives way to what the user has chosen, and ``algo.source``
+    says what was changed. With ``allow_missing`` mandatory values may be absent: ``???`` in the
+    YAML and ``unset`` in the configuration, which then serves to be looked at.
 
     Raises ValueError with one line for an unknown key or option, a wrong type, a missing or an
     out-of-range value.
     """
-    composed = _compose(overrides)
+    composed, preset = _compose(overrides)
     try:
+        adapt_preset(composed, preset, _chosen(composed, preset, overrides))
         text = _yaml(composed)
         config = OmegaConf.to_object(_filled(composed) if allow_missing else composed)
     except OmegaConfBaseException as error:
@@ -51,37 +54,29 @@ def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
 
     ``overrides`` must be such that ``compose_config`` takes them.
     """
-    composed = _compose(overrides, with_choices=True)
-    option = composed.hydra.runtime.choices.algo
-    preset = OmegaConf.merge(
-        OmegaConf.structured(AlgoConfig), OmegaConf.load(config_dir() / f"algo/{option}.yaml")
-    )
-    assert isinstance(preset, DictConfig)
-    ours, theirs = (dict(_values(node, "algo.")) for node in (composed.algo, preset))
-    named = {override.partition("=")[0].lstrip("+") for override in overrides} - {"algo"}
-    return frozenset(
-        key
-        for key, value in ours.items()
-        if value != theirs[key] or any(key == n or key.startswith(f"{n}.") for n in named)
-    )
+    composed, preset = _compose(overrides)
+    return _chosen(composed, preset, overrides)
 
 
-def _compose(overrides: Sequence[str], *, with_choices: bool = False) -> DictConfig:
+def _chosen(composed: DictConfig, preset: DictConfig, overrides: Sequence[str]) -> frozenset[str]:
+    ours, theirs = leaves(composed.algo, "algo."), leaves(preset, "algo.")
+    named = named_keys(overrides)
+    return frozenset(key for key, value in ours.items() if value != theirs[key] or key in named)
+
+
+def _compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """The composed configuration, and the ``algo`` group's option alone."""
     ConfigStore.instance().store(name="schema", node=schema())
     readable = read_overrides(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose("config", overrides=readable, return_hydra_config=with_choices)
+            composed = compose("config", overrides=readable, return_hydra_config=True)
+        option = composed.hydra.runtime.choices.algo
+        with open_dict(composed):
+            del composed["hydra"]
+        return composed, read_preset(option)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(_one_line(error)) from error
-
-
-def _values(node: DictConfig, prefix: str) -> list[tuple[str, Any]]:
-    found = []
-    for key, value in node.items():
-        nested = isinstance(value, DictConfig)
-        found += _values(value, f"{prefix}{key!s}.") if nested else [(f"{prefix}{key!s}", value)]
-    return found
 
 
 def _filled(composed: DictConfig) -> DictConfig:

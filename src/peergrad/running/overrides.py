@@ -32,6 +32,25 @@ def read_overrides(overrides: Sequence[str]) -> list[str]:
     return [_read(parser, text) for text in overrides]
 
 
+def named_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that the overrides set, those inside of a ``{...}`` one by one.
+
+    ``overrides`` must be such that ``read_overrides`` takes them.
+    """
+    parser, found = OverridesParser.create(), set()
+    for text in read_overrides(overrides):
+        if not text.startswith("~"):
+            parsed = parser.parse_override(text)
+            found |= _inside(parsed.key_or_group, parsed.value())
+    return frozenset(found)
+
+
+def _inside(key: str, value: object) -> set[str]:
+    if not isinstance(value, dict):
+        return {key}
+    return {name for part, inner in value.items() for name in _inside(f"{key}.{part}", inner)}
+
+
 def _read(parser: OverridesParser, text: str) -> str:
     text = text.lstrip("+")
     key, equals, raw = text.partition("=")

@@ -45,11 +45,14 @@ algo.surrogate.kind=cispo with algo.surrogate.clip_low=1 and algo.aggregation=to
     loss_type=cispo
 algo.surrogate.clip_low and algo.surrogate.clip_high with algo.surrogate.kind=cispo :
     cispo_epsilon_low cispo_epsilon_high tis_lower_bound tis_upper_bound
-algo.surrogate.kind=sapo : use_sapo_loss loss_mode=sapo loss_type=sapo sapo
+algo.surrogate.kind=sapo : use_sapo_loss loss_type=sapo
+algo.surrogate.kind=sapo with algo.aggregation=seq_mean_token_mean : loss_mode=sapo sapo
 algo.surrogate.tau_positive : sapo_tau_pos sapo_temperature_pos
 algo.surrogate.tau_negative : sapo_tau_neg sapo_temperature_neg
 algo.surrogate.kind=reinforce : pg_variant=vanilla loss_mode=gpg gpg disable_ppo_ratio
-algo.surrogate.kind=clip with algo.correction.dppo : loss_mode=dppo_tv dppo_tv
+algo.surrogate.kind=cispo with algo.correction.dppo and algo.old_policy=engine :
+    loss_mode=dppo_tv dppo_tv
+algo.surrogate.kind=gspo with algo.aggregation=seq_mean_token_sum : loss_type=luspo luspo
 
 algo.kl.coef with algo.kl.place : kl_coef kl_coeff kl_penalty_coef kl_weight kl_lambda
 algo.kl.coef with algo.kl.place=loss : kl_beta kl_loss_coef kl_loss_coeff beta
@@ -67,7 +70,8 @@ algo.kl.estimator=k3 : kl_loss_type=k3
 algo.kl.estimator=k3 with algo.kl.clamp_log_ratio=20 and algo.kl.clamp=10 :
     kl_penalty_type=low_var_kl kl_penalty_type=k3 kl_loss_type=low_var_kl kl_penalty=low_var_kl
     low_var_kl
-algo.kl.estimator=k3_unbiased : use_unbiased_kl use_bias_correction_kl
+algo.kl.estimator=k3_unbiased :
+    use_unbiased_kl use_bias_correction_kl kl_penalty=k3+ kl_loss_type=k3+ kl_loss_type=low_var_kl+
 algo.kl.target : target_kl
 algo.kl.target with algo.kl.horizon : kl_ctrl.type kl_ctrl.type=adaptive
 algo.kl.horizon : kl_horizon kl_ctrl.horizon
@@ -130,15 +134,17 @@ algo.correction.kind=mis with algo.correction.level, algo.correction.low and alg
 algo.correction.level : weight_type agg_type
 algo.correction.low :
     tis_clip_low truncated_importance_sampling_ratio_min ratio_low rejection_sampling.lower lower
+    vllm_importance_sampling_clip_min
 algo.correction.high :
     importance_sampling_clip upper_bound rollout_is_threshold tis_clip
     truncated_importance_sampling_ratio vllm_importance_sampling_cap ratio_high
+    vllm_importance_sampling_clip_max
     rejection_sampling.upper upper
 algo.correction.high with algo.correction.kind=mis and algo.correction.level=token :
     behave_weight_threshold behave_imp_weight_cap
 algo.correction.dppo : diff_low diff_high
 algo.correction.opsm : use_opsm opsm_delta off_policy_mask_threshold
-algo.correction.m2po : m2_threshold
+algo.correction.m2po with algo.denominator=kept : m2_threshold
 
 algo.advantage.mean and algo.advantage.std :
     adv_type adv_estimator advantage_estimator reward_norm adv_estimator=reinforce
@@ -148,8 +154,13 @@ algo.advantage.mean=none with algo.advantage.token_mean=batch and algo.kl.place=
     adv_type=reinpp
 algo.advantage.mean=group with algo.advantage.token_mean=batch and algo.kl.place=reward :
     use_reinpp_baseline
-algo.advantage.std=none with algo.advantage.token_mean=batch and algo.advantage.token_std=batch :
-    advantage_estimator=reinforce_plus_plus advantage_estimator=reinforce_plus_plus_baseline
+algo.advantage.mean=none with algo.advantage.std=none and algo.kl.place=reward :
+    advantage_estimator=reinforce_plus_plus
+algo.advantage.mean=group with algo.advantage.std=none :
+    advantage_estimator=reinforce_plus_plus_baseline adv_estimator.name=reinforce_plus_plus
+    minus_baseline
+algo.advantage.mean=none with algo.advantage.std=none and algo.advantage.token_mean=group :
+    adv_estimator=opo
 algo=deepseekmath with algo.kl.coef=0 : advantage_estimator=grpo
 algo=rloo : adv_estimator=rloo advantage_estimator=rloo
 algo.advantage.mean : norm_mean_type mean_level
@@ -168,7 +179,7 @@ algo.advantage.token_mean and algo.advantage.token_std : adv_norm
 algo.advantage.token_eps : adv_norm.eps
 algo.advantage.leave_one_out : mean_leave1out use_leave_one_out_baseline leave_one_out_baseline
 algo.advantage.eps : advantage.epsilon reward_norm.eps
-algo.advantage.unbiased : std_unbiased
+algo.advantage.unbiased and algo.advantage.token_unbiased : std_unbiased
 algo.advantage.clip : advantage_clip advantage_clip_low advantage_clip_high
 
 algo.shaping.bias : reward_shift reward_bias
@@ -355,7 +366,8 @@ response_filter_config minibatch_data_iter_num prox_logp_method=metrics dynamic_
 advantage_estimator=ppo use_opd loss_mode=clip_cov loss_mode=kl_cov loss_mode=geo_mean
 loss_mode=dppo_kl loss_mode=dro clip_cov kl_cov geo_mean dppo_kl dro loss_agg_mode=token_sum
 token_sum rollout_is_batch_normalize positive_example_nll_weight stop_properly_penalty_coef
-batch_multiplier scale_rewards=mean reward_weights multi_objective_aggregation loss_type=luspo
+batch_multiplier reward_weights multi_objective_aggregation use_adaptive_entropy entropy_target
+entropy_coef_min entropy_coef_max entropy_coef_delta
 ref_model_mixup_alpha min_p repetition_penalty generation_kwargs top_entropy_quantile
 disable_dropout cast_lm_head_to_fp32 critic critic_lr value_loss_coef vf_coef teacher num_critic
 rollout_routing_replay use_routing_replay expert_model_parallel_size ep_size lora_rank use_lora

@@ -44,6 +44,8 @@ from peergrad.running.compose import chosen_keys, compose_config, config_dir
 
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted(path.stem for path in (config_dir() / "algo").glob("*.yaml"))
+KL = ["algo.kl.coef=0.1"]
+REWARD = [*KL, "algo.kl.place=reward", "algo.kl.estimator=k1"]
 ONE_STEP = ["areal", "deepseekmath", "dr_grpo", "rloo", "roll"]
 
 
@@ -125,7 +127,8 @@ def test_every_preset_explains_itself(preset: str) -> None:
             ],
             [
                 *("in the reward, weight 0.04, adapted towards 0.3 a token over 10000 answers",),
-                *("0.9^(u−t)", "− 0.04 · KL_u", "(length − 1000)₊/24"),
+                *("0.9^(T−t) · A − 0.04 · Σ_(u=t…T) 0.9^(u−t) · KL_u", "(length − 1000)₊/24"),
+                "log π_old − log π_ref",
             ],
         ),
         (
@@ -191,8 +194,30 @@ def test_an_objective_of_your_own_says_so() -> None:
             "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
         ),
         (
+            [
+                *("algo.advantage.mean=none", "algo.advantage.std=batch"),
+                *("algo.advantage.token_mean=group", "algo.shaping.bias=-0.5"),
+            ],
+            "algo.shaping.bias = -0.5: has no effect: subtracting a mean cancels it; remove it",
+        ),
+        (
+            ["algo.shaping.scale=10"],
+            "algo.shaping.scale = 10.0: has no effect: dividing by a standard deviation cancels "
+            "it; remove it",
+        ),
+        (
+            ["algo=dr_grpo", "algo.advantage.token_std=batch", "algo.shaping.scale=10"],
+            "algo.shaping.scale = 10.0: has no effect: dividing by a standard deviation cancels "
+            "it; remove it",
+        ),
+        (
             ["algo=dr_grpo", "algo.advantage.eps=0.1"],
             "algo.advantage.eps = 0.1: has no effect: advantage.std is none; remove it",
+        ),
+        (
+            ["algo.advantage.token_unbiased=false"],
+            "algo.advantage.token_unbiased = false: has no effect: advantage.token_std is none; "
+            "remove it",
         ),
         (
             ["algo.denominator=kept"],
@@ -212,6 +237,11 @@ def test_an_objective_of_your_own_says_so() -> None:
             "algo.kl.estimator = k2: has no effect: algo.kl.coef is 0; remove it",
         ),
         (
+            ["algo.kl.estimator=k2", "algo.kl.clamp_log_ratio=4", "algo.kl.clamp=8"],
+            "algo.kl.clamp = 8.0: has no effect: algo.kl.clamp_log_ratio keeps the estimate "
+            "within; remove it",
+        ),
+        (
             ["algo.kl.horizon=7"],
             "algo.kl.horizon = 7: has no effect: algo.kl.target is not set: the weight is "
             "constant; remove it",
@@ -225,6 +255,23 @@ def test_chosen_keys_without_effect_are_refused(overrides: list[str], message: s
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=dr_grpo", "algo.shaping.scale=10"],  # nothing divides
+        ["algo.shaping.scale=10", "algo.shaping.clip=20"],
+        ["algo.shaping.scale=10", "algo.advantage.eps=0.1"],  # eps is not scaled
+        ["algo.shaping.scale=1e-6"],
+        ["algo.kl.clamp_log_ratio=20", "algo.kl.clamp=10"],
+        ["algo=dr_grpo", "algo.advantage.token_std=batch", "algo.shaping.scale=10", *REWARD],
+        ["algo.advantage.mean=none", "algo.advantage.token_mean=batch", "algo.shaping.bias=-0.5"],
+    ],
+)
+def test_what_something_is_left_of_is_accepted(overrides: list[str]) -> None:
+    overrides = ["model.path=m", *overrides]
+    refuse(compose_config(overrides)[0], chosen_keys(overrides))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("more", [[], ["rollout.max_staleness=2"], ["algo.minibatches=4"]])
 def test_presets_as_they_are_are_accepted(preset: str, more: list[str]) -> None:
@@ -234,7 +281,8 @@ def test_presets_as_they_are_are_accepted(preset: str, more: list[str]) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_no_knob_in_vain(preset: str) -> None:
-    """Except the clips, which are there for whoever takes several optimizer steps."""
+    """Except the clips, which are there for whoever takes several optimizer steps, and what ROLL
+    divides by once something is dropped."""
     config, default = composed(f"algo={preset}"), AlgoConfig()
     text = (config_dir() / f"algo/{preset}.yaml").read_text()
     vain = (Status.inapplicable, Status.forced)
@@ -243,6 +291,7 @@ def test_presets_set_no_knob_in_vain(preset: str) -> None:
     changed = {key for key in idle if value_of(config.algo, key) != value_of(default, key)}
     clips = {f"algo.surrogate.{name}" for name in ("clip_low", "clip_high", "dual_clip")}
     allowed = clips & named if preset in ONE_STEP else set()
+    allowed |= {"algo.denominator"} if preset == "roll" else set()
     shared = {  # the same name in another section
         *("algo.shaping.clip", "algo.advantage.clip", "algo.correction.level"),
         *("algo.advantage.eps", "algo.kl.place", "algo.kl.estimator"),
@@ -263,7 +312,7 @@ CHANGES: dict[str, list[Any]] = {
     "shaping.overlong_factor": [3.0],
     "shaping.overlong_filter": [True, False],
     "shaping.bias": [3.0],
-    "shaping.scale": [-2.0],
+    "shaping.scale": [100.0],
     "shaping.clip": [0.3],
     "shaping.discount": [0.8],
     "advantage.mean": list(Level),
@@ -273,6 +322,7 @@ CHANGES: dict[str, list[Any]] = {
     "advantage.eps": [0.5],
     "advantage.token_mean": list(TokenLevel),
     "advantage.token_std": list(TokenLevel),
+    "advantage.token_unbiased": [False, True],
     "advantage.token_eps": [0.5],
     "advantage.clip": [0.2],
     "surrogate.kind": list(SurrogateKind),
@@ -310,8 +360,6 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 SEVERAL, STALE = "algo.minibatches=2", "rollout.max_staleness=2"
-KL = ["algo.kl.coef=0.1"]
-REWARD = [*KL, "algo.kl.place=reward", "algo.kl.estimator=k1"]
 SITUATIONS: dict[str, list[str]] = {
     **{name: [f"algo={name}"] for name in ONE_STEP},
     **{f"{name}, several steps": [f"algo={name}", SEVERAL] for name in ONE_STEP},
@@ -490,8 +538,9 @@ def complaints(config: Config, key: str, values: list[Any], before: np.ndarray) 
 
 
 EXCUSED = {
-    # a factor 4/3 for all, which dividing by the standard deviation over tokens takes out
-    "advantage.leave_one_out": ("areal", "rlinf", "loglinear"),
+    # a factor for all, which dividing by the standard deviation over tokens takes out
+    "advantage.leave_one_out": ("areal", "rlinf", "loglinear", "roll"),
+    "advantage.unbiased": ("rlinf",),
     # with one optimizer step, and the advantage of a whole answer, they have one gradient
     "surrogate.kind": ("roll", "areal"),
     # a bad answer that has lost that much is beyond so small a clip already

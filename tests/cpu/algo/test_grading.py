@@ -469,3 +469,15 @@ def test_answers_without_tokens(
 )
 def test_the_state_survives_json(state: AlgoState) -> None:
     assert AlgoState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_tokens_may_be_whitened_over_n_beside_groups_over_n_minus_1() -> None:
+    """Rewards (1, -1) of 3 and 1 tokens: std over n - 1 is sqrt 2; tokens v v v -v of v = 1/sqrt 2
+    have mean v/2 and, over n, the variance (3 v^2/4 + 9 v^2/4) / 4 = 3 v^2/4."""
+    levels = {"mean": Level.group, "std": Level.group, "eps": 0.0, "token_eps": 0.0}
+    tokens = {"token_mean": TokenLevel.batch, "token_std": TokenLevel.batch}
+    groups = new_groups([1, -1], lengths=[3, 1])
+    for unbiased, factor in ((False, 1.0), (True, ROOT3 / 2), (None, ROOT3 / 2)):
+        advantage = AdvantageConfig(**levels, **tokens, token_unbiased=unbiased)  # type: ignore[arg-type]
+        found = advantages(graded(groups, advantage=advantage)[0])
+        assert found == approx([factor / ROOT3] * 3 + [-factor * ROOT3])

@@ -10,7 +10,7 @@ from fake_sglang import FakeServer, sample
 from peergrad.config import Config, OnError, RewardConfig, RewardKind
 from peergrad.inputs import collector_parts
 from peergrad.rollout.collector import Collector
-from tests.models import make_tokenizer
+from tests.models import make_hf_model, make_tokenizer
 
 FUNCTIONS = """
 import numpy as np
@@ -42,7 +42,7 @@ def answer(body: dict[str, Any]) -> tuple[int, Any]:
 
 @pytest.fixture
 def new_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    TOKENIZER.save_pretrained(tmp_path)
+    make_hf_model(tmp_path, layers=1)
     (tmp_path / "rewards_in_place.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = Config()
