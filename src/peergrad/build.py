@@ -52,8 +52,10 @@ class Build:
 
     def train(self, ending: Ending) -> None:
         """The whole run on this rank."""
-        config, last = self.config, self.config.run.steps
         groups = self.join(ending)
+        # As rank 0 has it, which alone has read what run.epochs depends on.
+        self.config = config = groups.share(lambda: self.config)
+        last = config.run.steps
         policy, checkpoints, start = self.load_policy(groups)
         state = restore_state(config, checkpoints.algo_state(start))
         reference = self.load_reference(groups, checkpoints, state, start)

@@ -65,15 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ending.signals():
         try:
             if not options.check:
-                run(config, text, directory, place, ending)
+                run(config, options.overrides, directory, place, ending)
             elif place.rank == 0:
-                print(check_all(config, directory, place), end="")
+                print(check_all(config, options.overrides, directory, place), end="")
         except BaseException as error:
             return ending.end(error)
     return FINISHED
 
 
-def check_all(config: Config, directory: RunDir, place: Place) -> str:
+def check_all(config: Config, overrides: Sequence[str], directory: RunDir, place: Place) -> str:
     """What will run, in some lines. Raises ValueError for what is wrong with it."""
     from peergrad.rollout.servers import check_args
 
@@ -86,6 +86,8 @@ def check_all(config: Config, directory: RunDir, place: Place) -> str:
         arguments = beside.submit(check_args, config.rollout.servers.args)
         inputs = read_inputs(config, directory, screen)
         arguments.result()
+    if inputs.steps is not None:
+        config, _ = compose_config(in_steps(overrides, inputs.steps))
     return summary(config, place.world, inputs)
 
 
@@ -98,7 +100,9 @@ def read_inputs(config: Config, directory: RunDir, screen: Screen) -> Inputs:
     return inputs
 
 
-def run(config: Config, text: str, directory: RunDir, place: Place, ending: Ending) -> None:
+def run(
+    config: Config, overrides: Sequence[str], directory: RunDir, place: Place, ending: Ending
+) -> None:
     """The run, from its folder to its last line."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave its ranks training
         die_with_parent(os.getppid())
@@ -113,7 +117,7 @@ def run(config: Config, text: str, directory: RunDir, place: Place, ending: Endi
         with ExitStack() as stack, ending.noted():
             attempt = None
             if place.rank == 0:
-                attempt = open_folder(config, text, directory, ending, screen, outer)
+                config, attempt = open_folder(config, overrides, directory, ending, screen, outer)
             train(config, directory, attempt, ending, screen, stack)
         screen.stop()
         if place.rank == 0:
@@ -121,9 +125,15 @@ def run(config: Config, text: str, directory: RunDir, place: Place, ending: Endi
 
 
 def open_folder(
-    config: Config, text: str, directory: RunDir, ending: Ending, screen: Screen, stack: ExitStack
-) -> Path:
-    """Hold the run's folder from here on and open the log of this attempt; its folder."""
+    config: Config,
+    overrides: Sequence[str],
+    directory: RunDir,
+    ending: Ending,
+    screen: Screen,
+    stack: ExitStack,
+) -> tuple[Config, Path]:
+    """Hold the run's folder from here on, open the log of this attempt and read what the run reads;
+    the configuration with all that this tells, and the folder of the log."""
     what = f"run.name = {config.run.name!r}"
     with screen.waiting("the run's folder"), writing("run folder", directory.path):
         stack.enter_context(FolderLock(directory.lock, what, heard=screen.detail))
@@ -135,6 +145,9 @@ def open_folder(
     screen.say(f"log        {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
         inputs = read_inputs(config, directory, screen)
+    counted, text = compose_config(in_steps(overrides, inputs.steps))
+    if inputs.steps is not None:
+        config, screen.steps = counted, inputs.steps
     for warning in warnings_of(config, inputs):
         log.warning("%s", warning)
     with writing("run folder", directory.path):
@@ -143,7 +156,12 @@ def open_folder(
         for path in (directory.config, attempt / "config.yaml"):
             path.write_text(text)
         (attempt / "objective.txt").write_text(explain(config))
-    return attempt
+    return config, attempt
+
+
+def in_steps(overrides: Sequence[str], steps: int | None) -> list[str]:
+    """The overrides of the same run with ``steps``, if there are any, in place of run.epochs."""
+    return [*overrides, *([] if steps is None else [f"run.steps={steps}", "run.epochs=null"])]
 
 
 def objective_line(config: Config) -> str:

@@ -26,7 +26,9 @@ def check(config: Config, *, world: int) -> None:
     check_batch(config, world)
     _check_lengths(config, shape)
     _check_ids(config, shape)
-    _check_steps(config)
+    _check_epochs(config)
+    if config.run.epochs is None:  # else once their number is known
+        check_steps(config)
     _check_objective(config)
     _check_kernels(config)
     _check_name(config)
@@ -118,7 +120,18 @@ def _check_ids(config: Config, shape: Shape) -> None:
     )
 
 
-def _check_steps(config: Config) -> None:
+def _check_epochs(config: Config) -> None:
+    replay = config.rollout.replay
+    require(
+        config.run.epochs is None or replay is None,
+        "run.epochs",
+        config.run.epochs,
+        f"counts prompts, and a replay ({replay}) reads none",
+        "set run.steps instead",
+    )
+
+
+def check_steps(config: Config) -> None:
     """Whatever is counted in steps fits into the run."""
     steps, algo = config.run.steps, config.algo
     key = "run.steps" if config.optim.decay_steps is None else "optim.decay_steps"

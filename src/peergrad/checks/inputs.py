@@ -1,9 +1,10 @@
 """What the run will read, read once before anything is started: weights, tokenizer, prompts, the
 reward function, Megatron's options."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peergrad.checks.account import check_account
+from peergrad.checks.configuration import check_steps
 from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
 from peergrad.config import Config, RewardKind, ServerMode, Spec, require
@@ -68,6 +70,7 @@ class Inputs:
     train: Source | None
     held_out: Source | None
     shared: int = 0  # held-out prompts that are trained on, too
+    steps: int | None = None  # of the run, if run.epochs asks for as many as it takes
 
 
 def check_inputs(config: Config, heard: Callable[[str], None] = lambda text: None) -> Inputs:
@@ -85,8 +88,8 @@ def check_inputs(config: Config, heard: Callable[[str], None] = lambda text: Non
 def _check_inputs(config: Config, shape: Shape, heard: Callable[[str], None]) -> Inputs:
     check_account(config)
     _check_models(config, shape)
-    _check_resume(config, shape)
     if config.rollout.replay is not None:
+        _check_resume(config, shape)
         check_recorded(config, shape)
         found = Inputs(shape, None, None, None)
     else:
@@ -96,9 +99,23 @@ def _check_inputs(config: Config, shape: Shape, heard: Callable[[str], None]) ->
         read = partial(_read_source, config, tokenizer, vocab=shape.vocab, heard=heard)
         train, held_out, shared = _read_sources(config, tokenizer, read)
         check_function(config.reward)
-        found = Inputs(shape, facts, train, held_out, shared)
+        counted = _counted(config, train.prompts)
+        _check_resume(counted, shape)
+        steps = None if config.run.epochs is None else counted.run.steps
+        found = Inputs(shape, facts, train, held_out, shared, steps)
     _check_megatron(config, shape)
     return found
+
+
+def _counted(config: Config, prompts: int) -> Config:
+    """With ``run.epochs`` over so many prompts as ``run.steps``."""
+    epochs = config.run.epochs
+    if epochs is None:
+        return config
+    steps = max(1, math.ceil(round(epochs * prompts / config.rollout.prompts_per_step, 6)))
+    counted = replace(config, run=replace(config.run, steps=steps, epochs=None))
+    check_steps(counted)
+    return counted
 
 
 def _check_models(config: Config, shape: Shape) -> None:

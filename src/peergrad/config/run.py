@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from peergrad.config.rules import at_least, finite, positive, require, seconds
+from peergrad.config.rules import at_least, finite, optional_positive, positive, require, seconds
 
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Spec = Enum("Spec", ["auto", "te", "torch"])
@@ -38,12 +38,16 @@ class RunConfig:
     """Seeds prompt order and every generator of the trainer."""
     steps: int = 100
     """Optimizer-side length of the run: rollout batches trained on, counted from the start."""
+    epochs: float | None = None
+    """Passes over the prompts of data.source, in place of ``steps``: rounded up to whole steps.
+    Groups that dynamic sampling drops take further prompts."""
     resume: bool = False
     """Continue from the newest complete checkpoint of ``root/name``. Without it a run folder that
     already holds a run is refused."""
 
     def __post_init__(self) -> None:
         at_least("run.steps", self.steps, 1)
+        optional_positive("run.epochs", self.epochs, "use null for a run of run.steps")
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             "run.name",

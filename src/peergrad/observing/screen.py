@@ -64,7 +64,7 @@ class Screen:
     """
 
     def __init__(self, steps: int, *, shown: bool = True) -> None:
-        self._steps = steps
+        self.steps = steps
         self._shown = shown
         self._console = Console(highlight=False)
         self._waits: list[_Wait] = []
@@ -137,7 +137,7 @@ class Screen:
     def _step(self, step: int, row: Row) -> None:
         now = time.monotonic()
         self._ends.append((step, now))
-        shown = {"step": f"{step}/{self._steps}", **cells(row)}
+        shown = {"step": f"{step}/{self.steps}", **cells(row)}
         left = self._left(step)
         times = f"elapsed {duration(now - self._began)}  left {left}"
         line = "  ".join([f"{name} {cell}" for name, cell in shown.items()])
@@ -165,7 +165,7 @@ class Screen:
         (first, start), (last, end) = self._ends[0], self._ends[-1]
         if last == first:
             return "?"
-        return duration((end - start) / (last - first) * (self._steps - step))
+        return duration((end - start) / (last - first) * (self.steps - step))
 
     def _picture(self, *, status: bool) -> Text:
         now, width = time.monotonic(), self._console.width

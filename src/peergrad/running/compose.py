@@ -16,7 +16,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from peergrad.config import Config
+from peergrad.config import Config, require
 from peergrad.running.hints import meant, unknown_key, unknown_option
 from peergrad.running.keys import TEXTS, config_dir, groups, keys, schema
 from peergrad.running.overrides import named_keys, read_overrides
@@ -45,6 +45,13 @@ def compose_config(overrides: Sequence[str], *, allow_missing: bool = False) -> 
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(config, Config)
+    require(
+        config.run.epochs is None or "run.steps" not in named_keys(overrides),
+        "run.epochs",
+        config.run.epochs,
+        "stands in place of run.steps, which is given, too",
+        "leave one of the two out, or set run.epochs=null",
+    )
     return config, text
 
 

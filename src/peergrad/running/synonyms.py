@@ -305,7 +305,7 @@ reward.workers : reward_num_workers num_reward_workers
 run.steps :
     max_steps total_steps num_steps num_rollout total_training_steps max_train_steps
     num_train_steps max_num_steps train_steps n_steps iterations train_iters total_train_steps
-run.steps (in rollout batches; there are no epochs) :
+run.epochs :
     num_epochs num_train_epochs total_epochs n_epochs num_epoch total_train_epochs max_num_epochs
 run.seed : random_seed
 run.root : output_dir root_dir default_local_dir save_dir log_dir runs_dir save_path work_dir
@@ -334,7 +334,6 @@ algo=dr_grpo : algo=drgrpo algo=dr
 algo=r1 : algo=deepseek_r1
 algo=rlinf : algo=rl_inf
 algo=cispo : algo=minimax
-reward=gsm8k (the final number) or reward=function : reward=math
 reward=function : reward=custom reward=python reward=callable reward=function_call reward=code
 reward=arithmetic : reward=exact reward=exact_match
 data=jsonl : data=json data=parquet data=file data=custom data=files

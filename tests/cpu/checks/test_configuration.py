@@ -286,6 +286,18 @@ def test_the_warm_up_ends_before_the_run(config: Config) -> None:
     )
 
 
+def test_epochs_are_not_counted_in_steps(config: Config, tmp_path: Path) -> None:
+    """What depends on their number is checked once the prompts are read; a replay reads none."""
+    config.run.epochs, config.run.steps, config.optim.warmup_steps = 2, 1, 50
+    check(config, world=1)
+    (tmp_path / "rollouts").mkdir()
+    config.rollout.replay = str(tmp_path)
+    assert refusal(config) == (
+        f"run.epochs = 2: counts prompts, and a replay ({tmp_path}) reads none; set run.steps "
+        "instead"
+    )
+
+
 def test_staleness_ends_with_the_run(config: Config) -> None:
     config.run.steps, config.rollout.max_staleness = 3, 4
     assert refusal(config).startswith("rollout.max_staleness = 4: exceeds the 3 steps of the run")

@@ -236,6 +236,30 @@ def test_a_run_that_would_end_before_its_checkpoint(config: Config, folder: Path
     assert refusal(config).startswith(f"run.steps = 2: checkpoint {step} was taken after step 3; ")
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.0, 3), (2.0, 5), (0.5, 2), (0.01, 1), (4.0, 10), (2.4, 6)]
+)
+def test_epochs_are_whole_steps(config: Config, folder: Path, epochs: float, steps: int) -> None:
+    """Five prompts, two a step."""
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(5)]
+    (folder / "five.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.source, config.data.held_out = str(folder / "five.jsonl"), None
+    config.rollout.batch_size, config.rollout.group_size = 8, 4
+    assert check_inputs(config).steps is None
+    config.run.epochs = epochs
+    assert check_inputs(config).steps == steps
+
+
+def test_what_is_counted_in_steps_fits_into_the_epochs(config: Config, folder: Path) -> None:
+    (folder / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    config.data.source, config.data.held_out = str(folder / "one.jsonl"), None
+    config.rollout.batch_size, config.rollout.group_size = 4, 4
+    config.run.epochs, config.run.steps, config.optim.warmup_steps = 5, 1, 5
+    assert refusal(config).startswith("optim.warmup_steps = 5: optim.lr would never be reached")
+    config.optim.warmup_steps = 4
+    assert check_inputs(config).steps == 5
+
+
 def drop(file: Path, key: str) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), key: None}))
 

@@ -314,3 +314,18 @@ def test_variables_of_the_chat_template() -> None:
                  "data.template_args.enable_thinking=false"):  # fmt: skip
         config, _ = compose_config([MODEL, *data, form])
         assert config.data.template_args == {"enable_thinking": False}
+
+
+def test_epochs_stand_in_place_of_steps() -> None:
+    """An experiment's run.steps gives way; the user's own does not."""
+    data = "data.source=arithmetic"
+    quickstart = ["experiment=quickstart_cpu", "run.epochs=2"]
+    assert compose_config(quickstart)[0].run.epochs == 2
+    config, text = compose_config([*quickstart, "run.steps=7", "run.epochs=null"])
+    assert (config.run.steps, config.run.epochs) == (7, None)
+    assert OmegaConf.create(text).run.steps == 7
+    assert refusal(MODEL, data, "run.steps=7", "run.epochs=2") == (
+        "run.epochs = 2.0: stands in place of run.steps, which is given, too; leave one of the two "
+        "out, or set run.epochs=null"
+    )
+    assert "run.epochs" in refusal(MODEL, data, "run.epochs=0")
