@@ -261,7 +261,6 @@ def test_lines() -> None:
         ("algo=DAPO", "algo=dapo"),
         ("algo=dr-grpo", "algo=dr_grpo"),
         ("algo=dapo.yaml", "algo=dapo"),
-        ("reward=math", "reward=gsm8k (the final number) or reward=function"),
         ("optim=adam", "optim=adamw"),
         ("rollout=sglang", "rollout=managed"),
         ("rollout=vllm", "rollout=managed (the engine is SGLang)"),
