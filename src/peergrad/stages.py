@@ -73,7 +73,7 @@ def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
 def warn_of_lost_step(config: Config, numbers: Mapping[str, float], *, step: int) -> None:
     """Say so if a step's rollouts, described by ``numbers``, can teach nothing, and where to
     look."""
-    where = f"look at rollouts/step_{step:06d}.jsonl.zst" if config.rollout.dump else "record them"
+    where = f"look at rollouts/step_{step:06d}.parquet" if config.rollout.dump else "record them"
     if numbers["reward/failed"] == 1:
         log.warning(
             "step %d: every reward failed and counts as 0; see logs/latest/collector.log", step

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peergrad.data import Group, Prompt, Rollout, read_groups, write_groups
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.recording import read_groups, write_groups
 
 # A form feed, a line separator and a carriage return: line breaks to some, none to JSON lines.
 TEXT = 'a "quoted" \\ line\nnext\r\x0c\u2028\x85 ü 漢 😀\0'
@@ -16,7 +17,7 @@ TEXT = 'a "quoted" \\ line\nnext\r\x0c\u2028\x85 ü 漢 😀\0'
 def new_rollout(logprobs: np.ndarray, reward: float = 1.0) -> Rollout:
     size = logprobs.size
     tokens = (2**31 - 1 - np.arange(size)).astype(np.int32)
-    versions = ((3, 0, 1), (4, 1, size)) if size > 1 else ()
+    versions = tuple(span for span in ((3, 0, min(1, size)), (4, 1, size)) if span[1] < span[2])
     return Rollout(tokens, logprobs, versions, "length", TEXT, reward)
 
 
@@ -50,7 +51,7 @@ def test_groups_survive_the_file_bit_by_bit(tmp_path: Path) -> None:
         new_group(edges, bits[np.isfinite(bits)]),
         new_group(np.zeros(0, np.float32), np.array([-0.5], np.float32)),
     ]
-    path = tmp_path / "deep" / "rollouts.jsonl.zst"
+    path = tmp_path / "deep" / "rollouts.parquet"
     write_groups(path, groups)
     found = read_groups(path)
     assert len(found) == 2
@@ -68,7 +69,7 @@ def test_rewards_keep_all_digits(tmp_path: Path) -> None:
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts.jsonl.zst"
+    path = tmp_path / "rollouts.parquet"
 
     def groups() -> Iterator[Group]:
         yield new_group(np.zeros(2, np.float32))

@@ -54,7 +54,7 @@ class Recorder:
 
     def dump(self, groups: list[Group], step: int) -> Path:
         self.dumped.append(([group.id for group in groups], step))
-        return Path("rollouts/step_000005.jsonl.zst")
+        return Path("rollouts/step_000005.parquet")
 
 
 BAD = {"loss/total": math.nan, "optim/grad_norm": math.inf}
@@ -75,7 +75,7 @@ def test_finite_updates_go_on() -> None:
 def test_nonfinite_updates_stop_the_run() -> None:
     message = (
         r"^step 5: loss nan with gradient norm inf is not finite; .* the rollouts are in "
-        r"rollouts/step_000005\.jsonl\.zst; set optim\.on_nonfinite=skip"
+        r"rollouts/step_000005\.parquet; set optim\.on_nonfinite=skip"
     )
     with pytest.raises(RuntimeError, match=message):
         stop(OnNonfinite.stop, update(**FINE), update(False, **BAD))

@@ -54,6 +54,7 @@ class Parts:
     held_out: Sequence[Prompt]  # for evaluation; may be empty
     scorer: Scorer
     stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
+    vocab_size: int | None = None  # of the model; None: token ids are not checked
 
 
 class Collector:
@@ -185,6 +186,7 @@ class _Worker:
             request_timeout=rollout.request_timeout,
             retries=rollout.retries,
             identity=identity,
+            vocab_size=parts.vocab_size,
         )
         self._sampling = Sampling(
             n=rollout.group_size,
@@ -200,6 +202,7 @@ class _Worker:
             self._sampling,
             batch=rollout.prompts_per_step,
             max_staleness=rollout.max_staleness,
+            last=config.run.steps,
             select=(lambda group: selects(group.rewards, choice)) if choice.dynamic else None,
             limit=choice.limit,
             state=restored,
@@ -209,7 +212,7 @@ class _Worker:
         """Answers once it can: see ``Collector.ready``."""
 
     async def expect(self, version: int) -> None:
-        self._engine.set_version(version)
+        self._engine.expect(version)
 
     async def set_version(self, version: int) -> None:
         log.info("the servers hold weights of version %d", version)

@@ -61,8 +61,10 @@ class Stream:
 
     At weight version v, the groups started may not exceed ``(max_staleness + v + 1) * batch``: that
     is AReaL's bound (accepted + running), and since batches are handed out in starting order, a
-    group trained on at version v was started at version ``v - max_staleness`` or later. A dropped
-    group counts as neither; its replacement is the youngest, so that the same holds for it.
+    group trained on at version v was started at version ``v - max_staleness`` or later. The engine
+    sees to it that none of its tokens is of an earlier version than that. A dropped group counts as
+    neither; its replacement is the youngest, so that the same holds for it. Nothing is started
+    that no step up to the last would train on.
     All methods belong to one event loop.
     """
 
@@ -75,11 +77,13 @@ class Stream:
         *,
         batch: int,
         max_staleness: int,
+        last: int | None = None,
         select: Select | None = None,
         limit: int = 0,
         state: StreamState | None = None,
     ) -> None:
         """``batch``: groups per training step. Nothing starts before the first ``set_version``.
+        ``last``: the version after the last training step; None: there is always another.
 
         ``select``: whether a graded group is trained on, else it is dropped. It is an error if a
         batch would take more than ``limit`` times its groups; 0 is no limit.
@@ -90,6 +94,7 @@ class Stream:
         self._sampling = sampling
         self._batch = batch
         self._max_staleness = max_staleness
+        self._last = last
         self._select = select
         self._limit = limit
         self._version = 0
@@ -101,6 +106,7 @@ class Stream:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
+        self._restored = state is not None
         if state is not None:
             prompts.load_state_dict(state.prompts)
             self._started, self._batches = state.started, state.batches
@@ -112,15 +118,20 @@ class Stream:
         self._version = version
         if self._batches is None:
             self._batches = version  # a run that begins at a later version owes no earlier batches
-        for sequence in sorted(self._in_flight.keys() - self._tasks.keys()):
-            self._start(sequence, self._in_flight[sequence])  # restored: these come first
+        if self._restored:
+            self._ask_again()
+            self._restored = False
         self._fill()
 
     def capacity(self, version: int) -> int:
-        """Groups that may be started at weight version ``version``."""
-        accepted = (self._batches or 0) * self._batch + len(self._finished)
-        running = len(self._in_flight)
-        return (self._max_staleness + version + 1) * self._batch - (accepted + running)
+        """Groups that may be started at weight version ``version`` beyond those that are known."""
+        return self._bound(version) - len(self._finished) - len(self._in_flight)
+
+    def _bound(self, version: int) -> int:
+        """Groups, from the next batch's first, that may be running or finished."""
+        batches = self._max_staleness + version + 1
+        batches = batches if self._last is None else min(batches, self._last)
+        return (batches - (self._batches or 0)) * self._batch
 
     async def take(self, version: int) -> Taken:
         """The batch that training step ``version`` trains on, in starting order.
@@ -167,7 +178,7 @@ class Stream:
 
     def _wanted(self) -> list[int]:
         """The next batch as far as it is known: every group that is dropped changes it."""
-        return sorted([*self._finished, *self._in_flight])[: self._batch]
+        return self._known()[: self._batch]
 
     def _full(self) -> bool:
         return self._finished.keys() >= set(self._wanted())
@@ -177,8 +188,29 @@ class Stream:
         last = max(self._wanted(), default=0)
         return sorted(sequence for sequence in self._dropped if sequence < last)
 
+    def _known(self) -> list[int]:
+        return sorted([*self._finished, *self._in_flight])
+
+    def _ask_again(self) -> None:
+        """Groups that were finished for a run with other limits: too old by the time they would be
+        trained on, or of another size. Their prompts are answered anew; only a resumed run has
+        such."""
+        for rank, sequence in enumerate(self._known()):
+            group = self._finished.get(sequence)
+            if group is None:
+                continue
+            trained = (self._batches or 0) + rank // self._batch
+            oldest = min((v for r in group.rollouts for v, _, _ in r.versions), default=trained)
+            size = len(group.rollouts)
+            if trained - oldest > self._max_staleness or size != self._sampling.n:
+                self._in_flight[sequence] = self._finished.pop(sequence).prompt
+
     def _fill(self) -> None:
-        for _ in range(self.capacity(self._version)):
+        bound, known = self._bound(self._version), self._known()
+        for sequence in known[: max(bound, 0)]:
+            if sequence not in self._finished and sequence not in self._tasks:  # restored
+                self._start(sequence, self._in_flight[sequence])
+        for _ in range(bound - len(known)):
             self._start(self._started, next(self._prompts))
             self._started += 1
 

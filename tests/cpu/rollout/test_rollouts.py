@@ -58,6 +58,12 @@ class FakeCollector:
     def take(self, version):
         return Taken(self.groups, dropped=(0.0, 1.0))
 
+    def state(self):
+        return b"state"
+
+    def close(self):
+        pass
+
 
 def new_group():
     tokens = np.array([3, 1], np.int32)
@@ -100,7 +106,8 @@ def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
     group = new_group()
     rollouts = live(collector=FakeCollector([group]), run_dir=tmp_path, dump=True)
     assert rollouts.take(11) == Taken([group], dropped=(0.0, 1.0))
-    assert (tmp_path / "rollouts/step_000012.jsonl.zst").exists()
+    assert rollouts.state() == b"state"
+    assert (tmp_path / "rollouts/step_000012.parquet").exists()
     replayed = ReplayRollouts(tmp_path).take(11)
     (again,) = replayed.groups
     assert replayed.dropped == ()
