@@ -135,7 +135,9 @@ def _check_args(args: dict[str, Any]) -> None:
         key = f"rollout.servers.args.{key}"
         option = _meant(name)
         short = "" if option == name else f"is short for {option}, which "
-        require(option not in OURS, key, value, f"{short}is peergrad's to set", OURS.get(option, ""))
+        require(
+            option not in OURS, key, value, f"{short}is peergrad's to set", OURS.get(option, "")
+        )
         require(option not in REFUSED, key, value, short + REFUSED.get(option, ""), "remove it")
         require(
             flags.count(name) == 1,

@@ -53,10 +53,21 @@ def test_a_record_that_is_too_short(config: Config) -> None:
     assert refusal(config).startswith("has no record of step 1; name a run with rollout.dump=true")
 
 
+def test_a_record_of_an_earlier_peergrad(config: Config) -> None:
+    file = recorded(Path(str(config.rollout.replay)), 0)
+    file.rename(file.with_suffix(".jsonl.zst"))
+    assert refusal(config) == (
+        "has step_000001.jsonl.zst of an earlier peergrad, which this one does not read; replay it "
+        "with that version, or record the run again"
+    )
+
+
 def test_damaged_files(config: Config) -> None:
     files = [recorded(Path(str(config.rollout.replay)), step) for step in range(3)]
     whole = files[1].read_bytes()
     files[1].write_bytes(b"")
+    assert refusal(config) == "step_000002.parquet is damaged; restore the file"
+    files[1].write_bytes(whole[:-1])
     assert refusal(config) == "step_000002.parquet is damaged; restore the file"
     files[1].write_bytes(whole)
     for size in (len(whole) // 2, 12):
