@@ -4,7 +4,7 @@ A module of its own, because the collector process imports it and must not load 
 """
 
 from peergrad.config import Config
-from peergrad.parallel.hf.config import read_model_config
+from peergrad.parallel.hf.config import read_shape
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
@@ -24,5 +24,5 @@ def collector_parts(config: Config) -> Parts:
         held_out=held_out,
         scorer=RewardPool(config.reward),
         stop_token_ids=(tokenizer.eos_token_id,),
-        vocab_size=read_model_config(config.model.path).vocab,
+        vocab_size=read_shape(config.model.path).vocab,
     )

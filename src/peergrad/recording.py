@@ -119,7 +119,7 @@ def _offsets(sizes: Sequence[int]) -> Any:
 
 
 def _lists(arrays: Sequence[np.ndarray], dtype: type) -> Any:
-    flat = np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype)
+    flat: np.ndarray = np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype)
     values = pa.array(flat)
     offsets = _offsets([array.size for array in arrays])
     return pa.ListArray.from_arrays(offsets, values, type=_list(values.type))
