@@ -18,6 +18,9 @@ from peergrad.rollout.versions import number
 LOWEST, HIGHEST = -1e4, 1e-3
 """Logprobs between which a sampled token's lies. float32 draws nothing below e^-104, and an engine
 that divides by a small temperature is still far from the first; the second is rounding."""
+RESERVED = 2
+"""Tokens that SGLang keeps free at the end of its context: it draws so many less of an answer that
+would fill it."""
 INT32 = 2**31
 NEEDED = "use SGLang 0.5.21 or later, and name the workers themselves, not a router"
 
@@ -156,7 +159,7 @@ def _check_end(rollout: Rollout, matched: object, url: str, most: int | None) ->
         rule = f"with {length} tokens, asked for {most} at most; use the SGLang that peergrad pins"
     elif not length:
         rule = f"without a token (finish {rollout.finish!r}); use the SGLang that peergrad pins"
-    elif rollout.finish == "length" and most is not None and length < most:
+    elif rollout.finish == "length" and most is not None and length < most - RESERVED:
         rule = (
             f"with {length} tokens cut off, asked for {most}: it has too little room; lower "
             "rollout.max_new_tokens, or start it with a larger --max-total-tokens or "

@@ -293,7 +293,7 @@ def test_an_answer_over_a_sync_has_both_versions_and_no_older_one():
 
 
 STOPPED = {"type": "stop", "matched": 5}
-ASKED = Asked(max_new_tokens=2, vocab_size=6)
+ASKED = Asked(max_new_tokens=4, vocab_size=6)
 
 
 def altered(**changes):
@@ -355,7 +355,7 @@ def test_a_token_that_is_no_whole_number_is_another_form(token):
 @pytest.mark.parametrize(
     ("tokens", "reason", "line"),
     [
-        ([1, 2, 3], {"type": "stop"}, "with 3 tokens, asked for 2 at most; use the SGLang that"),
+        ([1] * 5, {"type": "stop"}, "with 5 tokens, asked for 4 at most; use the SGLang that"),
         (
             [],
             {"type": "stop"},
@@ -364,7 +364,7 @@ def test_a_token_that_is_no_whole_number_is_another_form(token):
         (
             [4],
             {"type": "length", "length": 1},
-            "with 1 tokens cut off, asked for 2: it has too little room; lower "
+            "with 1 tokens cut off, asked for 4: it has too little room; lower "
             "rollout.max_new_tokens, or start it with a larger --max-total-tokens or "
             "--context-length",
         ),
@@ -387,6 +387,15 @@ def test_an_answer_ends_where_and_why_it_says(tokens, reason, line):
         whole = sample([4, 2])
         whole["meta_info"]["finish_reason"] = fine
         assert parse_rollout(whole, asked=ASKED).tokens.tolist() == [4, 2]
+
+
+def test_an_answer_may_end_where_the_context_does():
+    """SGLang answers p tokens with at most context - p - 2, and lets one ask for two more."""
+    asked = Asked(max_new_tokens=5)
+    for size in (3, 4, 5):
+        assert parse_rollout(sample([4] * size, finish="length"), asked=asked).finish == "length"
+    with pytest.raises(ServerError, match="with 2 tokens cut off, asked for 5: it has too little"):
+        parse_rollout(sample([4] * 2, finish="length"), asked=asked)
 
 
 def test_a_servers_own_sampling_defaults_have_nothing_to_say():
