@@ -7,6 +7,7 @@ server, and a trainer takes every number of it for true.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def parse_rollout(answer: Any, *, url: str = "the server", asked: Asked | None =
     with _form(url):
         meta = answer["meta_info"]
         logprobs, ids = _columns(meta["output_token_logprobs"])
-        if list(ids) != answer["output_ids"]:
+        if ids != answer["output_ids"]:
             raise ServerError(
                 f"{url}: returned {len(answer['output_ids'])} tokens but logprobs of {len(ids)} "
                 "or of others; every token needs the logprob that it was drawn with",
@@ -93,13 +94,15 @@ def parse_scores(
         return _logprobs(_columns(scored[1:])[0], url)
 
 
-def _columns(scored: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _columns(scored: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Logprobs and token ids of triples (logprob, token id, text or None)."""
-    logprobs, ids, _ = zip(*scored, strict=True) if scored else ((), (), ())
-    return logprobs, ids
+    if set(map(len, scored)) - {3}:
+        raise ValueError("every token needs a logprob, an id and a text or null")
+    flat = list(chain.from_iterable(scored))
+    return flat[0::3], flat[1::3]
 
 
-def _token_ids(ids: tuple[Any, ...], url: str, vocab_size: int | None) -> np.ndarray:
+def _token_ids(ids: list[Any], url: str, vocab_size: int | None) -> np.ndarray:
     """[R] int32. TypeError for what is no whole number."""
     found = np.array(ids) if ids else np.zeros(0, np.int64)
     if found.dtype.kind != "i":
@@ -115,7 +118,7 @@ def _token_ids(ids: tuple[Any, ...], url: str, vocab_size: int | None) -> np.nda
     return found.astype(np.int32)
 
 
-def _logprobs(values: tuple[Any, ...], url: str) -> np.ndarray:
+def _logprobs(values: list[Any], url: str) -> np.ndarray:
     """[R] float32. ValueError or TypeError for what is neither number nor null."""
     found = np.array(values, np.float64)  # null becomes NaN
     wrong = np.flatnonzero(~((found >= LOWEST) & (found <= HIGHEST)))

@@ -79,8 +79,8 @@ def check(response: httpx.Response, url: str) -> httpx.Response:
 
 
 def decode(response: httpx.Response, url: str) -> Any:
-    """The JSON of an answer. A million tokens take 0.3 s so, and 1.5 s with Python's own reader,
-    which knows NaN."""
+    """The JSON of an answer: in a quarter of the time of Python's own reader, which is left what
+    orjson refuses, as NaN."""
     with suppress(ValueError):
         return orjson.loads(response.content)
     try:
