@@ -11,19 +11,19 @@ clock. MFU counts as ``flops.py`` says; the peak is known for a few devices, els
 ``--peak-tflops``.
 
 On a GPU machine that has PyTorch, transformers, safetensors and rich but no network, nothing else
-needs to be installed there than four wheels, and of this repository it takes ``benchmarks/`` and
+needs to be installed there than three wheels, and of this repository it takes ``benchmarks/`` and
 ``src/``. Fetch them elsewhere (here for Python 3.12):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d wheels \\
-        megatron-core==0.16.1 jaxtyping==0.3.11 wadler-lindig==0.1.8 zstandard==0.25.0
+        megatron-core==0.16.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
 
     pip install --no-index --no-deps --target site wheels/*.whl                  # on the machine
     PYTHONPATH=src:site python benchmarks/trainer.py
 
-They are wanted by ``peergrad.parallel`` (megatron-core), ``peergrad.algo`` (jaxtyping, which needs
-wadler-lindig) and ``peergrad.data`` (zstandard). Hydra, SGLang, Transformer Engine and the rest of
-``pyproject.toml`` are not imported. Found by running ``--tiny`` with these packages and no others.
+They are wanted by ``peergrad.parallel`` (megatron-core) and ``peergrad.algo`` (jaxtyping, which
+needs wadler-lindig). Hydra, SGLang, Transformer Engine and the rest of ``pyproject.toml`` are not
+imported. Found by running ``--tiny`` with these packages and no others.
 """
 
 import argparse

@@ -171,13 +171,15 @@ class Build:
             return collector, sync
 
         collector, sync = on_rank_zero(groups, start_engine) or (None, None)
-        return LiveRollouts(
+        rollouts = LiveRollouts(
             groups.share,
             collector=collector,
             sync=sync,
             run_dir=self.directory.path,
             dump=rollout.dump,
         )
+        self.stack.callback(rollouts.close)
+        return rollouts
 
     def servers(self) -> ManagedServers | None:
         """Servers of our own, yet to be started; None if others have started them."""

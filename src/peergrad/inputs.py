@@ -39,6 +39,7 @@ def collector_parts(config: Config, heard: Callable[[str], None] = lambda text: 
         scorer=RewardPool(config.reward),
         stop_token_ids=(tokenizer.eos_token_id,),
         decode=answer_decoder(tokenizer),
+        vocab_size=vocab,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peergrad.algo.mismatch import USUAL_NOISE, attribute, gap_tokens, worst_tokens
+from peergrad.algo.mismatch import USUAL_NOISE, attribute, freshest, gap_tokens, worst_tokens
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.observing.metrics import Metrics
@@ -23,6 +23,8 @@ USUAL_CANARY_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.5}
 """|logprob difference| in nats on random text above which something is wrong, not just rounded."""
 USUAL_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.1}
 """The same for the mean over a step's tokens that were sampled with the present weights."""
+USUAL_LAGGED_GAP = 0.1
+"""The same where no token is of the present weights: what a few updates change is in it."""
 WORST = 32
 """Tokens recorded of a step whose gap is too large."""
 
@@ -74,7 +76,7 @@ def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
 def warn_of_lost_step(config: Config, numbers: Mapping[str, float], *, step: int) -> None:
     """Say so if a step's rollouts, described by ``numbers``, can teach nothing, and where to
     look."""
-    where = f"look at rollouts/step_{step:06d}.jsonl.zst" if config.rollout.dump else "record them"
+    where = f"look at rollouts/step_{step:06d}.parquet" if config.rollout.dump else "record them"
     if numbers["reward/flat_groups"] == 1:
         log.warning(
             "step %d: the answers of each group have equal rewards (mean %.3g), so there is "
@@ -106,23 +108,32 @@ def check_gap(
 ) -> None:
     """Log how far trainer and engine disagree on the sampled tokens, and why.
 
-    Above ``rollout.max_logprob_gap`` (or the usual gap of the precision) the worst tokens are
-    recorded; then a warning, or a RuntimeError if so configured.
+    Judged are the tokens that were sampled with the present weights; if there are none, the
+    freshest that there are, for to have none is no proof of anything. Above
+    ``rollout.max_logprob_gap`` (or the usual gap) the worst tokens are recorded; then a warning, or
+    a RuntimeError if so configured.
     """
     tokens = gap_tokens(scores.samples, scores.logp, scores.entropy, version=step - 1)
     row = attribute(tokens, noise=USUAL_NOISE[config.model.dtype.name])
-    metrics.log(row)
+    judged = freshest(tokens)
+    if judged is None:
+        return  # no token takes part, so nothing is learned from any
+    lag, gap = judged
+    metrics.log({**row, "logprob_gap/judged": gap, "logprob_gap/judged_lag": float(lag)})
     limit = config.rollout.max_logprob_gap
-    gap = row.get("logprob_gap/fresh", 0.0)
-    if gap <= (USUAL_GAP[config.model.dtype] if limit is None else limit):
+    usual = USUAL_GAP[config.model.dtype] if lag == 0 else USUAL_LAGGED_GAP
+    if gap <= (usual if limit is None else limit):
         return
     worst = worst_tokens(tokens, groups, scores.samples, count=WORST)
     where = metrics.record(f"logprob_gap/step_{step:06d}.jsonl", worst)
     shares = {k.rpartition("share_")[2]: v for k, v in row.items() if "share_" in k}
     cause = max(shares, key=lambda k: shares[k]) if shares else "not finite"
+    fresh = ""
+    if lag:
+        fresh = f" (no token is of the present weights, version {step - 1}: the freshest lag {lag})"
     message = (
-        f"step {step}: trainer and engine differ by {gap:.2e} nats a token, mostly by {cause}; "
-        f"the worst tokens are in {where}"
+        f"step {step}: trainer and engine differ by {gap:.2e} nats a token{fresh}, mostly by "
+        f"{cause}; the worst tokens are in {where}"
     )
     if limit is not None and config.rollout.on_logprob_gap is OnGap.stop:
         raise RuntimeError(

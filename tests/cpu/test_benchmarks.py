@@ -78,6 +78,27 @@ def test_peak_goes_by_the_most_special_name() -> None:
     assert peak_tflops("Some Other Device") is None
 
 
+@pytest.mark.slow  # it starts three processes that load torch
+def test_control_plane_benchmark_runs(tmp_path: Path) -> None:
+    """Every cost at two sizes, its growth, and what travels; the peers do the same work."""
+    script, out = Path(__file__).parents[2] / "benchmarks" / "control_plane.py", tmp_path / "o.json"
+    command = [sys.executable, str(script), "--tiny", f"--out={out}"]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    small, large = sorted({record["tokens"] for record in result["records"]})
+    assert small < 20_000 * 1.5 < large
+    summary = {(row["cost"], row["way"]): row for row in result["summary"]}
+    for cost in ("engine's answers read", "record", "read back"):
+        assert {way for name, way in summary if name == cost} == {"peergrad", "lines"}
+    for (cost, way), row in summary.items():
+        mine = [r for r in result["records"] if (r["cost"], r["way"]) == (cost, way)]
+        one, two = (record["seconds"]["median"] for record in mine)
+        assert two == pytest.approx(one * (large / small) ** row["growth"])
+        assert row["seconds_per_million"] == pytest.approx(two / large * 1e6)
+    # Token, logprob and four characters of text; a prompt and an id now and then.
+    assert 8 < summary["all groups to another rank", "peergrad"]["bytes_per_token"] < 16
+
+
 @pytest.mark.slow  # torch.compile calls a C++ compiler dozens of times
 def test_logprob_benchmark_runs_and_is_right(tmp_path: Path) -> None:
     """Small sizes on the CPU: what can run does, what cannot says why, and none is wrong."""

@@ -1,22 +1,26 @@
 """Rollouts and groups, and their way to disk and back."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from peergrad.data import Group, Prompt, Rollout, read_groups, write_groups
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.recording import SCHEMA, read_groups, write_groups
 
-# A form feed, a line separator and a carriage return: line breaks to some, none to JSON lines.
+# A form feed, a line separator and a carriage return: line breaks to some.
 TEXT = 'a "quoted" \\ line\nnext\r\x0c\u2028\x85 ü 漢 😀\0'
 
 
 def new_rollout(logprobs: np.ndarray, reward: float = 1.0) -> Rollout:
     size = logprobs.size
     tokens = (2**31 - 1 - np.arange(size)).astype(np.int32)
-    versions = ((3, 0, 1), (4, 1, size)) if size > 1 else ()
+    versions = tuple(span for span in ((3, 0, min(1, size)), (4, 1, size)) if span[1] < span[2])
     return Rollout(tokens, logprobs, versions, "length", TEXT, reward)
 
 
@@ -50,7 +54,7 @@ def test_groups_survive_the_file_bit_by_bit(tmp_path: Path) -> None:
         new_group(edges, bits[np.isfinite(bits)]),
         new_group(np.zeros(0, np.float32), np.array([-0.5], np.float32)),
     ]
-    path = tmp_path / "deep" / "rollouts.jsonl.zst"
+    path = tmp_path / "deep" / "rollouts.parquet"
     write_groups(path, groups)
     found = read_groups(path)
     assert len(found) == 2
@@ -68,7 +72,7 @@ def test_rewards_keep_all_digits(tmp_path: Path) -> None:
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts.jsonl.zst"
+    path = tmp_path / "rollouts.parquet"
 
     def groups() -> Iterator[Group]:
         yield new_group(np.zeros(2, np.float32))
@@ -99,3 +103,110 @@ def test_a_rollout_has_one_logprob_per_token() -> None:
 def test_a_rollout_ends_for_a_known_reason() -> None:
     with pytest.raises(ValueError, match=r"finish must be one of .*'abort'.*, got 'eos'"):
         Rollout(np.zeros(1, np.int32), np.zeros(1, np.float32), (), "eos", "")
+
+
+def test_other_programs_find_plain_columns(tmp_path: Path) -> None:
+    """One row a rollout, numbers and lists of numbers, text as text."""
+    path = tmp_path / "x.parquet"
+    group = new_group(np.array([-0.5, -0.25], np.float32), np.array([-1.0], np.float32))
+    write_groups(path, [group, replace(group, id="4/train-0")], step=7)
+    rows = pq.read_table(path).to_pylist()
+    named = [(row["group_id"], row["rollout"], row["step"]) for row in rows]
+    assert named == [(name, i, 7) for name in ("3/train-0", "4/train-0") for i in (0, 1)]
+    assert json.loads(rows[0].pop("prompt_extra")) == group.prompt.extra
+    assert rows[0] == {
+        "step": 7,
+        "group_id": "3/train-0",
+        "rollout": 0,
+        "prompt_id": "train-0",
+        "prompt_tokens": [5, 0, 151935],
+        "prompt_text": TEXT,
+        "prompt_answer": "ß",
+        "tokens": [2**31 - 1, 2**31 - 2],
+        "logprobs": [-0.5, -0.25],
+        "versions": [{"version": 3, "start": 0, "end": 1}, {"version": 4, "start": 1, "end": 2}],
+        "finish": "length",
+        "text": TEXT,
+        "reward": 1.0,
+    }
+    with pq.ParquetFile(path) as file:
+        assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_groups_of_other_sizes_and_equal_names_stay_apart(tmp_path: Path) -> None:
+    one, two = np.array([-1.0], np.float32), np.array([-2.0, -3.0], np.float32)
+    groups = [new_group(one), new_group(two, one, two), new_group(one)]
+    write_groups(tmp_path / "x", [*groups, new_group()])
+    found = read_groups(tmp_path / "x")
+    assert [len(group.rollouts) for group in found] == [1, 3, 1]
+    for group, back in zip(groups, found, strict=True):
+        assert_same(group, back)
+
+
+def test_no_groups_are_none(tmp_path: Path) -> None:
+    write_groups(tmp_path / "x", [])
+    assert read_groups(tmp_path / "x") == []
+
+
+def test_what_was_read_is_the_trainer_s_to_write_to(tmp_path: Path) -> None:
+    """As what came over the pipe is: torch warns of arrays that are not."""
+    write_groups(tmp_path / "x", [new_group(np.array([-1.0], np.float32))])
+    (group,) = read_groups(tmp_path / "x")
+    arrays = [group.prompt.tokens, group.rollouts[0].tokens, group.rollouts[0].logprobs]
+    assert all(array.flags.writeable for array in arrays)
+
+
+def test_half_a_character_does_not_stop_a_run(tmp_path: Path) -> None:
+    group = new_group(np.array([-1.0], np.float32))
+    rollout = replace(group.rollouts[0], text="a\ud83d😀")
+    write_groups(tmp_path / "x", [replace(group, rollouts=(rollout,))])
+    assert read_groups(tmp_path / "x")[0].rollouts[0].text == "a?😀"
+
+
+def test_no_flipped_bit_is_taken_for_data(tmp_path: Path) -> None:
+    """Wherever it is, also in the headers: the file is refused, or reads as it was."""
+    path, rng = tmp_path / "x", np.random.default_rng(0)
+    groups = [new_group(*(-rng.random(5, np.float32) for _ in range(3))) for _ in range(3)]
+    write_groups(path, groups)
+    whole, refused = path.read_bytes(), 0
+    for at in rng.choice(len(whole), 400, replace=False):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            found = read_groups(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"rollouts = '{path}': is dam")
+            refused += 1
+        else:
+            for group, back in zip(groups, found, strict=True):
+                assert_same(group, back)
+    assert refused > 200
+
+
+def altered(path: Path, **columns: list[object]) -> str:
+    """What is said of a recording of two groups of two with other contents."""
+    one = np.array([-1.0, -2.0], np.float32)
+    write_groups(path, [new_group(one, one), new_group(one, one)])
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
+    pq.write_table(table, path)
+    with pytest.raises(ValueError, match=r"is damaged \(ValueError: ") as error:
+        read_groups(path)
+    return str(error.value)
+
+
+def test_rows_that_do_not_add_up_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    assert "rows 0 to 4 are not one group" in altered(path, rollout=[0, 1, 1, 2])
+    assert "rows 0 to 2 are not one group" in altered(path, group_id=["a", "b", "c", "c"])
+    assert "its first row is not the first" in altered(path, rollout=[1, 2, 0, 1])
+    assert "one logprob per token" in altered(path, logprobs=[[-1.0]] * 4)
+    spans = [[{"version": 0, "start": 0, "end": 1}]] * 4
+    assert "the versions of row 0 do not cover" in altered(path, versions=spans)
+    assert "finish must be one of" in altered(path, finish=["eos"] * 4)
+    pq.write_table(pa.table({"prompt": ["1+2="]}), path)
+    with pytest.raises(ValueError, match="its columns are not those of a recording"):
+        read_groups(path)

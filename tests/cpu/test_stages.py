@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peergrad.algo.mismatch import Tokens, freshest
 from peergrad.algo.samples import make_samples
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group, Prompt, Rollout
@@ -55,7 +57,7 @@ class Recorder:
 
     def dump(self, groups: list[Group], step: int) -> Path:
         self.dumped.append(([group.id for group in groups], step))
-        return Path("rollouts/step_000005.jsonl.zst")
+        return Path("rollouts/step_000005.parquet")
 
 
 BAD = {"loss/total": math.nan, "optim/grad_norm": math.inf}
@@ -76,7 +78,7 @@ def test_finite_updates_go_on() -> None:
 def test_nonfinite_updates_stop_the_run() -> None:
     message = (
         r"^step 5: loss nan with gradient norm inf is not finite; .* the rollouts are in "
-        r"rollouts/step_000005\.jsonl\.zst; set optim\.on_nonfinite=skip"
+        r"rollouts/step_000005\.parquet; set optim\.on_nonfinite=skip"
     )
     with pytest.raises(RuntimeError, match=message):
         stop(OnNonfinite.stop, update(**FINE), update(False, **BAD))
@@ -105,7 +107,10 @@ NUMBERS = {
     ("numbers", "said"),
     [
         ({}, []),
-        ({"reward/flat_groups": 1.0}, ["equal rewards (mean 0.25)", "rollouts/step_000003.jsonl"]),
+        (
+            {"reward/flat_groups": 1.0},
+            ["equal rewards (mean 0.25)", "rollouts/step_000003.parquet"],
+        ),
         (
             {"response/truncated": 1.0},
             ["every answer was cut off at rollout.max_new_tokens = 1024"],
@@ -226,14 +231,14 @@ def test_evaluations_have_rows_of_their_own() -> None:
     }
 
 
-def gap(tmp_path: Path, size: float, **options: Any) -> Log:
-    """``check_gap`` of step 4 with every fresh token ``size`` nats off."""
+def gap(tmp_path: Path, size: float, version: int = 3, **options: Any) -> Log:
+    """``check_gap`` of step 4 with every token, of ``version``, ``size`` nats off."""
     config, log = Config(), Log()
     config.model.dtype = Dtype.float32
     vars(config.rollout).update(options)
     log._folder = tmp_path
     tokens, logprobs = np.array([7, 1], np.int32), np.array([-0.5, -0.25], np.float32)
-    rollouts = tuple(Rollout(tokens, logprobs, ((3, 0, 2),), "stop", "", r) for r in (0, 1))
+    rollouts = tuple(Rollout(tokens, logprobs, ((version, 0, 2),), "stop", "", r) for r in (0, 1))
     groups = [Group("a", Prompt("a", np.array([3], np.int32), "", ""), rollouts)]
     samples = make_samples(groups)
     scores = SimpleNamespace(
@@ -275,3 +280,35 @@ def test_a_gap_beyond_the_limit_stops_or_warns(
     assert "the worst tokens are in logprob_gap/step_000004.jsonl" in caplog.text
     gap(tmp_path / "other", 0.1, max_logprob_gap=0.2)
     assert not (tmp_path / "other").exists()
+
+
+def test_without_a_fresh_token_the_freshest_are_judged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a run that is one step off: to have no fresh token is not to have no gap."""
+    row = gap(tmp_path, 0.05, version=2)._row
+    assert "logprob_gap/fresh" not in row
+    assert row["logprob_gap/judged"] == pytest.approx(0.05, rel=1e-3)
+    assert row["logprob_gap/judged_lag"] == 1
+    assert caplog.text == ""  # an update may change that much
+    gap(tmp_path, 0.25, version=1)
+    assert (
+        "step 4: trainer and engine differ by 2.50e-01 nats a token (no token is of the present "
+        "weights, version 3: the freshest lag 2), mostly by version; the worst tokens are in "
+    ) in caplog.text
+    with pytest.raises(RuntimeError, match=r"^rollout\.max_logprob_gap = 0\.2: .* lag 3\), mostly"):
+        gap(tmp_path, 0.25, version=0, max_logprob_gap=0.2)
+    with pytest.raises(RuntimeError, match=r"differ by nan nats a token \(no token"):
+        gap(tmp_path, math.nan, version=0, max_logprob_gap=0.2)
+
+
+def test_only_the_freshest_tokens_are_judged() -> None:
+    """One token of the present weights among a hundred older ones that are far off."""
+    lag = np.array([1] * 100 + [0])
+    off = np.array([1.0] * 100 + [0.25])
+    zeros, none = np.zeros(101), np.zeros(101, bool)
+    tokens = Tokens(off, zeros, zeros, lag, none, none, np.zeros(101, int), np.arange(101))
+    assert freshest(tokens) == (0, 0.25)
+    assert freshest(replace(tokens, lag=lag + 2)) == (2, 0.25)
+    empty = {key: value[:0] for key, value in vars(tokens).items()}
+    assert freshest(Tokens(**empty)) is None

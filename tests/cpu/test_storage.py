@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peergrad.data import Group, Prompt, Rollout, read_groups, write_groups
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.recording import read_groups, write_groups
 from peergrad.storage import (
     StorageError,
     in_bytes,
@@ -45,7 +46,7 @@ def group(seed: int = 0) -> Group:
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "600k") as disk:
-        path = disk / "rollouts" / "step.jsonl.zst"
+        path = disk / "rollouts" / "step.parquet"
         write_groups(path, [group()])
         before = path.read_bytes()
         with pytest.raises(StorageError) as caught:

@@ -16,8 +16,9 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from peergrad.data import Group, read_groups
+from peergrad.data import Group
 from peergrad.observing.metrics import read_metrics
+from peergrad.recording import read_groups
 from peergrad.running.rundir import RunDir
 from tests.e2e.rewards import HOLD
 from tests.servers import is_alive
@@ -119,7 +120,7 @@ class Run(RunDir):
 
     def groups(self, step: int) -> list[Group]:
         """The recorded rollouts of one step."""
-        return read_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl.zst")
+        return read_groups(self.path / "rollouts" / f"step_{step:06d}.parquet")
 
 
 def run_in_turn(ranks: int, *commands: list[object]) -> None:

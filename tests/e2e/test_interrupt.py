@@ -34,7 +34,7 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
     """One run, interrupted and resumed again and again: by Ctrl-C and by SIGTERM to the launcher;
     while its server starts and while rewards are awaited (server of its own); in an evaluation, an
     update, a weight sync and a checkpoint (server of others). Then it finishes."""
-    recorded = run.path / "rollouts" / "step_000001.jsonl.zst"
+    recorded = run.path / "rollouts" / "step_000001.parquet"
     log = run.path / "logs" / "latest" / "server_0.log"
 
     run.start()

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peergrad.data import Group, Prompt, Rollout, write_groups
+from peergrad.data import Group, Prompt, Rollout
 from peergrad.observing.metrics import read_metrics
+from peergrad.recording import write_groups
 from peergrad.rollout.rollouts import recorded
 from tests.e2e.run import MAIN, Run, assert_same_weights, run_in_turn
 

@@ -120,6 +120,15 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
     return {f"logprob_gap/{key}": value for key, value in row.items()}
 
 
+def freshest(tokens: Tokens) -> tuple[int, float] | None:
+    """The least lag of any token, and the mean ``|gap|`` of the tokens that have it, nats; None if
+    there are no tokens."""
+    if not tokens.lag.size:
+        return None
+    lag = int(tokens.lag.min())
+    return lag, float(np.abs(tokens.gap[tokens.lag == lag]).mean())
+
+
 def _shares(tokens: Tokens, fresh: np.ndarray, noise: float) -> dict[str, float]:
     gap, last = tokens.gap, tokens.last
     inner = fresh & ~tokens.first & ~last

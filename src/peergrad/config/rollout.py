@@ -23,17 +23,24 @@ OURS = {
     "dtype": "set model.dtype",
     **dict.fromkeys(("host", "port", "weight-version"), "remove it"),
 }
-"""Options of SGLang that peergrad sets, and how a user sets them."""
+"""Options of SGLang that peergrad sets, with all their spellings, and how a user sets them. The
+command line of a managed server may set these and nothing else over the user's head."""
+HARMFUL = {
+    "enable-deterministic-inference": "seeds all requests alike, so groups are copies",
+    "skip-tokenizer-init": "gives answers without text, and without the tokenizer's end tokens",
+    "is-embedding": "does not generate",
+    "preferred-sampling-params": "may draw from another distribution than the trainer's",
+}
+"""Options of SGLang that would break training, and why, whoever starts the server."""
 REFUSED = {
-    # Every group would be one answer, copied.
-    "enable-deterministic-inference": "seeds all requests alike",
-    "skip-tokenizer-init": "leaves answers without the text that rewards are computed from",
+    **HARMFUL,
     **dict.fromkeys(
         ("dp", "dp-size", "data-parallel-size"), "cannot take weight updates in SGLang"
     ),
     **dict.fromkeys(("api-key", "admin-api-key"), "locks peergrad out, which sends no key"),
+    "config": "reads further options, which nobody would check",
 }
-"""Options of SGLang that would break training, and why."""
+"""Options that a managed server must not have."""
 
 
 @dataclass(kw_only=True)
@@ -126,8 +133,12 @@ def _check_args(args: dict[str, Any]) -> None:
     flags = [flag(key) for key in args]
     for (key, value), name in zip(args.items(), flags, strict=True):
         key = f"rollout.servers.args.{key}"
-        require(name not in OURS, key, value, "is peergrad's to set", OURS.get(name, ""))
-        require(name not in REFUSED, key, value, REFUSED.get(name, ""), "remove it")
+        option = _meant(name)
+        short = "" if option == name else f"is short for {option}, which "
+        require(
+            option not in OURS, key, value, f"{short}is peergrad's to set", OURS.get(option, "")
+        )
+        require(option not in REFUSED, key, value, short + REFUSED.get(option, ""), "remove it")
         require(
             flags.count(name) == 1,
             key,
@@ -135,6 +146,12 @@ def _check_args(args: dict[str, Any]) -> None:
             f"is there {flags.count(name)} times, spelt with dashes and underscores",
             "keep one",
         )
+
+
+def _meant(name: str) -> str:
+    """The option that SGLang takes ``name`` for: its parser lets every one be cut short."""
+    known = [*OURS, *REFUSED]
+    return name if name in known else next((x for x in known if x.startswith(name)), name)
 
 
 @dataclass(kw_only=True)
@@ -171,11 +188,12 @@ class RolloutConfig:
     or 0.5 (bfloat16), never stop."""
     max_logprob_gap: float | None = None
     """Largest allowed mean ``|trainer logprob - engine logprob|`` of a step's tokens that were
-    sampled with the present weights; default: warn above 1e-3 (float32) or 0.1 (bfloat16)."""
+    sampled with the present weights, or of the freshest if none were; default: warn above 1e-3
+    (float32) or 0.1 (bfloat16, and tokens that are not of the present weights)."""
     on_logprob_gap: OnGap = OnGap.stop
     """What exceeding ``max_logprob_gap`` does; the worst tokens are recorded either way."""
     dump: bool = True
-    """Record every step's groups under ``rollouts/``."""
+    """Record every step's groups as Parquet under ``rollouts/``."""
     replay: str | None = None
     """Run folder whose recorded groups to train on, without an engine."""
     servers: ServersConfig = field(default_factory=ServersConfig)

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         from sglang.srt.server_args import ServerArgs
     except ImportError:
         return 0
-    parser = _Parser()
+    parser = _Parser(allow_abbrev=False)  # the server's own allows it; then a typo is an option
     ServerArgs.add_cli_args(parser)
     _, unknown = parser.parse_known_args(["--model-path", "model", *arguments])
     if unknown:

@@ -48,6 +48,7 @@ class Parts:
     scorer: Scorer
     stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
     decode: Decode  # what rewards read of an answer
+    vocab_size: int | None = None  # of the model; None: token ids are not checked
 
 
 Build = Callable[[Config, Callable[[str], None]], Parts]
@@ -182,6 +183,7 @@ class _Worker:
             request_timeout=rollout.request_timeout,
             retries=rollout.retries,
             identity=identity,
+            vocab_size=parts.vocab_size,
         )
         self._sampling = Sampling(
             n=rollout.group_size,
@@ -201,17 +203,18 @@ class _Worker:
             self._sampling,
             batch=rollout.prompts_per_step,
             max_staleness=rollout.max_staleness,
+            last=config.run.steps,
             select=(lambda group: selects(group.rewards, choice)) if choice.dynamic else None,
             limit=choice.limit,
             state=restored,
-            made_by=(self._sampling, config.reward.kind, config.reward.function, choice),
+            made_by=(config.reward.kind, config.reward.function, choice),
         )
 
     async def ready(self) -> None:
         """Answers once it can: see ``Collector.ready``."""
 
     async def expect(self, version: int) -> None:
-        self._engine.set_version(version)
+        self._engine.expect(version)
 
     async def set_version(self, version: int) -> None:
         log.info("the servers hold weights of version %d", version)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from peergrad.config import Config, ServerMode, require
+from peergrad.config.rollout import HARMFUL
 from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, quote, reason
 from peergrad.rollout.sglang import check, decode
@@ -33,11 +34,6 @@ NEEDED_VERSION = "0.5.21"  # the first with begin_weight_update
 VOCABULARY_QUESTION = {
     "input_ids": [0],
     "sampling_params": {"max_new_tokens": 0, "logit_bias": {"-1": 0.0}},
-}
-HARMFUL = {  # of /server_info: value that breaks training, and why
-    "enable_deterministic_inference": (True, "seeds all requests alike, so groups are copies"),
-    "skip_tokenizer_init": (True, "gives answers without the text that rewards need"),
-    "is_embedding": (True, "does not generate"),
 }
 
 
@@ -221,9 +217,9 @@ def _check_kind(answer: _Answers) -> None:
         f"SGLang {version} has no begin_weight_update",
         f"start it with SGLang {NEEDED_VERSION} or later",
     )
-    for name, (value, why) in HARMFUL.items():
-        option = f"--{name.replace('_', '-')}"
-        require(info.get(name) != value, KEY, url, why, f"start it without {option}")
+    for option, why in HARMFUL.items():
+        value = info.get(option.replace("-", "_"))
+        require(not value, KEY, url, why, f"start it without --{option}")
     size = info.get("dp_size", 1)
     rule = f"has dp_size = {size}, with which SGLang takes no weight updates"
     require(size == 1, KEY, url, rule, "start one server for each replica")

@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from peergrad.data import Group, read_groups, write_groups
+from peergrad.data import Group
+from peergrad.recording import read_groups
 from peergrad.rollout.buckets import NamedTensors
 from peergrad.rollout.collector import Collector
 from peergrad.rollout.evaluation import EvaluationResult
 from peergrad.rollout.proof import Proof
+from peergrad.rollout.recorder import Recorder, missing
+from peergrad.rollout.recorder import recorded as recorded
 from peergrad.rollout.stream import Taken
 from peergrad.rollout.sync import WeightSync
 
@@ -41,19 +44,17 @@ class Rollouts(Protocol):
         ...
 
     def dump(self, groups: Sequence[Group], step: int) -> Path:
-        """Record groups of the step after ``step`` steps; the file they are in."""
+        """Record groups of the step after ``step`` steps; the file that they are in, on disk."""
         ...
 
     def state(self) -> bytes | None:
-        """What a checkpoint must hold to go on with the same prompts; None if there is nothing."""
+        """What a checkpoint must hold to go on with the same prompts; None if there is nothing.
+
+        Returns when every step so far is recorded on the disk, so that a checkpoint never knows of
+        a step whose recording was lost."""
         ...
 
     def close(self) -> None: ...
-
-
-def recorded(run_dir: Path, step: int) -> Path:
-    """File of the groups trained on after ``step`` steps: it carries the number of that step."""
-    return run_dir / "rollouts" / f"step_{step + 1:06d}.jsonl.zst"
 
 
 class LiveRollouts:
@@ -68,11 +69,11 @@ class LiveRollouts:
         run_dir: Path,
         dump: bool,
     ) -> None:
-        """``dump``: record every step's groups under ``run_dir``."""
+        """``dump``: record every step's groups under ``run_dir``, beside the training."""
         self._share = share
         self._collector = collector
         self._sync = sync
-        self._run_dir = run_dir
+        self._recorder = Recorder(run_dir)
         self._dump = dump
 
     def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
@@ -103,23 +104,31 @@ class LiveRollouts:
         def take() -> Taken:
             taken = self._on_rank_zero().take(step)
             if self._dump:
-                write_groups(recorded(self._run_dir, step), taken.groups)
+                self._recorder.put(taken.groups, step)
             return taken
 
         return self._share(take)
 
     def dump(self, groups: Sequence[Group], step: int) -> Path:
-        path = recorded(self._run_dir, step)
-        self._share(lambda: write_groups(path, groups))
-        return path
+        def dump() -> Path:
+            path = self._recorder.put(groups, step)
+            self._recorder.wait()
+            return path
+
+        return self._share(dump)
 
     def evaluate(self, version: int) -> EvaluationResult | None:
         return self._share(lambda: self._on_rank_zero().evaluate(version))
 
     def state(self) -> bytes | None:
-        return self._share(lambda: self._on_rank_zero().state())
+        def state() -> bytes:
+            self._recorder.wait()
+            return self._on_rank_zero().state()
+
+        return self._share(state)
 
     def close(self) -> None:
+        self._recorder.close()
         if self._collector is not None:
             self._collector.close()
         if self._sync is not None:
@@ -144,9 +153,9 @@ class ReplayRollouts:
         try:
             return Taken(read_groups(recorded(self._run_dir, step)))
         except FileNotFoundError as error:
+            rule, remedy = missing(self._run_dir, step)
             raise ValueError(
-                f"rollout.replay = {str(self._run_dir)!r}: has no record of step {step + 1} "
-                f"({error.filename}); lower run.steps, or replay a run with rollout.dump=true"
+                f"rollout.replay = {str(self._run_dir)!r}: {rule}; lower run.steps, or {remedy}"
             ) from error
 
     def evaluate(self, version: int) -> None:

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from peergrad.config import Dtype, ServersConfig, require
-from peergrad.config.rollout import flag
+from peergrad.config.rollout import OURS, flag
 from peergrad.rollout.arguments import REFUSED_STATUS
 from peergrad.rollout.errors import quote
 
@@ -122,7 +122,9 @@ class ManagedServers:
             # Behind the GPUs of this node's trainer ranks, unless told otherwise.
             first = int(options.get("base-gpu-id", os.environ.get("LOCAL_WORLD_SIZE", "1")))
             options["base-gpu-id"] = first + index * self._config.tensor
-        options |= self._fixed | {"port": self.urls[index].rpartition(":")[2]}
+        fixed = self._fixed | {"port": self.urls[index].rpartition(":")[2]}
+        assert fixed.keys() <= OURS.keys(), "what is set here must be refused there"
+        options |= fixed
         return [sys.executable, "-m", "sglang.launch_server", *_flags(options)]
 
     def _start(self, index: int) -> None:
@@ -203,6 +205,7 @@ def _environment(index: int, tensor: int) -> dict[str, str]:
     """Ours, less what torchrun set: a server would take itself for one of the trainer's ranks."""
     env = {key: value for key, value in os.environ.items() if not TORCHRUN.fullmatch(key)}
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # healthy while paused, too
+    env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "0"  # logprobs are those at rollout.temperature
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         env.setdefault("OMP_NUM_THREADS", "1")

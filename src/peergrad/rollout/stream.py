@@ -73,7 +73,7 @@ class StreamState:
     finished: dict[int, Group]  # by sequence number
     in_flight: dict[int, Prompt]  # by sequence number; sampled afresh after a restore
     dropped: dict[int, float]  # mean rewards not yet handed out, by sequence number
-    made_by: object = None  # what the finished groups were sampled and graded with
+    made_by: object = None  # what the finished groups depend on
 
 
 class Stream:
@@ -81,9 +81,11 @@ class Stream:
 
     At weight version v, the groups started may not exceed ``(max_staleness + v + 1) * batch``: that
     is AReaL's bound (accepted + running), and since batches are handed out in starting order, a
-    group trained on at version v was started at version ``v - max_staleness`` or later. A dropped
-    group counts as neither; its replacement is the youngest, so that the same holds for it. So
-    does one in which fewer than two answers could be graded.
+    group trained on at version v was started at version ``v - max_staleness`` or later. The engine
+    sees to it that none of its tokens is of an earlier version than that. A dropped group counts as
+    neither; its replacement is the youngest, so that the same holds for it. So does one in which
+    fewer than two answers could be graded. Nothing is started that no step up to the last would
+    train on.
     All methods belong to one event loop.
     """
 
@@ -96,16 +98,19 @@ class Stream:
         *,
         batch: int,
         max_staleness: int,
+        last: int | None = None,
         select: Select | None = None,
         limit: int = 0,
         state: StreamState | None = None,
         made_by: object = None,
     ) -> None:
         """``batch``: groups per training step. Nothing starts before the first ``set_version``.
+        ``last``: the version after the last training step; None: there is always another.
 
         ``select``: whether a graded group is trained on, else it is dropped. It is an error if a
         batch would take more than ``limit`` times its groups; 0 is no limit. ``made_by``: what
-        groups depend on; those that ``state`` has finished under anything else are sampled again.
+        groups depend on beside ``sampling``; those that ``state`` has finished under anything else
+        are asked for again.
         """
         self._engine = engine
         self._prompts = prompts
@@ -113,6 +118,7 @@ class Stream:
         self._sampling = sampling
         self._batch = batch
         self._max_staleness = max_staleness
+        self._last = last
         self._select = select
         self._limit = limit
         self._version = 0
@@ -121,8 +127,7 @@ class Stream:
         self._finished: dict[int, Group] = {}
         self._in_flight: dict[int, Prompt] = {}
         self._dropped: dict[int, float] = {}
-        self._waiting: dict[int, Prompt] = {}  # restored, to be sampled afresh
-        self._made_by = made_by
+        self._made_by = (sampling, made_by)
         self._lonely = 0  # groups without peers, since the last batch
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
@@ -138,10 +143,14 @@ class Stream:
         self._fill()
 
     def capacity(self, version: int) -> int:
-        """Groups that may be started at weight version ``version``."""
-        accepted = (self._batches or 0) * self._batch + len(self._finished)
-        running = len(self._in_flight)
-        return (self._max_staleness + version + 1) * self._batch - (accepted + running)
+        """Groups that may be started at weight version ``version`` beyond those that are known."""
+        return self._bound(version) - len(self._finished) - len(self._in_flight)
+
+    def _bound(self, version: int) -> int:
+        """Groups, from the next batch's first, that may be running or finished."""
+        batches = self._max_staleness + version + 1
+        batches = batches if self._last is None else min(batches, self._last)
+        return (batches - (self._batches or 0)) * self._batch
 
     async def take(self, version: int) -> Taken:
         """The batch that training step ``version`` trains on, in starting order.
@@ -177,7 +186,7 @@ class Stream:
             started=self._started,
             batches=self._batches or 0,
             finished=dict(self._finished),
-            in_flight={**self._waiting, **self._in_flight},
+            in_flight=dict(self._in_flight),
             dropped=dict(self._dropped),
             made_by=self._made_by,
         )
@@ -188,35 +197,9 @@ class Stream:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def _known(self) -> list[int]:
-        return [*self._finished, *self._in_flight, *self._waiting]
-
-    def _restore(self, state: StreamState) -> None:
-        """Go on from ``state``; finished groups that this configuration would not have made, or not
-        have waited for, are sampled again."""
-        self._prompts.load_state_dict(state.prompts)
-        self._started, self._batches = state.started, state.batches
-        self._finished, self._waiting = dict(state.finished), dict(state.in_flight)
-        self._dropped = dict(state.dropped)
-        again = {}
-        for position, sequence in enumerate(sorted(self._known())):
-            trained = state.batches + position // self._batch  # the version by then
-            group = self._finished.get(sequence)
-            stale = group is not None and trained - _oldest(group, trained) > self._max_staleness
-            if group is not None and (stale or state.made_by != self._made_by):
-                again[sequence] = group.prompt
-        self._waiting |= again
-        self._finished = {n: group for n, group in self._finished.items() if n not in again}
-        if again:
-            log.warning(
-                "%d finished groups of the checkpoint do not fit the configuration any more: they "
-                "are sampled again",
-                len(again),
-            )
-
     def _wanted(self) -> list[int]:
         """The next batch as far as it is known: every group that is dropped changes it."""
-        return sorted(self._known())[: self._batch]
+        return self._known()[: self._batch]
 
     def _full(self) -> bool:
         return self._finished.keys() >= set(self._wanted())
@@ -226,14 +209,40 @@ class Stream:
         last = max(self._wanted(), default=0)
         return sorted(sequence for sequence in self._dropped if sequence < last)
 
+    def _known(self) -> list[int]:
+        return sorted([*self._finished, *self._in_flight])
+
+    def _restore(self, state: StreamState) -> None:
+        """Go on from ``state``. Finished groups that this configuration would not have made, or not
+        have waited for, are asked for again."""
+        self._prompts.load_state_dict(state.prompts)
+        self._started, self._batches = state.started, state.batches
+        self._finished, self._in_flight = dict(state.finished), dict(state.in_flight)
+        self._dropped = dict(state.dropped)
+        again = []
+        for rank, sequence in enumerate(self._known()):
+            trained = state.batches + rank // self._batch  # the version by then
+            group = self._finished.get(sequence)
+            stale = group is not None and trained - _oldest(group, trained) > self._max_staleness
+            if group is not None and (stale or state.made_by != self._made_by):
+                again.append(sequence)
+        for sequence in again:
+            self._in_flight[sequence] = self._finished.pop(sequence).prompt
+        if again:
+            log.warning(
+                "%d finished groups of the checkpoint do not fit the configuration any more: they "
+                "are asked for again",
+                len(again),
+            )
+
     def _fill(self) -> None:
-        for _ in range(self.capacity(self._version)):
-            if self._waiting:  # of a restored stream: these come first
-                first = min(self._waiting)
-                self._start(first, self._waiting.pop(first))
-            else:
-                self._start(self._started, next(self._prompts))
-                self._started += 1
+        bound, known = self._bound(self._version), self._known()
+        for sequence in known[: max(bound, 0)]:
+            if sequence not in self._finished and sequence not in self._tasks:  # restored
+                self._start(sequence, self._in_flight[sequence])
+        for _ in range(bound - len(known)):
+            self._start(self._started, next(self._prompts))
+            self._started += 1
 
     def _start(self, sequence: int, prompt: Prompt) -> None:
         self._in_flight[sequence] = prompt

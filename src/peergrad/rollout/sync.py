@@ -23,12 +23,13 @@ import torch.distributed as dist
 
 from peergrad.config import Proof as ProofMode
 from peergrad.data import Group
+from peergrad.rollout.answers import Asked, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control, finish
 from peergrad.rollout.errors import DEATH_SECONDS, ServerError, cannot_connect, reason
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
-from peergrad.rollout.sglang import Json, parse_scores, score_payload
+from peergrad.rollout.sglang import Json, score_payload
 from peergrad.rollout.versions import spell
 
 log = logging.getLogger(__name__)
@@ -268,10 +269,9 @@ class WeightSync:
         if self._proof is ProofMode.off:
             return None
         answers = self._control.post("/generate", score_payload(self._canary))
+        asked = Asked(identity=self._identity, oldest=version, newest=version)
         scores = [
-            parse_scores(
-                answer, len(self._canary), url=url, identity=self._identity, newest=version
-            )
+            parse_scores(answer, len(self._canary), url=url, asked=asked)
             for url, answer in zip(self._control.urls, answers, strict=True)
         ]
         return canary_group(self._canary, scores, version)

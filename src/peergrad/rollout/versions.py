@@ -28,11 +28,18 @@ def owner(spelt: str) -> tuple[str, int] | None:
     return (run, int(number)) if run and re.fullmatch(r"-?[0-9]+", number) else None
 
 
-def number(spelt: object, url: str, identity: str | None, newest: int | None) -> int:
+def number(
+    spelt: object,
+    url: str,
+    identity: str | None,
+    newest: int | None,
+    oldest: int | None = None,
+) -> int:
     """The version of an answer of the server ``url``.
 
-    Raises ServerError if the weights are not those of ``identity``, or if they are of a later
-    version than ``newest``, the last that this run has let the servers have.
+    Raises ServerError if the weights are not those of ``identity``, if they are of a later version
+    than ``newest``, the last that this run has let the servers have, or of an earlier one than
+    ``oldest``, which all of them held when the answer was asked for.
     """
     spelt = str(spelt)
     found = owner(spelt)
@@ -42,6 +49,13 @@ def number(spelt: object, url: str, identity: str | None, newest: int | None) ->
         raise not_ours(url, spelt, identity, newest, "answered with")
     if newest is not None and found[1] > newest:
         raise not_ours(url, spelt, identity, newest, "answered with")
+    if oldest is not None and found[1] < oldest:
+        raise ServerError(
+            f"{url}: answered with version {found[1]} of this run's weights to a request of "
+            f"version {oldest}, so it has missed a weight sync: was the server restarted?; resume "
+            "this run to load its weights again",
+            url=url,
+        )
     return found[1]
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from peergrad.checks import check_inputs
 from peergrad.config import Config
-from peergrad.data import Group, Prompt, Rollout, write_groups
+from peergrad.data import Group, Prompt, Rollout
+from peergrad.recording import write_groups
 from peergrad.rollout.rollouts import recorded
 from tests.models import make_hf_model
 
@@ -52,26 +53,37 @@ def test_a_record_that_is_too_short(config: Config) -> None:
     assert refusal(config).startswith("has no record of step 1; name a run with rollout.dump=true")
 
 
+def test_a_record_of_an_earlier_peergrad(config: Config) -> None:
+    file = recorded(Path(str(config.rollout.replay)), 0)
+    file.rename(file.with_suffix(".jsonl.zst"))
+    assert refusal(config) == (
+        "has step_000001.jsonl.zst of an earlier peergrad, which this one does not read; replay it "
+        "with that version, or record the run again"
+    )
+
+
 def test_damaged_files(config: Config) -> None:
     files = [recorded(Path(str(config.rollout.replay)), step) for step in range(3)]
     whole = files[1].read_bytes()
     files[1].write_bytes(b"")
-    assert refusal(config) == "step_000002.jsonl.zst is damaged; restore the file"
+    assert refusal(config) == "step_000002.parquet is damaged; restore the file"
+    files[1].write_bytes(whole[:-1])
+    assert refusal(config) == "step_000002.parquet is damaged; restore the file"
     files[1].write_bytes(whole)
     for size in (len(whole) // 2, 12):
         files[2].write_bytes(whole[:size])
-        assert refusal(config).startswith("step_000003.jsonl.zst ")
+        assert refusal(config).startswith("step_000003.parquet ")
 
 
 def test_another_number_of_groups(config: Config) -> None:
     write_groups(recorded(Path(str(config.rollout.replay)), 2), [group(5)])
     assert refusal(config) == (
-        "step_000003.jsonl.zst holds 1 groups instead of 2; set rollout.batch_size=2"
+        "step_000003.parquet holds 1 groups instead of 2; set rollout.batch_size=2"
     )
 
 
 def test_tokens_that_the_model_does_not_know(config: Config) -> None:
     write_groups(recorded(Path(str(config.rollout.replay)), 0), [group(5), group(128)])
     assert refusal(config).startswith(
-        "step_000001.jsonl.zst has the token id 128, the model only ids below 128; use the model "
+        "step_000001.parquet has the token id 128, the model only ids below 128; use the model "
     )

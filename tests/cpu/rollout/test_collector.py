@@ -94,6 +94,10 @@ def build_odd_differ(config, heard=str):
     return replace(build(config), scorer=OddDiffer())
 
 
+def build_small(config, heard=str):
+    return replace(build(config), vocab_size=7)
+
+
 def build_badly(config, heard=str):
     raise FileNotFoundError("no such data set: nowhere.jsonl")
 
@@ -152,6 +156,19 @@ def test_batches_evaluation_and_state(server, start):
     resumed = start(config=new_config(max_staleness=1), state=state)
     resumed.set_version(1)
     assert [g.id for g in resumed.take(1).groups] == ["3/p3", "4/p4", "5/p5"]
+
+
+def test_after_the_last_step_nothing_is_asked_for(server, start):
+    config = new_config(max_staleness=2)
+    config.run.steps = 2
+    collector = start(config=config)
+    for step in range(2):
+        collector.set_version(step)
+        collector.take(step)
+    collector.set_version(2)
+    assert collector.evaluate(2).prompts == 5  # time enough for others
+    asked = [body["rid"].split("/", 1)[1] for _, body in server.requests]
+    assert sum(not rid.startswith("evaluation/") for rid in asked) == 6
 
 
 def sampling_config(**sampling):
@@ -353,6 +370,39 @@ def test_only_answers_with_this_runs_weights_are_taken():
             collector.set_version(2)
             with pytest.raises(RuntimeError, match=rf"{server.url}: .*run 'b' \(version 2\)"):
                 collector.take(2)
+        finally:
+            collector.close()
+
+
+def test_a_server_that_missed_a_sync_is_named():
+    """It answers with weights of this run that the others no longer have."""
+
+    def answer(body):
+        return 200, [sample([7], version="a:0")] * body["sampling_params"]["n"]
+
+    with FakeServer(answer) as server:
+        collector = Collector(new_config(max_staleness=5), [server.url], build, identity="a")
+        try:
+            collector.expect(5)
+            collector.set_version(5)
+            with pytest.raises(RuntimeError) as error:
+                collector.take(5)
+            assert str(error.value) == (
+                f"{server.url}: answered with version 0 of this run's weights to a request of "
+                "version 5, so it has missed a weight sync: was the server restarted?; resume this "
+                "run to load its weights again"
+            )
+        finally:
+            collector.close()
+
+
+def test_the_models_vocabulary_is_known():
+    with FakeServer(lambda body: (200, [sample([7])] * 2)) as server:
+        collector = Collector(new_config(), [server.url], build_small)
+        try:
+            collector.set_version(0)
+            with pytest.raises(RuntimeError, match="answered with token id 7, while the model's"):
+                collector.take(0)
         finally:
             collector.close()
 

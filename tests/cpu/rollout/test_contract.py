@@ -1,10 +1,13 @@
 """Our request bodies against SGLang's own request classes; no server needed."""
 
+import argparse
 import dataclasses
 
 import pytest
 import torch
 
+from peergrad.config import ServersConfig
+from peergrad.config.rollout import OURS, REFUSED
 from peergrad.rollout import arguments
 from peergrad.rollout.buckets import buckets, update_payload
 from peergrad.rollout.claim import mark_payload
@@ -66,6 +69,34 @@ def test_control(name, body):
     check(getattr(io, name), body)
 
 
+@pytest.fixture(scope="module")
+def spellings():
+    """Every option of SGLang with its other spellings, without dashes."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return [
+        {name.removeprefix("--") for name in action.option_strings if name.startswith("--")}
+        for action in parser._actions
+    ]
+
+
+def test_no_spelling_of_an_option_that_is_not_the_users_is_forgotten(spellings):
+    """Neither an alias nor a shorter form; and nothing else is refused for looking like one."""
+    kept = {*OURS, *REFUSED}
+    for names in spellings:
+        for name in names:
+            refused = bool(names & kept)
+            if refused:
+                with pytest.raises(ValueError, match=rf"^rollout\.servers\.args\.{name} = 1: "):
+                    ServersConfig(args={name: 1})
+            else:
+                ServersConfig(args={name: 1})
+    known = set().union(*spellings)
+    assert {name for name in kept if name not in known} <= {"dp", "tp", "config"}
+
+
 def test_options_are_shown_to_sglangs_own_parser():
     check_args({})
     with pytest.raises(
@@ -82,6 +113,7 @@ def test_options_are_shown_to_sglangs_own_parser():
         (["--max-total-tokens", "9", "--sleep-on-idle"], None),
         (["--tokenizer-mode", "quick"], "argument --tokenizer-mode: invalid choice: 'quick'"),
         (["--max-total-tokens", "many"], "argument --max-total-tokens: "),
+        (["--chunked-prefill", "9"], "SGLang has no option chunked-prefill; did you mean"),
         (["--zzzzzz"], "SGLang has no option zzzzzz; remove it"),
     ],
 )

@@ -186,6 +186,12 @@ def test_what_a_server_does_not_tell_is_not_held_against_it(config):
             "--enable-deterministic-inference",
         ),
         (Server(skip_tokenizer_init=True), "start it without --skip-tokenizer-init"),
+        (Server(is_embedding=True), "does not generate; start it without --is-embedding"),
+        (
+            Server(preferred_sampling_params='{"min_p": 0.1}'),
+            "may draw from another distribution than the trainer's; start it without "
+            "--preferred-sampling-params",
+        ),
     ],
 )
 def test_each_unfit_server_is_refused_with_one_line(config, server, line):

@@ -1,5 +1,6 @@
 """What every rank sees: who drains the weights, where errors go, recording and replay."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from peergrad.data import Group, Prompt, Rollout
+from peergrad.recording import read_groups
 from peergrad.rollout.proof import Proof
-from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts
+from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, recorded
 from peergrad.rollout.stream import Taken
+from peergrad.storage import StorageError
 
 PROOF = Proof(version=3, verified=2, unverified=0, canary=None)
 
@@ -58,6 +61,12 @@ class FakeCollector:
     def take(self, version):
         return Taken(self.groups, dropped=(0.0, 1.0))
 
+    def state(self):
+        return b"state"
+
+    def close(self):
+        pass
+
 
 def new_group():
     tokens = np.array([3, 1], np.int32)
@@ -100,12 +109,78 @@ def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
     group = new_group()
     rollouts = live(collector=FakeCollector([group]), run_dir=tmp_path, dump=True)
     assert rollouts.take(11) == Taken([group], dropped=(0.0, 1.0))
-    assert (tmp_path / "rollouts/step_000012.jsonl.zst").exists()
+    assert rollouts.state() == b"state"
+    assert (tmp_path / "rollouts/step_000012.parquet").exists()
     replayed = ReplayRollouts(tmp_path).take(11)
     (again,) = replayed.groups
     assert replayed.dropped == ()
     assert again.id == group.id
     assert again.rollouts[0].logprobs.tobytes() == group.rollouts[0].logprobs.tobytes()
+
+
+class Gate:
+    """``write_groups`` that waits until it may, and then perhaps fails."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.open, self.error, self.written = threading.Event(), error, []
+        monkeypatch.setattr("peergrad.rollout.recorder.write_groups", self)
+
+    def __call__(self, path, groups, *, step):
+        assert self.open.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.written.append((path.name, step))
+
+
+def test_training_does_not_wait_for_the_recording_but_a_checkpoint_does(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path, dump=True)
+    rollouts.take(0)
+    assert gate.written == []
+    threading.Timer(0.1, gate.open.set).start()
+    rollouts.take(1)  # one file at a time
+    assert gate.written[0] == ("step_000001.parquet", 1)
+    rollouts.state()
+    assert gate.written == [("step_000001.parquet", 1), ("step_000002.parquet", 2)]
+
+
+@pytest.mark.parametrize("ask", ["take", "state", "dump"])
+def test_a_recording_that_failed_is_told_by_whatever_comes_next(tmp_path, monkeypatch, ask):
+    line = "rollouts = 'x': cannot be written, the disk has too little space; free some space"
+    gate = Gate(monkeypatch, StorageError(line))
+    gate.open.set()
+    rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path, dump=True)
+    taken = rollouts.take(0)
+    asked = {"take": (1,), "state": (), "dump": (taken.groups, 0)}[ask]
+    with pytest.raises(StorageError) as error:
+        getattr(rollouts, ask)(*asked)
+    assert str(error.value) == line
+
+
+def test_closing_finishes_the_recording_and_hides_no_other_error(tmp_path, monkeypatch, caplog):
+    rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path, dump=True)
+    rollouts.take(0)
+    rollouts.close()
+    assert len(read_groups(recorded(tmp_path, 0))) == 1
+    rollouts.close()
+    gate = Gate(monkeypatch, StorageError("rollouts = 'x': cannot be written"))
+    gate.open.set()
+    rollouts = live(collector=FakeCollector([new_group()]), run_dir=tmp_path, dump=True)
+    rollouts.take(0)
+    rollouts.close()
+    assert [r.getMessage() for r in caplog.records] == ["rollouts = 'x': cannot be written"]
+
+
+def test_recordings_of_an_earlier_peergrad_are_named(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000001.jsonl.zst").touch()
+    with pytest.raises(ValueError) as error:
+        ReplayRollouts(tmp_path).take(0)
+    assert str(error.value) == (
+        f"rollout.replay = {str(tmp_path)!r}: has step_000001.jsonl.zst of an earlier peergrad, "
+        "which this one does not read; lower run.steps, or replay it with that version, or record "
+        "the run again"
+    )
 
 
 def test_groups_are_recorded_on_demand_even_if_steps_are_not(tmp_path):

@@ -252,6 +252,21 @@ def test_addresses_that_cannot_be_are_refused(urls, line):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
+        ({"dtype": "bfloat16"}, ".dtype = 'bfloat16': is peergrad's to set; set model.dtype"),
+        (
+            {"--dty": "bfloat16"},
+            ".--dty = 'bfloat16': is short for dtype, which is peergrad's to set; set model.dtype",
+        ),
+        ({"is_embedding": True}, ".is_embedding = True: does not generate; remove it"),
+        (
+            {"skip_tok": 1},
+            ".skip_tok = 1: is short for skip-tokenizer-init, which gives answers wi",
+        ),
+        ({"config": "a.yaml"}, ".config = 'a.yaml': reads further options, which nobody would che"),
+        (
+            {"preferred-sampling-params": '{"top_p": 0.9}'},
+            "may draw from another distribution than the trainer's; remove it",
+        ),
         ({"port": 3}, "rollout.servers.args.port = 3: is peergrad's to set; remove it"),
         ({"--tp_size": 2}, "args.--tp_size = 2: is peergrad's to set; set rollout.servers.tensor"),
         ({"dtype": "half"}, "args.dtype = 'half': is peergrad's to set; set model.dtype"),

@@ -1,6 +1,7 @@
 """The HTTP engine against a local server: choice of server, retries, errors, aborted answers."""
 
 import asyncio
+import math
 import pickle
 import socket
 import threading
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from fake_sglang import FakeServer, answer_generate, sample
 
+from peergrad.rollout.answers import Asked, parse_rollout, parse_scores
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.sglang import ServerError, SGLangEngine, parse_rollout, parse_scores
+from peergrad.rollout.sglang import ServerError, SGLangEngine
 
 THREE = Sampling(n=3, max_new_tokens=8, stop_token_ids=(1,))
 
@@ -165,8 +167,8 @@ def test_versions_are_numbered_spans_over_all_tokens():
         parse_rollout(sample([4], version="default"))
 
 
-def test_an_empty_answer_has_no_versions():
-    assert parse_rollout(sample([], finish="length")).versions == ()
+def test_an_aborted_answer_may_be_empty():
+    assert parse_rollout(sample([], finish="abort")).versions == ()
 
 
 MINE = "runs/a:1-1f3a"
@@ -196,10 +198,13 @@ def spans(*versions):
 ONE = Sampling(n=1, max_new_tokens=8)
 
 
-def draw(versions, *, newest=4, identity=MINE):
+def draw(versions, *, held=3, newest=4, identity=MINE):
+    """Of servers that hold the weights ``held`` and are about to get ``newest``."""
+
     async def main(url):
         engine = SGLangEngine([url], identity=identity)
-        engine.set_version(newest)
+        engine.set_version(held)
+        engine.expect(newest)
         try:
             return await engine.generate([5], ONE, request_id="p")
         finally:
@@ -238,12 +243,169 @@ def test_inside_versions_are_numbers():
             "4: the server was restarted or released by hand; resume this run to load its weights "
             "again",
         ),
+        (
+            [f"{MINE}:4", f"{MINE}:0"],
+            "answered with version 0 of this run's weights to a request of version 3, so it has "
+            "missed a weight sync: was the server restarted?; resume this run to load its weights "
+            "again",
+        ),
     ],
 )
 def test_an_answer_with_other_weights_than_this_runs_is_an_error(versions, words):
     url, _, error = draw(versions)
     assert str(error) == f"{url}: {words}"
     assert error.url == url
+
+
+def test_an_answer_over_a_sync_has_both_versions_and_no_older_one():
+    """Asked for at version 4 and retracted by the sync of version 5: a token of 3 is none of its
+    own. What is asked for after the sync has tokens of 5 alone."""
+
+    async def main(url, *versions):
+        engine = SGLangEngine([url], identity=MINE)
+        engine.set_version(4)
+        asked = asyncio.create_task(engine.generate([5], ONE, request_id="p"))
+        await asyncio.sleep(0.05)
+        engine.expect(5)
+        engine.set_version(5)
+        try:
+            (rollout,) = await asked
+            with pytest.raises(ServerError, match=r"version 4 of .* to a request of version 5, so"):
+                await engine.generate([5], ONE, request_id="q")
+            return rollout
+        finally:
+            await engine.aclose()
+
+    def slow(*versions):
+        def answer(body):
+            time.sleep(0.2)
+            return answering(weight_versions=spans(*versions))(body)
+
+        return answer
+
+    with FakeServer(slow(f"{MINE}:4", f"{MINE}:5")) as server:
+        assert asyncio.run(main(server.url)).versions == ((4, 0, 1), (5, 1, 2))
+    with (
+        FakeServer(slow(f"{MINE}:3", f"{MINE}:5")) as server,
+        pytest.raises(ServerError, match=r"version 3 of .* to a request of version 4"),
+    ):
+        asyncio.run(main(server.url))
+
+
+STOPPED = {"type": "stop", "matched": 5}
+ASKED = Asked(max_new_tokens=4, vocab_size=6)
+
+
+def altered(**changes):
+    """``answering``'s sample of the tokens 4 and 5, and what the parser says of it."""
+    with pytest.raises(ServerError) as error:
+        parse_rollout(answering(**changes)(None)[1], url="URL", asked=ASKED)
+    assert "\n" not in str(error.value) and error.value.url == "URL"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf, math.inf, 0.01, -3.4e38, "null"])
+def test_what_is_no_log_probability_is_refused(wrong):
+    said = wrong
+    wrong = None if wrong == "null" else wrong
+    line = (
+        f"URL: answered with logprob {said} for token 2 of 2, which is no log probability: its "
+        "weights or its kernels are broken; see its log, or lower optim.lr and resume from an "
+        "earlier checkpoint"
+    )
+    assert altered(output_token_logprobs=[[-4.0, 4, None], [wrong, 5, None]]) == line
+    scores = {
+        "meta_info": {"input_token_logprobs": [[None, 3, None], [-4, 4, None], [wrong, 5, 0]]}
+    }
+    with pytest.raises(ServerError) as error:
+        parse_scores(scores, 3, url="URL")
+    assert str(error.value) == line
+
+
+def test_rounding_above_0_is_none():
+    scored = [[5e-4, 4, None], [-200, 5, None]]
+    answer = answering(output_token_logprobs=scored, finish_reason=STOPPED)(None)[1]
+    assert parse_rollout(answer, asked=ASKED).logprobs.tolist() == pytest.approx([5e-4, -200])
+
+
+def test_a_null_from_the_wire_is_refused_whatever_else_is_in_the_answer():
+    null = answering(output_token_logprobs=[[None, 4, None], [-1.0, 5, None]])
+    nan = answering(output_token_logprobs=[[math.nan, 4, None], [-1.0, 5, None]])  # not even JSON
+    for answer, said in ((null, "null"), (nan, "nan")):
+        with FakeServer(answer) as server, pytest.raises(ServerError, match=f"logprob {said} for"):
+            generate(server.url, sampling=ONE)
+
+
+@pytest.mark.parametrize("token", [6, -1, 2**40])
+def test_a_token_that_the_model_does_not_have_is_refused(token):
+    scored = [[-4.0, 4, None], [-1.0, token, None]]
+    assert altered(output_token_logprobs=scored, output_ids=[4, token]) == (
+        f"URL: answered with token id {token}, while the model's are 0 to 5: it serves another "
+        "model, or its kernels are broken; start it with the run's model"
+    )
+
+
+@pytest.mark.parametrize("token", [5.0, None, "5", True])
+def test_a_token_that_is_no_whole_number_is_another_form(token):
+    scored = [[-4.0, token, None], [-1.0, token, None]]
+    line = altered(output_token_logprobs=scored, output_ids=[token, token])
+    assert line.startswith("URL: answered /generate in another form than SGLang's")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "line"),
+    [
+        ([1] * 5, {"type": "stop"}, "with 5 tokens, asked for 4 at most; use the SGLang that"),
+        (
+            [],
+            {"type": "stop"},
+            "without a token (finish 'stop'); use the SGLang that peergrad pins",
+        ),
+        (
+            [4],
+            {"type": "length", "length": 1},
+            "with 1 tokens cut off, asked for 4: it has too little room; lower "
+            "rollout.max_new_tokens, or start it with a larger --max-total-tokens or "
+            "--context-length",
+        ),
+        (  # how SGLang says that the logits were no numbers; the last token is made up
+            [4, 1],
+            {"type": "stop", "matched": "NaN happened"},
+            "up to 'NaN happened' instead of a stop token; see its log",
+        ),
+        ([4, 2], STOPPED, "without the stop token 5 that ended it, but with 2; use the SGLang"),
+        ([4, 2], {"type": "stop", "matched": [5, 3]}, "without the stop token 5 that ended it"),
+    ],
+)
+def test_an_answer_ends_where_and_why_it_says(tokens, reason, line):
+    answer = sample(tokens)
+    answer["meta_info"]["finish_reason"] = reason
+    with pytest.raises(ServerError) as error:
+        parse_rollout(answer, url="URL", asked=ASKED)
+    assert str(error.value).startswith(f"URL: answered {line}")
+    for fine in ({"type": "abort"}, {"type": "stop", "matched": 2}, {"type": "length"}):
+        whole = sample([4, 2])
+        whole["meta_info"]["finish_reason"] = fine
+        assert parse_rollout(whole, asked=ASKED).tokens.tolist() == [4, 2]
+
+
+def test_an_answer_may_end_where_the_context_does():
+    """SGLang answers p tokens with at most context - p - 2, and lets one ask for two more."""
+    asked = Asked(max_new_tokens=5)
+    for size in (3, 4, 5):
+        assert parse_rollout(sample([4] * size, finish="length"), asked=asked).finish == "length"
+    with pytest.raises(ServerError, match="with 2 tokens cut off, asked for 5: it has too little"):
+        parse_rollout(sample([4] * 2, finish="length"), asked=asked)
+
+
+def test_a_servers_own_sampling_defaults_have_nothing_to_say():
+    """Each that SGLang knows and a server may have preferred is said in the request."""
+    with FakeServer() as server:
+        generate(server.url)
+    ((_, body),) = server.requests
+    said = body["sampling_params"]
+    neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "min_new_tokens": 0}
+    assert said | neutral | {"presence_penalty": 0, "frequency_penalty": 0} == said
 
 
 def test_scores_with_another_runs_weights_are_an_error():
@@ -267,7 +429,6 @@ def test_scores_with_another_runs_weights_are_an_error():
     "answer",
     [
         answering(output_token_logprobs=None),
-        answering(output_token_logprobs=[[None, 4, None], [-1.0, 5, None]]),
         answering(output_token_logprobs=[[-1.0, "x", None], [-1.0, 5, None]]),
         answering(output_token_logprobs=[3, 4]),
         answering(weight_versions=None),

@@ -369,8 +369,8 @@ def test_what_is_dropped_beyond_a_batch_is_not_its_own():
     asyncio.run(main())
 
 
-def test_what_waits_under_a_smaller_budget_may_all_be_dropped():
-    """Resumed with a smaller batch, fewer may be in flight than were: one after the other."""
+def test_what_a_smaller_budget_has_no_room_for_waits_for_its_turn():
+    """Resumed with a smaller batch, more was in flight than may be."""
     prompts = Counting()
     in_flight = {sequence: next(prompts) for sequence in range(4)}
     state = StreamState(prompts.state_dict(), 4, 0, {}, in_flight, {})
@@ -379,7 +379,10 @@ def test_what_waits_under_a_smaller_budget_may_all_be_dropped():
         engine = FakeEngine(0)
         options = {"score": graded([0.5, 0, 0, 0]), "select": in_between, "limit": 4}
         stream = new_stream(engine, Counting(), batch=1, state=state, **options)
-        return summary(await train(stream, engine, range(2)))
+        taken = await train(stream, engine, range(1))
+        await asyncio.sleep(0.01)
+        assert list(engine.started) == ["0/p0"]  # the others would be too old when it is their turn
+        return summary(taken + await train(stream, engine, range(1, 2)))
 
     assert asyncio.run(main()) == [(["0/p0"], ()), (["4/p4"], (0, 0, 0))]
 
@@ -443,3 +446,76 @@ def test_a_batch_out_of_turn_is_refused():
             await stream.take(2)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("options", [{}, {"score": luck, "select": in_between, "limit": 10}])
+@pytest.mark.parametrize("eta", [0, 1, 2, 5])
+def test_nothing_is_started_that_no_step_trains_on(eta, options):
+    async def main():
+        engine = FakeEngine(seed=eta)
+        stream = new_stream(engine, Counting(), eta=eta, last=3, **options)
+        taken = await train(stream, engine, range(3))
+        engine.version = 3
+        stream.set_version(3)  # the sync after the last step
+        await asyncio.sleep(0.02)
+        return engine, stream, taken
+
+    engine, stream, taken = asyncio.run(main())
+    assert summary(taken) == one_by_one([4] * 3, luck if options else graded([]))
+    assert len(engine.started) == 12 + sum(len(each.dropped) for each in taken)
+    assert not stream.state().finished and not stream.state().in_flight
+
+
+def test_a_run_that_is_extended_starts_what_it_then_needs():
+    async def main():
+        engine = FakeEngine(0)
+        stream = new_stream(engine, Counting(), eta=2, last=2)
+        taken = await train(stream, engine, range(2))
+        stream.set_version(2)
+        again = new_stream(engine, Counting(), eta=2, last=4, state=stream.state())
+        return taken + await train(again, engine, range(2, 4))
+
+    assert summary(asyncio.run(main())) == one_by_one([4] * 4, graded([]))
+
+
+def restored(eta, sampling=SAMPLING):
+    """Resumed at version 3 with ``eta``: batches of 2, of which those of steps 3 to 5 were started
+    under versions 1, 2 and 3 and are finished. What is trained on, and what was asked for anew."""
+    prompts = Counting()
+    started = {sequence: next(prompts) for sequence in range(12)}
+    finished = {}
+    for sequence in range(6, 12):
+        version = sequence // 2 - 2
+        one = Rollout(
+            np.array([1], np.int32), np.array([-1], np.float32), ((version, 0, 1),), "stop", ""
+        )
+        prompt = started[sequence]
+        finished[sequence] = Group(f"{sequence}/{prompt.id}", prompt, (one, one))
+    state = StreamState(prompts.state_dict(), 12, 3, finished, {}, {}, made_by=(SAMPLING, None))
+
+    async def main():
+        engine = FakeEngine(0)
+        stream = Stream(
+            engine, prompts, score, sampling, batch=2, max_staleness=eta, state=state, last=7
+        )
+        taken = await train(stream, engine, range(3, 7))
+        return taken, [int(name.partition("/")[0]) for name in engine.started]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("eta", [0, 1, 2])
+def test_restored_groups_are_not_older_than_a_smaller_staleness_allows(eta):
+    """All three batches would lag two versions when it is their turn."""
+    taken, asked = restored(eta)
+    assert sorted(asked) == ([12, 13] if eta == 2 else [6, 7, 8, 9, 10, 11, 12, 13])
+    assert [g.id for g in groups_of(taken)] == [f"{i}/p{i}" for i in range(6, 14)]
+    for step, each in enumerate(taken, start=3):
+        versions = [v for g in each.groups for r in g.rollouts for v, _, _ in r.versions]
+        assert step - min(versions) <= eta
+
+
+def test_restored_groups_of_another_size_are_asked_for_anew():
+    taken, asked = restored(2, Sampling(n=3, max_new_tokens=4))
+    assert sorted(asked) == list(range(6, 14))
+    assert {len(g.rollouts) for g in groups_of(taken)} == {3}
