@@ -15,7 +15,7 @@ from peergrad.checks.place import (
     run_folder,
 )
 from peergrad.checks.recording import foreign
-from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec
+from peergrad.config import Config, KlPlace, RewardKind, ServerMode, ServersConfig, Spec
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 
@@ -117,6 +117,11 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
     if evaluation.every and config.data.held_out is None and train is not None:
         yield f"evaluation.every={evaluation.every} has no effect without data.held_out"
     yield from _prompt_warnings(config, inputs)
+    servers, usual = config.rollout.servers, ServersConfig()
+    if servers.mode is ServerMode.external:
+        for key in ("count", "tensor", "start_timeout", "args"):
+            if getattr(servers, key) != getattr(usual, key):
+                yield f"rollout.servers.{key} has no effect with mode=external: nothing is started"
     step = resumed_step(config)
     if step is not None and step >= config.run.steps:
         yield f"the newest checkpoint is of step {step}: nothing is left of run.steps to train"

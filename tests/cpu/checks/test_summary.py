@@ -206,3 +206,15 @@ def test_what_is_perhaps_not_meant_by_the_prompts(config: Config) -> None:
     config.data.source, config.data.held_out = [TRAIN.name, HELD_OUT.name], HELD_OUT.name
     last = list(warnings_of(config, inputs))[-1]
     assert last == "data.held_out has a file that is trained on: its pass@1 will say nothing"
+
+
+def test_options_of_servers_that_others_start(config: Config) -> None:
+    servers = config.rollout.servers
+    servers.count, servers.args = 4, {"mem-fraction-static": 0.8}
+    inputs = Inputs(SHAPE, TOKENIZER, TRAIN, HELD_OUT)
+    assert list(warnings_of(config, inputs)) == []
+    servers.mode, servers.urls = ServerMode.external, ["http://a:1"]
+    rule = "has no effect with mode=external: nothing is started"
+    assert list(warnings_of(config, inputs)) == [
+        f"rollout.servers.{key} {rule}" for key in ("count", "args")
+    ]
