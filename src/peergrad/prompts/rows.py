@@ -1,11 +1,14 @@
 """What a row holds under a key, and how a bad one is named."""
 
-import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from peergrad.prompts.files import Row
+
+PYTHON_BYTES = re.compile(r"""b'[^'\n]*'|b"[^"\n]*\"""")
+"""What ``str`` makes of bytes."""
 
 
 class BadRow(ValueError):
@@ -82,7 +85,7 @@ def answer_text(key: Key, row: Row) -> str:
     if isinstance(value, str):
         return require_text(key, row, value)
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or not (isinstance(value, int) or Decimal(value).is_finite()):
         raise key.refusal(
             f"{row.where} must hold text or a number there, not {shown(value)}",
             "correct it, or store it as the text that it is to be compared with",
@@ -93,7 +96,7 @@ def answer_text(key: Key, row: Row) -> str:
 
 def require_text(key: Key, row: Row, text: str, what: str = "") -> str:
     """``text``, which can be written down and sent. Raises BadRow for half of a surrogate pair, as
-    an emoji cut in two leaves it, and for a NUL character."""
+    an emoji cut in two leaves it, for a NUL character and for bytes as Python prints them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -103,4 +106,7 @@ def require_text(key: Key, row: Row, text: str, what: str = "") -> str:
     if "\0" in text:
         rule = f"{row.where} holds a NUL character{what}, which no text has"
         raise key.refusal(rule, "correct it: the data is damaged or in another encoding")
+    if PYTHON_BYTES.fullmatch(text):
+        rule = f"{row.where} holds bytes as Python prints them{what}, {text!r:.60}"
+        raise key.refusal(rule, "store the text that they encode")
     return text

@@ -138,8 +138,9 @@ def _files(
             for i, (text, answer) in enumerate(arithmetic.problems(split, seed))
         )
         return
-    for path in paths(source):
-        yield read_rows(Path(path), option, heard)
+    names = [Path(path).name for path in paths(source)]
+    for path, name in zip(paths(source), names, strict=True):
+        yield read_rows(Path(path), option, heard, path if names.count(name) > 1 else name)
 
 
 class _Reader:
