@@ -1,5 +1,6 @@
 """Whether the special tokens of prompts are those that a model of this kind begins with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 HEAD = 12
 """Tokens of a prompt that a warning shows."""
+BEHIND = 4
+"""Last tokens of a prompt among which the end token is looked for."""
 Encoded = list[list[int]]
 
 
@@ -60,7 +63,7 @@ class Special:
                 rule = f"{row.where} has a prompt of no tokens"
                 remedy = "correct it: the first answer token is predicted from the prompt's last"
                 raise self._key.refusal(rule, remedy)
-            if tokens[-1] == self._end:
+            if self._is_ended(tokens):
                 raise self._ended(row)
             if self._wanted:
                 if tokens[0] != self._begin:
@@ -74,6 +77,17 @@ class Special:
             for row, tokens in zip(rows, encoded, strict=True):
                 if self._unknown in tokens:
                     self._strange.add(row, tokens, max(0, tokens.index(self._unknown) - HEAD // 2))
+
+    def _is_ended(self, tokens: list[int]) -> bool:
+        """Whether the end token comes last, but for white space, as in templates that end every
+        message with a line break and never open an answer."""
+        if tokens[-1] == self._end:
+            return True
+        tail = tokens[-BEHIND:]
+        return self._end in tail and self._decoded(tail[tail.index(self._end) + 1 :]).isspace()
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
 
     def _outside(self, rows: list[Row], encoded: Encoded) -> BadRow:
         vocab = self._vocab or 0
@@ -115,7 +129,7 @@ class Special:
         )
         return [
             f"{seen.count} of {self._total} prompts of {source} {what} "
-            f"({seen.where}: {self._tokenizer.decode(list(seen.tokens))!r})"
+            f"({seen.where}: {self._decoded(seen.tokens)!r})"
             for seen, what in lines
             if seen.count
         ]

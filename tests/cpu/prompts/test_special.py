@@ -82,6 +82,15 @@ def test_a_prompt_that_is_ended(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_white_space_behind_the_end(tmp_path: Path, chat: bool) -> None:
+    """As of a template that ends every message with a line break and opens no answer."""
+    made = tokenizer(chat_template="{% for m in messages %}{{ m.content }}<eos>\n{% endfor %}")
+    text = "1+2=" if chat else "1+2=<eos>\n"
+    assert "with the end token '<eos>'" in refusal(tmp_path, made, text, chat=chat)
+    read(tmp_path, made, "1+2=<eos>\n3+4=", "1<eos> 2")
+
+
 def test_two_begin_tokens(tmp_path: Path) -> None:
     made = tokenizer(f"{BEGIN} $A", bos_token=BEGIN)
     assert read(tmp_path, made, "1+2=", "5").notes == ()
