@@ -48,7 +48,8 @@ class Special:
         self._unknown = None if unknown in (self._begin, self._end) else unknown
         sample = tokenizer("0")["input_ids"]
         bare = tokenizer("0", add_special_tokens=False)["input_ids"]
-        self._appends = sample[-1:] == [self._end] and bare[-1:] != [self._end]
+        # What the tokenizer puts behind every text. It may be the end token of another model.
+        self._appended = sample[-1] if not chat and sample[-1:] != bare[-1:] else None
         begins = sample[:1] == [self._begin] and bare[:1] != [self._begin]
         # A tokenizer that has such a token and never writes it means another thing by it.
         self._wanted = self._begin is not None and (begins or (chat and self._begin != self._end))
@@ -64,7 +65,7 @@ class Special:
                 remedy = "correct it: the first answer token is predicted from the prompt's last"
                 raise self._key.refusal(rule, remedy)
             if self._is_ended(tokens):
-                raise self._ended(row)
+                raise self._ended(row, tokens)
             if self._wanted:
                 if tokens[0] != self._begin:
                     self._absent.add(row, tokens)
@@ -81,7 +82,7 @@ class Special:
     def _is_ended(self, tokens: list[int]) -> bool:
         """Whether the end token comes last, but for white space, as in templates that end every
         message with a line break and never open an answer."""
-        if tokens[-1] == self._end:
+        if tokens[-1] in (self._end, self._appended):
             return True
         tail = tokens[-BEHIND:]
         return self._end in tail and self._decoded(tail[tail.index(self._end) + 1 :]).isspace()
@@ -102,15 +103,16 @@ class Special:
         rule = f"{row.where} has token {token}{name}, but the model (vocab_size) knows only {vocab}"
         return self._key.refusal(rule, "use the model's own tokenizer")
 
-    def _ended(self, row: Row) -> BadRow:
+    def _ended(self, row: Row, tokens: list[int]) -> BadRow:
         token = f"the end token {self._tokenizer.eos_token!r}"
         rule = f"{row.where} has a prompt that ends with {token}, after which nothing is answered"
         if self._chat:
             rule = f"the chat template ends {row.where} with {token}"
             remedy = "correct the template: it must end with the opening of an answer"
             return BadRow("data.chat", True, rule, remedy)
-        if not self._appends:
+        if tokens[-1] != self._appended:
             return self._key.refusal(rule, "remove it from the text")
+        token = token if self._appended == self._end else repr(self._decoded(tokens[-1:]))
         flag = bool(getattr(self._tokenizer, "add_eos_token", False))
         remedy = "take it out of post_processor in tokenizer.json"
         remedy = "set add_eos_token=false in tokenizer_config.json" if flag else remedy

@@ -71,6 +71,13 @@ def test_a_tokenizer_that_ends_every_prompt(tmp_path: Path) -> None:
     read(tmp_path, made, "1+2=", chat=True)  # the template writes the special tokens
 
 
+def test_a_tokenizer_that_appends_another_token(tmp_path: Path) -> None:
+    """As one whose end token was replaced by that of chats."""
+    made = tokenizer(f"$A {BEGIN}")
+    assert f"its tokenizer appends {BEGIN!r} to every text" in refusal(tmp_path, made, "1+2=")
+    read(tmp_path, made, "1+2=", chat=True)
+
+
 def test_a_prompt_that_is_ended(tmp_path: Path) -> None:
     assert refusal(tmp_path, make_tokenizer(), "1<eos>+2=", "1+2=<eos>") == (
         "data.prompt_key = 'prompt': row 2 of rows.jsonl has a prompt that ends with the end token "
