@@ -129,7 +129,8 @@ def _grade(value: object) -> Grade:
     for key, part in value.items():
         if isinstance(key, str) and key not in keys:
             try:
-                parts[str.__str__(key)] = number(part)  # a member of an enum is another module's
+                # A name that every sink can write; a member of an enum is another module's.
+                parts[one_line(str.__str__(key), 80)] = number(part)
             except ValueError:  # a note for people: verl's rewards return the extracted answer
                 continue
     return Grade(number(value[keys[0]]), parts)

@@ -89,6 +89,7 @@ def test_parts_are_named_by_plain_text() -> None:
     found = graded({Part.score: 1, Part.form: 0.5})
     assert isinstance(found, Grade) and found.parts == {"form": 0.5}
     assert [type(name) for name in found.parts] == [str]
+    assert graded({"score": 1, "a\n\ud83d": 2}) == Grade(1.0, {"a \\ud83d": 2.0})
 
 
 class Broken(dict[str, int]):
