@@ -59,8 +59,11 @@ def _check_path(source: str, option: str) -> Path:
         folder, file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that no file can have
         raise ValueError(f"{option} = {source!r}: {error.strerror}; correct the path") from error
-    remedy = f"name one of the files in it, as in {option}={path / 'train.jsonl'}"
-    require(not folder, option, source, "is a folder, not a file", remedy)
+    if folder:
+        inside = sorted(p for p in (*path.glob("*"), *path.glob("*/*")) if p.suffix in READERS)
+        remedy = "name a .jsonl or .parquet file: there is none in it"
+        remedy = f"name one of the files in it, as in {option}={inside[0]}" if inside else remedy
+        require(False, option, source, "is a folder, not a file", remedy)
     rule = "must be arithmetic or a .jsonl or .parquet file"
     if path.suffix not in READERS:
         packed = {".gz": "unpack it first", ".zst": "unpack it first", ".bz2": "unpack it first"}

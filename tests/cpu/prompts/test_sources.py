@@ -167,10 +167,15 @@ def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes | None, mes
 
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").mkdir()
-    for path in (tmp_path, tmp_path / "train.jsonl"):
-        with pytest.raises(ValueError, match=r"^data.held_out = .*: is a folder, not a file; name"):
-            load(str(path), "test")
+    folder = tmp_path / "set.jsonl"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"folder, not a file; name a .*: there is none in it"):
+        load(str(folder), "test")
+    (folder / "data").mkdir()
+    (folder / "data" / "train-0.parquet").touch()
+    example = f"as in data.held_out={folder}/data/train-0.parquet$"
+    with pytest.raises(ValueError, match=f"^data.held_out = .*, not a file; .*{example}"):
+        load(str(folder), "test")
 
 
 def test_a_byte_order_mark_and_whole_pairs_are_read(tmp_path: Path) -> None:
