@@ -18,6 +18,8 @@ PYTHON_MESSAGES = re.compile(
     r"\s*(array\()?\[?\s*\{\s*'(role|content|from)'\s*:.*[\])}]\s*", re.DOTALL
 )
 """Messages as Python or numpy prints them, as a CSV file in between leaves them."""
+PYTHON_BYTES = re.compile(r"""b'[^'\n]*'|b"[^"\n]*\"""")
+"""What ``str`` makes of bytes."""
 
 Messages = list[dict[str, Any]]
 
@@ -44,6 +46,9 @@ class Renderer:
     def render(self, row: Row) -> tuple[str, Messages | None]:
         """The text, and the messages that it was made of, if it is a chat. Raises BadRow."""
         prompt = self._key.of(row)
+        if isinstance(prompt, str) and PYTHON_BYTES.fullmatch(prompt):
+            rule = f"{row.where} holds bytes as Python prints them, {prompt!r:.60}"
+            raise self._key.refusal(rule, "store the text that they encode")
         if self._config.chat:
             messages = self._with_system(row, self._messages(row, prompt))
             text = self._chat(row, messages)

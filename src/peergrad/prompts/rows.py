@@ -1,14 +1,10 @@
 """What a row holds under a key, and how a bad one is named."""
 
-import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from peergrad.prompts.files import Row
-
-PYTHON_BYTES = re.compile(r"""b'[^'\n]*'|b"[^"\n]*\"""")
-"""What ``str`` makes of bytes."""
 
 
 class BadRow(ValueError):
@@ -96,7 +92,7 @@ def answer_text(key: Key, row: Row) -> str:
 
 def require_text(key: Key, row: Row, text: str, what: str = "") -> str:
     """``text``, which can be written down and sent. Raises BadRow for half of a surrogate pair, as
-    an emoji cut in two leaves it, for a NUL character and for bytes as Python prints them."""
+    an emoji cut in two leaves it, and for a NUL character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -106,7 +102,4 @@ def require_text(key: Key, row: Row, text: str, what: str = "") -> str:
     if "\0" in text:
         rule = f"{row.where} holds a NUL character{what}, which no text has"
         raise key.refusal(rule, "correct it: the data is damaged or in another encoding")
-    if PYTHON_BYTES.fullmatch(text):
-        rule = f"{row.where} holds bytes as Python prints them{what}, {text!r:.60}"
-        raise key.refusal(rule, "store the text that they encode")
     return text

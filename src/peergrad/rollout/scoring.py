@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 HANGS = 16
 """Rewards that take too long are enough if none has ever come: each costs ``reward.timeout``."""
 PARTS = 64  # names of a reward's parts; more are data, not metrics
-EFFECTS = {OnError.zero: "count as 0", OnError.drop: "are left out of their groups"}
+EFFECTS = {OnError.zero: "count as 0", OnError.drop: "are left out"}
 
 
 class Scorer(Protocol):

@@ -43,7 +43,7 @@ def score(scoring: Scoring, times: int) -> list[float | None]:
 
 @pytest.mark.parametrize(
     ("action", "instead", "effect"),
-    [(OnError.zero, 0.0, "count as 0"), (OnError.drop, None, "are left out of their groups")],
+    [(OnError.zero, 0.0, "count as 0"), (OnError.drop, None, "are left out")],
 )
 def test_failures_are_counted_by_kind_and_warned_of_once(
     action: OnError, instead: float | None, effect: str, caplog: pytest.LogCaptureFixture
