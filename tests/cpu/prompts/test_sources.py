@@ -341,6 +341,11 @@ def test_bytes_beside_the_prompt_are_counted_only(tmp_path: Path) -> None:
     assert load(path)[0].extra == {"image": {"bytes": "<5 bytes>"}}
 
 
+def test_what_is_no_number_beside_the_prompt_is_null(tmp_path: Path) -> None:
+    given = {"a": [float("nan"), float("-inf")], "b": "NaN"}
+    assert load(jsonl(tmp_path, row(**given)))[0].extra == {"a": [None, None], "b": "NaN"}
+
+
 def test_singles_in_lists_are_what_was_meant(tmp_path: Path) -> None:
     singles = pyarrow.array([[0.1, None], None], pyarrow.list_(pyarrow.float32()))
     path = table(tmp_path, prompt=["1", "2"], answer=["1", "2"], singles=singles)
