@@ -66,9 +66,8 @@ def _unusable(function: Any) -> tuple[str | None, inspect.Signature | None]:
         return "must name something callable", None
     if inspect.isclass(function):
         return "is a class, and must be a function: name a method or an instance of it", None
-    for called in (function, type(function).__call__):  # a partial tells what it is made of
-        if not inspect.isgeneratorfunction(called) and not inspect.isasyncgenfunction(called):
-            continue
+    called = (function, type(function).__call__)  # the first may be a partial
+    if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in called):
         return "is a generator (it has a yield), and must return its reward", None
     try:
         signature = inspect.signature(function)
