@@ -13,8 +13,10 @@ def require(ok: bool, key: str, value: object, rule: str, remedy: str) -> None:
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """What an error of somebody else's says, on one line that a person can read."""
+    """What an error of somebody else's says, on one line that a person can read, and that can be
+    written as UTF-8."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content)'\s*:.*\]\s*", re.DOTALL)
-"""Messages as Python prints them, as a CSV file in between leaves them."""
+PYTHON_MESSAGES = re.compile(
+    r"\s*(array\()?\[?\s*\{\s*'(role|content|from)'\s*:.*[\])}]\s*", re.DOTALL
+)
+"""Messages as Python or numpy prints them, as a CSV file in between leaves them."""
+PYTHON_BYTES = re.compile(r"""b'[^'\n]*'|b"[^"\n]*\"""")
+"""What ``str`` makes of bytes."""
 
 Messages = list[dict[str, Any]]
 
@@ -42,18 +46,21 @@ class Renderer:
     def render(self, row: Row) -> tuple[str, Messages | None]:
         """The text, and the messages that it was made of, if it is a chat. Raises BadRow."""
         prompt = self._key.of(row)
+        if isinstance(prompt, str) and PYTHON_BYTES.fullmatch(prompt):
+            rule = f"{row.where} holds bytes as Python prints them, {prompt!r:.60}"
+            raise self._key.refusal(rule, "store the text that they encode")
         if self._config.chat:
             messages = self._with_system(row, self._messages(row, prompt))
             text = self._chat(row, messages)
             self._look_for(row, messages, text)
             return require_text(self._key, row, text), messages
         correct = "correct it, or set data.chat=true for lists of messages"
-        if not isinstance(prompt, str) or prompt == "":
+        if not isinstance(prompt, str) or not prompt.strip():
             rule = f"{row.where} must hold text there, not {shown(prompt)}"
             binary = isinstance(prompt, bytes)
             raise self._key.refusal(rule, "store the column as text" if binary else correct)
         if _stored(prompt) is not None or PYTHON_MESSAGES.fullmatch(prompt):
-            rule = f"{row.where} holds a list of messages as text, {prompt!r:.60}"
+            rule = f"{row.where} holds messages as text, {prompt!r:.60}"
             raise self._key.refusal(rule, "set data.chat=true, or store the text itself")
         return require_text(self._key, row, prompt), None
 
@@ -82,7 +89,9 @@ class Renderer:
             raise self._key.refusal(rule, f"use one of {', '.join(ROLES)}")
         if isinstance(content, list):
             content = self._joined(where, content)
-        if not isinstance(content, str) or content == "":
+        if not content and message.get("tool_calls"):
+            content = ""  # the calls are the message, and the template writes them
+        elif not isinstance(content, str) or not content.strip():
             rule = f"{where} must hold text as its content, not {shown(content)}"
             raise self._key.refusal(rule, "correct it")
         require_text(self._key, row, content, f" in message {number}")
@@ -155,16 +164,25 @@ class Renderer:
         return found
 
 
-def _stored(text: str) -> Messages | None:
-    """The messages that ``text`` is the JSON of; None if it is just text."""
-    if not text.lstrip().startswith("["):
+def _stored(text: str) -> Any:
+    """What ``text`` is the JSON of, if that is messages, or one, or an object around them; None if
+    it is just text."""
+    if not text.lstrip().startswith(("[", "{", '"')):
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    listed = isinstance(found, list) and bool(found)
-    return found if listed and all(isinstance(m, dict) and "role" in m for m in found) else None
+    if isinstance(found, str):  # written as JSON twice
+        return _stored(found)
+    inner = found.get("messages", [found]) if isinstance(found, dict) else found
+    return found if isinstance(inner, list) and inner and all(map(_is_message, inner)) else None
+
+
+def _is_message(found: Any) -> bool:
+    """Whether it is one, also in the form of ShareGPT, which is refused by name."""
+    known = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    return isinstance(found, dict) and any(keys <= found.keys() for keys in known)
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -175,11 +193,17 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 @lru_cache
 def _variables(template: str) -> frozenset[str]:
-    """The names in a template's code, not those in its text."""
-    from jinja2 import Environment, TemplateError
+    """What a template reads and does not set itself; of one with tags of its own all names in its
+    code, but not those in its text."""
+    from jinja2 import Environment, TemplateError, meta
 
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tokens = list(Environment().lex(template))
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateError:
+        pass
+    try:
+        tokens = list(environment.lex(template))
     except TemplateError:  # rendering will say what is wrong with it
         return frozenset()
     return frozenset(text for _, kind, text in tokens if kind == "name")

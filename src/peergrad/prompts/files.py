@@ -59,8 +59,11 @@ def _check_path(source: str, option: str) -> Path:
         folder, file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that no file can have
         raise ValueError(f"{option} = {source!r}: {error.strerror}; correct the path") from error
-    remedy = f"name one of the files in it, as in {option}={path / 'train.jsonl'}"
-    require(not folder, option, source, "is a folder, not a file", remedy)
+    if folder:
+        inside = sorted(p for p in (*path.glob("*"), *path.glob("*/*")) if p.suffix in READERS)
+        remedy = "name a .jsonl or .parquet file: there is none in it"
+        remedy = f"name one of the files in it, as in {option}={inside[0]}" if inside else remedy
+        require(False, option, source, "is a folder, not a file", remedy)
     rule = "must be arithmetic or a .jsonl or .parquet file"
     if path.suffix not in READERS:
         packed = {".gz": "unpack it first", ".zst": "unpack it first", ".bz2": "unpack it first"}
@@ -69,19 +72,21 @@ def _check_path(source: str, option: str) -> Path:
     return path.resolve()
 
 
-def read_rows(path: Path, option: str, heard: Heard) -> Iterator[Row]:
-    """The rows of one file; ``heard`` is told how far it is.
+def read_rows(path: Path, option: str, heard: Heard, name: str | None = None) -> Iterator[Row]:
+    """The rows of one file; ``heard`` is told how far it is. ``name`` is the file's in errors, if
+    its own would not tell it from another.
 
     Raises ValueError for the first that cannot be read; ``option`` is the key that names the file.
     """
+    name = name or path.name
     try:
         for index, share, row in READERS[path.suffix](path, option):
-            where = f"row {index + 1} of {path.name}"
+            where = f"row {index + 1} of {name}"
             if not isinstance(row, dict):
                 rule = f"{where} is no object but {row!r:.40}"
                 raise ValueError(f"{option} = {str(path)!r}: {rule}; write one object a line")
             if index % BATCH == 0:
-                heard(f"{index:,} rows, {share:.0%} of {path.name}")
+                heard(f"{index:,} rows, {share:.0%} of {name}")
             yield Row(index, where, row)
     except OSError as error:
         rule = f"cannot be read ({one_line(error.strerror or error)})"
@@ -101,10 +106,23 @@ def _read_jsonl(path: Path, option: str) -> Read:
                 yield index, min(1.0, read / size), _parse(line, path, index, option)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys must differ: of two the last would win, without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(line: bytes, path: Path, index: int, option: str) -> Any:
     where = f"{option} = {str(path)!r}: row {index + 1} of {path.name}"
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _DECODER.decode(line.decode("utf-8"))
         if b"\\ud" in line.lower():  # half of a pair can be written, but never sent or recorded
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         return row
@@ -151,7 +169,7 @@ def _values(column: Any, where: str, first: int) -> list[Any]:
         bad = next(i for i in range(len(column)) if not _readable(column[i]))
         rule = f"is not UTF-8 in row {first + bad + 1} ({one_line(error)})"
         raise ValueError(f"{where} {rule}; convert it") from error
-    except ValueError as error:  # times inside of other values, finer than Python knows
+    except (ValueError, OverflowError) as error:  # times finer or farther than Python knows
         rule = f"holds what cannot be read ({one_line(error)})"
         raise ValueError(f"{where} {rule}; store it as text") from error
 
@@ -184,7 +202,14 @@ def _exact(kind: Any) -> Callable[[Any], Any]:
     if types.is_struct(kind):
         inner = {field.name: _exact(field.type) for field in kind}
         return lambda value: value and {name: inner[name](value[name]) for name in value}
-    return lambda value: value
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        each = _exact(kind.value_type)
+        return each if each is _same else lambda value: value and [each(one) for one in value]
+    return _same
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 READERS: dict[str, Callable[[Path, str], Read]] = {

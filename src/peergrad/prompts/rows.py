@@ -1,6 +1,5 @@
 """What a row holds under a key, and how a bad one is named."""
 
-import math
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -82,7 +81,7 @@ def answer_text(key: Key, row: Row) -> str:
     if isinstance(value, str):
         return require_text(key, row, value)
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or not (isinstance(value, int) or Decimal(value).is_finite()):
         raise key.refusal(
             f"{row.where} must hold text or a number there, not {shown(value)}",
             "correct it, or store it as the text that it is to be compared with",

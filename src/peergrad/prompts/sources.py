@@ -138,8 +138,9 @@ def _files(
             for i, (text, answer) in enumerate(arithmetic.problems(split, seed))
         )
         return
-    for path in paths(source):
-        yield read_rows(Path(path), option, heard)
+    names = [Path(path).name for path in paths(source)]
+    for path, name in zip(paths(source), names, strict=True):
+        yield read_rows(Path(path), option, heard, path if names.count(name) > 1 else name)
 
 
 class _Reader:
@@ -195,6 +196,9 @@ class _Reader:
         key = Key(self._option, source_name(self._source))
         try:
             written = json.dumps(extra, default=_plain, ensure_ascii=False)
+            if "NaN" in written or "Infinity" in written:  # which JSON does not have
+                extra = json.loads(written, parse_constant=lambda name: None)
+                written = json.dumps(extra, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             rule = f"{row.where} holds what cannot be recorded ({one_line(error)})"
             raise key.refusal(rule, "correct it") from error

@@ -1,5 +1,6 @@
 """Whether the special tokens of prompts are those that a model of this kind begins with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 HEAD = 12
 """Tokens of a prompt that a warning shows."""
+BEHIND = 4
+"""Last tokens of a prompt among which the end token is looked for."""
 Encoded = list[list[int]]
 
 
@@ -45,7 +48,8 @@ class Special:
         self._unknown = None if unknown in (self._begin, self._end) else unknown
         sample = tokenizer("0")["input_ids"]
         bare = tokenizer("0", add_special_tokens=False)["input_ids"]
-        self._appends = sample[-1:] == [self._end] and bare[-1:] != [self._end]
+        # What the tokenizer puts behind every text. It may be the end token of another model.
+        self._appended = sample[-1] if not chat and sample[-1:] != bare[-1:] else None
         begins = sample[:1] == [self._begin] and bare[:1] != [self._begin]
         # A tokenizer that has such a token and never writes it means another thing by it.
         self._wanted = self._begin is not None and (begins or (chat and self._begin != self._end))
@@ -60,8 +64,8 @@ class Special:
                 rule = f"{row.where} has a prompt of no tokens"
                 remedy = "correct it: the first answer token is predicted from the prompt's last"
                 raise self._key.refusal(rule, remedy)
-            if tokens[-1] == self._end:
-                raise self._ended(row)
+            if self._is_ended(tokens):
+                raise self._ended(row, tokens)
             if self._wanted:
                 if tokens[0] != self._begin:
                     self._absent.add(row, tokens)
@@ -74,6 +78,17 @@ class Special:
             for row, tokens in zip(rows, encoded, strict=True):
                 if self._unknown in tokens:
                     self._strange.add(row, tokens, max(0, tokens.index(self._unknown) - HEAD // 2))
+
+    def _is_ended(self, tokens: list[int]) -> bool:
+        """Whether the end token comes last, but for white space, as in templates that end every
+        message with a line break and never open an answer."""
+        if tokens[-1] in (self._end, self._appended):
+            return True
+        tail = tokens[-BEHIND:]
+        return self._end in tail and self._decoded(tail[tail.index(self._end) + 1 :]).isspace()
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens)))
 
     def _outside(self, rows: list[Row], encoded: Encoded) -> BadRow:
         vocab = self._vocab or 0
@@ -88,15 +103,16 @@ class Special:
         rule = f"{row.where} has token {token}{name}, but the model (vocab_size) knows only {vocab}"
         return self._key.refusal(rule, "use the model's own tokenizer")
 
-    def _ended(self, row: Row) -> BadRow:
+    def _ended(self, row: Row, tokens: list[int]) -> BadRow:
         token = f"the end token {self._tokenizer.eos_token!r}"
         rule = f"{row.where} has a prompt that ends with {token}, after which nothing is answered"
         if self._chat:
             rule = f"the chat template ends {row.where} with {token}"
             remedy = "correct the template: it must end with the opening of an answer"
             return BadRow("data.chat", True, rule, remedy)
-        if not self._appends:
+        if tokens[-1] != self._appended:
             return self._key.refusal(rule, "remove it from the text")
+        token = token if self._appended == self._end else repr(self._decoded(tokens[-1:]))
         flag = bool(getattr(self._tokenizer, "add_eos_token", False))
         remedy = "take it out of post_processor in tokenizer.json"
         remedy = "set add_eos_token=false in tokenizer_config.json" if flag else remedy
@@ -115,7 +131,7 @@ class Special:
         )
         return [
             f"{seen.count} of {self._total} prompts of {source} {what} "
-            f"({seen.where}: {self._tokenizer.decode(list(seen.tokens))!r})"
+            f"({seen.where}: {self._decoded(seen.tokens)!r})"
             for seen, what in lines
             if seen.count
         ]

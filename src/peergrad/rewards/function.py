@@ -25,6 +25,8 @@ SCORES = ("score", "reward")
 """The key of a returned dictionary that holds the reward; its other numbers are metrics."""
 LISTS = {"prompts", "completions", "queries", "responses", "rollouts", "samples", "solutions"}
 """First or second argument of rewards that grade a batch at a time, as other trainers call them."""
+TEXTS = {"data_source", "solution_str", "ground_truth", "model_output"}
+"""The same of those that are given texts. Many of them catch all errors and return 0."""
 
 
 def load_function(path: str) -> RewardFunction:
@@ -64,8 +66,8 @@ def _unusable(function: Any) -> tuple[str | None, inspect.Signature | None]:
         return "must name something callable", None
     if inspect.isclass(function):
         return "is a class, and must be a function: name a method or an instance of it", None
-    called = function if inspect.isroutine(function) else type(function).__call__
-    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+    called = (function, type(function).__call__)  # the first may be a partial
+    if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in called):
         return "is a generator (it has a yield), and must return its reward", None
     try:
         signature = inspect.signature(function)
@@ -80,6 +82,8 @@ def _misfit(signature: inspect.Signature) -> str | None:
         return "is a method without its object, and must be a function or an object's method"
     if LISTS & set(names):
         return "grades lists, as TRL's rewards do, and must grade one answer"
+    if TEXTS & set(names):
+        return "grades texts, as verl's rewards do, and must take (prompt, rollout)"
     try:
         signature.bind(None, None)
     except TypeError:
@@ -99,12 +103,14 @@ def evaluate(
         if inspect.isawaitable(value):
             run = asyncio.run if runner is None else runner.run
             value = run(_result(value))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # cancelled, interrupted, exited: of the function's own doing
         return Failure("error", _describe(error))
     try:
         return _grade(value)
     except ValueError as error:
         return Failure("value", f"returned {_short(value)}, {error}")
+    except Exception as error:  # of the value's own methods
+        return Failure("value", f"returned {_short(value)}, which {_describe(error)}")
 
 
 async def _result(value: Awaitable[object]) -> object:
@@ -122,7 +128,8 @@ def _grade(value: object) -> Grade:
     for key, part in value.items():
         if isinstance(key, str) and key not in keys:
             try:
-                parts[key] = number(part)
+                # A name that every sink can write; a member of an enum is another module's.
+                parts[one_line(str.__str__(key), 80)] = number(part)
             except ValueError:  # a note for people: verl's rewards return the extracted answer
                 continue
     return Grade(number(value[keys[0]]), parts)
@@ -163,4 +170,8 @@ def _short(value: object) -> str:
 
 def _describe(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {one_line(error)} ({place.filename}:{place.lineno})"
+    try:
+        text = one_line(error)
+    except Exception:  # its own __str__
+        text = "an error that cannot be printed"
+    return f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})"

@@ -20,9 +20,11 @@ from peergrad.data import Prompt, Rollout
 from peergrad.rewards.numbers import numbers_in, only_number, starts_with_number, value_of
 
 HEADINGS = 16  # markers looked at, from the end: a model that writes nothing else has no answer
-_HEADING = re.compile(  # "2. Add", "**2.** Add", "2 - Add"
-    r"[\s*_]*+[0-9]{1,3}+(?:[.):]\**+\s[\s*]*+[^\s*]|\s*+[-\u2013\u2014]\s[A-Za-z])"
+_HEADING = re.compile(  # "2. Add", "(2) Add", "**2.** Add", "2 - Add", "2.Add"
+    r"[\s*_(]*+[0-9]{1,3}+"
+    r"(?:\\?+[.):](?:\**+\s[\s*]*+[^\s*]|[A-Za-z])|\s*+[-\u2013\u2014]\s[A-Za-z])"
 )
+_PRODUCT = re.compile(r"[0-9]\s?+(?:!|[nxyzi](?![A-Za-z]))")  # 5! and 5x, in a box
 _BARE_BOX = re.compile(r"\s*+[-$]*+[0-9][0-9.,]*+")
 
 
@@ -61,12 +63,12 @@ def final_number(text: str, *, anywhere: bool = True) -> Fraction | None:
         Fraction(2469, 2)
     """
     for rest in reversed(text.split("####")[1:][-HEADINGS:]):
-        line = rest.lstrip().partition("\n")[0].rstrip()
+        line = rest.lstrip("#").lstrip().partition("\n")[0].rstrip()
         if starts_with_number(line) and not _is_heading(line):
             return only_number(line)
     box = last_box(text)
     if box is not None:
-        return only_number(box)
+        return None if _PRODUCT.search(box) else only_number(box)
     numbers = numbers_in(text) if anywhere else []
     return value_of(numbers[-1]) if numbers else None
 

@@ -13,25 +13,26 @@ import regex as re  # Python's own, before 3.11.5, matches possessive groups wro
 
 MAX_DIGITS = 40  # Longer numbers are noise, and slow to convert.
 
-# No number: digits inside a word (x2), an ordinal (1st), a power (2^3), or grouped wrongly (1,23 is
-# two numbers).
+# No number: digits inside a word (x2), an ordinal (1st), a power (2^3), another base (0x1F, 101_2),
+# an exponent without its number, or grouped wrongly (1,23 is two numbers).
 _NUMBER = re.compile(
     r"""(?=[-\u2212\u2013\\$\u20ac\u00a3\u00a5\u20b9.0-9])  # thrice as fast
         (?:(?<![\w)}])(?P<minus>[-\u2212\u2013]))?+
         (?:\\?[$\u20ac\u00a3\u00a5\u20b9][ ]?(?P<minus_after>[-\u2212\u2013])?+)?+
-        (?<![\w^\u00b1]) (?<!\^\{)
+        (?<![\w^\u00b1]) (?<!\^\{) (?<![0-9]e[-+\u2212])
         (?:(?P<whole>[0-9]{1,6}+)[ ]{1,3}+(?=[0-9]{1,6}+[ ]?/[ ]?[0-9]{1,6}+(?![0-9])))?+
         (?P<value>
             (?>[0-9]{1,3}(?:,[0-9]{3}){1,9}+(?![0-9]) | [0-9]++) (?:\.[0-9]++)?+
           | (?<!\.)\.[0-9]++
         )
-        (?:e(?P<exponent>[-+\u2212]?[0-9]{1,2}+)(?![0-9]|\.[0-9]))?+
+        (?:e(?P<exponent>[-+\u2212]?0{0,9}+[0-9]{0,2}+(?<=[0-9]))(?![0-9]|\.[0-9]))?+
         (?:[ ]?/[ ]?(?P<denominator>[0-9]++))?+
-        (?!e[-+\u2212]?[0-9] | \^ | [\u00b2\u00b3\u00b9\u2070-\u2079] | (?:st|nd|rd|th)\b)""",
+        (?!e[-+\u2212]?[0-9] | x[0-9a-f] | _[0-9]
+          | \^ | [\u00b2\u00b3\u00b9\u2070-\u2079] | (?:st|nd|rd|th)\b)""",
     re.ASCII | re.IGNORECASE | re.VERBOSE,
 )
 
-_FULL_WIDTH = {0xFF10 + digit: str(digit) for digit in range(10)} | {0xFF0D: "-", 0xFF04: "$"}
+_FULL_WIDTH = {0xFEE0 + ord(sign): sign for sign in "0123456789-$%,./"} | {0x2044: "/"}
 _VULGAR = re.compile("(?P<whole>[0-9])?(?P<part>[\u00bc-\u00be\u2150-\u215e])")  # a half, ...
 _UNDERSCORES = re.compile(r"(?<![A-Za-z0-9}])_++|_++(?![A-Za-z0-9{\\])", re.ASCII)  # Markdown's
 _SCRIPT = r"\{[^{}]{0,12}+\}|[-+]?[0-9]{1,2}+|[A-Za-z]"
@@ -40,12 +41,15 @@ _TEN = r"10\^(?:\{(?P<braced>[-+\u2212]?[0-9]{1,2})\}|(?P<bare>[-+\u2212]?[0-9]{
 # regex lets a name stand in both alternatives.
 _POWER = re.compile(rf"(?<=[0-9])[ ]?(?:\\times|\\cdot|[\u00d7*])[ ]?{_TEN}|(?<![\w.^]){_TEN}")
 _STYLE = r"\\(?:text|mathrm|mathbf|mathit|mathsf|mbox|hbox|bold|boldsymbol|bm|emph)[a-z]{0,6}+"
+_WORDS = rf"{_STYLE}\{{[^{{}}0-9]{{0,24}}+\}}"
 
 # What LaTeX adds to a number, in this order; the text of a group stays.
 _LATEX = [
     (re.compile(r"\{(,)\}|\\[,!]"), r"\1"),  # 1{,}234, 1\,234 and 1,\!234
     (re.compile(r"\\[ ;:]|~|\\q?quad(?![a-z])"), " "),
     (re.compile(r"\^\{?\\(?:circ|degree)\}?"), ""),
+    (re.compile(rf"\\[dt]?frac\{{{_WORDS}\}}\{{{_WORDS}\}}"), " "),  # \frac{\text{km}}{\text{h}}
+    (re.compile(r"\\(?:alpha|beta|gamma|lambda|mu|phi|theta|angle)(?=[\s_A-Z]{0,5}=)"), ""),
     (re.compile(r"(?<=[A-Za-z}])_(?:\{[^{}]*+\}|[0-9A-Za-z])"), ""),  # x_{1}
 ]
 _GROUP = re.compile(rf"{_STYLE}[ ]?\{{([^{{}}]*+)\}}(?:[\^_](?:{_SCRIPT}))?+")  # \text{ m}^2
@@ -59,6 +63,7 @@ _PLAIN = re.compile(r"[-+\u2212]?[0-9][0-9.,]*+")
 _COMMAND = re.compile(r"\\([A-Za-z]++)")
 _HARMLESS = {
     *("left", "right", "big", "Big", "displaystyle", "textstyle", "approx", "therefore"),
+    *("large", "Large", "huge", "Huge", "underline", "color", "dots", "ldots"),
     *("degree", "circ", "textdegree", "euro", "pounds", "textdollar", "texteuro", "percent"),
 }
 
@@ -111,7 +116,7 @@ def _undecorated(text: str) -> str:
         text = _VULGAR.sub(_vulgar, text.translate(_FULL_WIDTH)).replace("\u00b0", "")
     if "_" in text:
         text = _UNDERSCORES.sub("", text)
-    if "\\" in text or "_" in text or "~" in text:
+    if "\\" in text or "_" in text or "~" in text or "{" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
         text = _FRACTION.sub(_fraction, text)

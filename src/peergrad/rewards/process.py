@@ -16,6 +16,7 @@ from peergrad.data import Prompt, Rollout
 from peergrad.grades import Failure, Grade
 
 START_SECONDS = 120.0  # Importing the user's module; that long only on a cold network file system.
+END_SECONDS = 5.0  # Between the end of a process's connection and its own.
 FIRST_SECONDS = 60.0  # A process's first reward: it imports more, loads a model, opens connections.
 
 
@@ -82,6 +83,9 @@ class RewardProcess:
                 message: Grade | Failure | str | None = self._connection.recv()
                 return message
         except (EOFError, ConnectionError):
+            assert self._process is not None
+            with suppress(subprocess.TimeoutExpired):  # killed while it ends, it had no status
+                self._process.wait(END_SECONDS)
             return Failure("crash", f"ended its process, status {self.stop()}")
         self.stop()
         return Failure("timeout", f"took longer than {limit:g} s")

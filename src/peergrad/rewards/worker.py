@@ -30,10 +30,14 @@ def main(descriptor: int, path: str) -> None:
             parent.send(str(error))
             return
         parent.send(None)
+        process = os.getpid()
         with asyncio.Runner() as runner:
             while True:
                 prompt, rollout = parent.recv()
-                parent.send(evaluate(function, prompt, rollout, runner))
+                result = evaluate(function, prompt, rollout, runner)
+                if os.getpid() != process:  # forked by the function, and back from it
+                    os._exit(0)  # its answer would be taken for that of the next rollout
+                parent.send(result)
 
 
 if __name__ == "__main__":

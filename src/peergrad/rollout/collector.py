@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from peergrad.algo.sampling import selects
-from peergrad.config import Config
+from peergrad.config import Config, OnError
 from peergrad.data import Prompt
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import DEATH_SECONDS, ServerError
@@ -249,11 +249,12 @@ class _Worker:
         result = await evaluate(
             self._answers,
             prompts,
-            scoring,
+            scoring.graded,
             sampling,
             version=version,
             pass_reward=self._evaluation.pass_reward,
             answered=answered,
+            count_failed=self._reward.on_error is OnError.zero,
         )
         log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
         return replace(result, grading=scoring.numbers(f"evaluation after step {version}"))

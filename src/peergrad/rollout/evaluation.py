@@ -15,7 +15,8 @@ from peergrad.rollout.stream import Answers, Score
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Means over all answers to the held-out prompts; rewards over those that have one.
+    """Means over all answers to the held-out prompts; with ``reward.on_error=drop`` those of
+    rewards over answers that have one.
 
     Example:
         ``EvaluationResult(version=40, prompts=256, pass_rate=0.62, mean_reward=0.64,
@@ -40,10 +41,12 @@ async def evaluate(
     version: int,
     pass_reward: float,
     answered: Counter[str],
+    count_failed: bool = False,
 ) -> EvaluationResult:
     """Answer and grade all prompts at once; ``answered`` gets the id of each that is done.
 
     An answer passes if its reward reaches ``pass_reward`` but for rounding: 0.7 + 0.2 + 0.1 is 1.
+    One whose reward failed, ``score`` gave None, never does; ``count_failed``: it counts as 0.
     """
 
     async def answer(prompt: Prompt) -> list[tuple[Rollout, float | None]]:
@@ -56,11 +59,12 @@ async def evaluate(
     answers = await asyncio.gather(*map(answer, prompts))
     graded = [pair for pairs in answers for pair in pairs]
     rewards = np.array([reward for _, reward in graded if reward is not None])
+    counted = len(graded) if count_failed else len(rewards)
     return EvaluationResult(
         version=version,
         prompts=len(prompts),
-        pass_rate=float(np.mean(rewards >= pass_reward - tolerance(pass_reward))),
-        mean_reward=float(np.mean(rewards)),
+        pass_rate=np.count_nonzero(rewards >= pass_reward - tolerance(pass_reward)) / counted,
+        mean_reward=float(np.sum(rewards)) / counted,
         mean_length=float(np.mean([len(rollout.tokens) for rollout, _ in graded])),
         truncated=float(np.mean([rollout.finish == "length" for rollout, _ in graded])),
     )

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 HANGS = 16
 """Rewards that take too long are enough if none has ever come: each costs ``reward.timeout``."""
 PARTS = 64  # names of a reward's parts; more are data, not metrics
-EFFECTS = {OnError.zero: "count as 0", OnError.drop: "are left out of their groups"}
+EFFECTS = {OnError.zero: "count as 0", OnError.drop: "are left out"}
 
 
 class Scorer(Protocol):
@@ -48,10 +48,16 @@ class Scoring:
 
     async def __call__(self, prompt: Prompt, rollout: Rollout) -> float | None:
         """The answer's reward; None if it failed and is to be left out of its group."""
+        reward = await self.graded(prompt, rollout)
+        return 0.0 if reward is None and self._config.on_error is OnError.zero else reward
+
+    async def graded(self, prompt: Prompt, rollout: Rollout) -> float | None:
+        """The answer's reward; None if it failed."""
         result = await self._scorer.score(prompt, rollout)
         self._graded += 1
         if isinstance(result, Failure):
-            return self._fail(result, prompt, rollout)
+            self._fail(result, prompt, rollout)
+            return None
         self._worked = True
         self._in_a_row.clear()
         for name, value in result.parts.items():
@@ -59,14 +65,13 @@ class Scoring:
                 self._parts.setdefault(name, []).append(value)
         return result.reward
 
-    def _fail(self, failure: Failure, prompt: Prompt, rollout: Rollout) -> float | None:
+    def _fail(self, failure: Failure, prompt: Prompt, rollout: Rollout) -> None:
         self._failed[failure.kind] += 1
         self._in_a_row[failure.kind] += 1
         tail = rollout.text[-80:]
         self._example = f"that of a rollout of {prompt.id} {failure.reason}; its text ends {tail!r}"
         log.info("reward failed: %s", self._example)
-        action = self._config.on_error
-        if action is OnError.stop:
+        if self._config.on_error is OnError.stop:
             raise RewardError(
                 f"reward.on_error = 'stop': a reward failed, {self._example}; correct the reward, "
                 "or set reward.on_error=zero or drop"
@@ -74,7 +79,6 @@ class Scoring:
         hangs = not self._worked and self._in_a_row["timeout"] >= HANGS
         if hangs or self._in_a_row.total() >= self._answers:
             raise self._hopeless()
-        return None if action is OnError.drop else 0.0
 
     def _hopeless(self) -> RewardError:
         config, count = self._config, self._in_a_row.total()

@@ -59,12 +59,46 @@ def test_messages_stored_as_text(tmp_path: Path) -> None:
         "user: [\nassistant: ",
     ]
     assert refusal(tmp_path, "1+2=", stored, chat=False).startswith(
-        "data.prompt_key = 'prompt': row 2 of rows.jsonl holds a list of messages as text, '[{"
+        "data.prompt_key = 'prompt': row 2 of rows.jsonl holds messages as text, '[{"
     )
     for chat in (True, False):
         assert "row 1 of rows.jsonl holds" in refusal(tmp_path, str([USER]), chat=chat)
     bad = json.dumps([{"role": "user", "content": 5}])
     assert "row 1 of rows.jsonl (message 1) must hold text as its content" in refusal(tmp_path, bad)
+
+
+@pytest.mark.parametrize(
+    ("stored", "rule"),
+    [
+        (json.dumps(USER), "must hold text or a list of {role, content} there, not {'role':"),
+        (json.dumps({"messages": [USER]}), "must hold text or a list of {role, content} there"),
+        (json.dumps([{"from": "human", "value": "?"}]), "(message 1) has the role None"),
+        (str(USER), "holds messages as Python prints them"),
+        ("array([{'content': '?', 'role': 'user'}], dtype=object)", "holds messages as Python"),
+    ],
+)
+def test_messages_stored_in_another_form(tmp_path: Path, stored: str, rule: str) -> None:
+    assert f"row 1 of rows.jsonl {rule}" in refusal(tmp_path, stored)
+    assert "row 1 of rows.jsonl holds messages as text, " in refusal(tmp_path, stored, chat=False)
+
+
+def test_messages_stored_twice_as_text(tmp_path: Path) -> None:
+    twice = json.dumps(json.dumps([USER]))
+    assert texts(tmp_path, twice, '"1"') == ["user: 1+2=\nassistant: ", 'user: "1"\nassistant: ']
+    assert "holds messages as text" in refusal(tmp_path, twice, chat=False)
+    assert texts(tmp_path, '{"role": "admin"}', chat=False) == ['{"role": "admin"}']
+
+
+def test_a_message_may_be_calls_alone(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    template = CHAT_TEMPLATE.replace("m.content", "m.content or m.tool_calls[0].function.name")
+    found = texts(tmp_path, [USER, call, {"role": "tool", "content": "3"}], template=template)
+    assert found == ["user: 1+2=\nassistant: add\ntool: 3\nassistant: "]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_white_space_is_no_prompt(tmp_path: Path, chat: bool) -> None:
+    assert "not ' \\n'; correct it" in refusal(tmp_path, " \n", chat=chat)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +174,16 @@ def test_messages_that_the_template_leaves_out(tmp_path: Path) -> None:
         f"2 prompts of {tmp_path}/rows.jsonl lose a message in the chat template, which does not "
         "write it as it is (row 2 of rows.jsonl: message 1, role 'developer')",
     )
+
+
+def test_what_a_template_sets_or_takes_out_of_messages_is_no_argument(tmp_path: Path) -> None:
+    template = "{% set date = date or 'today' %}{% set own = 1 %}{{ date }}" + CHAT_TEMPLATE
+    found = texts(tmp_path, "1", template=template, template_args={"date": "now"})
+    assert found[0].startswith("now")
+    for name in ("own", "m", "content", "role", "today"):
+        assert "reads no such" in refusal(tmp_path, "1", template=template, template_args={name: 1})
+    tagged = "{% generation %}{{ date }}{% endgeneration %}" + CHAT_TEMPLATE
+    texts(tmp_path, "1", template=tagged, template_args={"date": "now"})
 
 
 def test_arguments_of_the_template(tmp_path: Path) -> None:

@@ -167,10 +167,15 @@ def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes | None, mes
 
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").mkdir()
-    for path in (tmp_path, tmp_path / "train.jsonl"):
-        with pytest.raises(ValueError, match=r"^data.held_out = .*: is a folder, not a file; name"):
-            load(str(path), "test")
+    folder = tmp_path / "set.jsonl"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"folder, not a file; name a .*: there is none in it"):
+        load(str(folder), "test")
+    (folder / "data").mkdir()
+    (folder / "data" / "train-0.parquet").touch()
+    example = f"as in data.held_out={folder}/data/train-0.parquet$"
+    with pytest.raises(ValueError, match=f"^data.held_out = .*, not a file; .*{example}"):
+        load(str(folder), "test")
 
 
 def test_a_byte_order_mark_and_whole_pairs_are_read(tmp_path: Path) -> None:
@@ -256,6 +261,7 @@ def test_columns_that_are_no_text(tmp_path: Path, prompt: Any, found: str) -> No
         ("1e23", "1" + "0" * 23),
         ("12345678901234567890123", "12345678901234567890123"),
         ("-7", "-7"),
+        ("9" * 401, "9" * 401),  # beyond any float
         ('"18.0"', "18.0"),
     ],
 )
@@ -335,6 +341,28 @@ def test_bytes_beside_the_prompt_are_counted_only(tmp_path: Path) -> None:
     assert load(path)[0].extra == {"image": {"bytes": "<5 bytes>"}}
 
 
+def test_what_is_no_number_beside_the_prompt_is_null(tmp_path: Path) -> None:
+    given = {"a": [float("nan"), float("-inf")], "b": "NaN"}
+    assert load(jsonl(tmp_path, row(**given)))[0].extra == {"a": [None, None], "b": "NaN"}
+
+
+def test_singles_in_lists_are_what_was_meant(tmp_path: Path) -> None:
+    singles = pyarrow.array([[0.1, None], None], pyarrow.list_(pyarrow.float32()))
+    path = table(tmp_path, prompt=["1", "2"], answer=["1", "2"], singles=singles)
+    assert [prompt.extra["singles"] for prompt in load(path)] == [[0.1, None], None]
+
+
+@pytest.mark.parametrize("kind", ["date32", "timestamp", "duration"])
+def test_times_farther_than_pythons(tmp_path: Path, kind: str) -> None:
+    made = {
+        "date32": pyarrow.array([2**30], pyarrow.int32()).cast(pyarrow.date32()),
+        "timestamp": pyarrow.array([2**62], pyarrow.timestamp("us")),
+        "duration": pyarrow.array([2**61], pyarrow.duration("ms")),
+    }
+    with pytest.raises(ValueError, match="column 'when' holds what cannot be read"):
+        load(table(tmp_path, prompt=["1"], answer=["1"], when=made[kind]))
+
+
 def test_times_finer_than_pythons(tmp_path: Path) -> None:
     """As pandas writes them."""
     answers = {"prompt": pyarrow.array(["1"]), "answer": pyarrow.array(["1"])}
@@ -377,6 +405,23 @@ def test_keys_that_lead_nowhere(tmp_path: Path, columns: dict[str, Any], rule: s
     assert str(caught.value).startswith(f"data.prompt_key = 'a.b': {rule}")
 
 
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    outer, inner = '{"prompt": "1", "prompt": "2"}', '{"x": [{"prompt": 1, "prompt": 1}]}'
+    for line in (outer, inner):
+        path.write_text(line)
+        with pytest.raises(ValueError, match="an object has the key 'prompt' twice"):
+            load(str(path))
+
+
+def test_bytes_as_python_prints_them(tmp_path: Path) -> None:
+    for printed in ("b'1+2='", 'b"it\'s"'):
+        with pytest.raises(ValueError, match=r"row 1 of prompts\.jsonl holds bytes"):
+            load(jsonl(tmp_path, row(printed)))
+        assert load(jsonl(tmp_path, row(answer=printed)))[0].answer == printed  # of code, perhaps
+    assert load(jsonl(tmp_path, row("b'1' + b'2'")))[0].text == "b'1' + b'2'"
+
+
 def test_several_files(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     first, second = jsonl(tmp_path, row(), row("3+4=")), jsonl(tmp_path / "other", row("5*5="))
@@ -386,7 +431,7 @@ def test_several_files(tmp_path: Path) -> None:
     jsonl(tmp_path, row(), row("3+4="), row("9="))  # a file that grows renames no other's rows
     assert [p.id for p in load([first, second])] == ["train-0", "train-1", "train-2", "train-1-0"]
     jsonl(tmp_path / "other", row(), row(7))
-    with pytest.raises(ValueError, match=r"^data.prompt_key = 'prompt': row 2 of prompts.jsonl m"):
+    with pytest.raises(ValueError, match=f": row 2 of {second} must hold"):  # of two
         load([first, second])
 
 

@@ -71,6 +71,13 @@ def test_a_tokenizer_that_ends_every_prompt(tmp_path: Path) -> None:
     read(tmp_path, made, "1+2=", chat=True)  # the template writes the special tokens
 
 
+def test_a_tokenizer_that_appends_another_token(tmp_path: Path) -> None:
+    """As one whose end token was replaced by that of chats."""
+    made = tokenizer(f"$A {BEGIN}")
+    assert f"its tokenizer appends {BEGIN!r} to every text" in refusal(tmp_path, made, "1+2=")
+    read(tmp_path, made, "1+2=", chat=True)
+
+
 def test_a_prompt_that_is_ended(tmp_path: Path) -> None:
     assert refusal(tmp_path, make_tokenizer(), "1<eos>+2=", "1+2=<eos>") == (
         "data.prompt_key = 'prompt': row 2 of rows.jsonl has a prompt that ends with the end token "
@@ -80,6 +87,15 @@ def test_a_prompt_that_is_ended(tmp_path: Path) -> None:
     assert refusal(tmp_path, made, "1+2=", chat=True).startswith(
         "data.chat = True: the chat template ends row 1 of rows.jsonl with the end token '<eos>'; "
     )
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_white_space_behind_the_end(tmp_path: Path, chat: bool) -> None:
+    """As of a template that ends every message with a line break and opens no answer."""
+    made = tokenizer(chat_template="{% for m in messages %}{{ m.content }}<eos>\n{% endfor %}")
+    text = "1+2=" if chat else "1+2=<eos>\n"
+    assert "with the end token '<eos>'" in refusal(tmp_path, made, text, chat=chat)
+    read(tmp_path, made, "1+2=<eos>\n3+4=", "1<eos> 2")
 
 
 def test_two_begin_tokens(tmp_path: Path) -> None:

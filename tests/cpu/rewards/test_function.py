@@ -1,11 +1,12 @@
 """What a reward may be and may return."""
 
 import asyncio
+import enum
 import sys
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -79,6 +80,61 @@ def test_a_dictionary_has_a_score_and_parts() -> None:
     assert graded({"reward": 2}) == Grade(2.0)
 
 
+def test_parts_are_named_by_plain_text() -> None:
+    """Pickled, the name of an enum's member would have the collector import the user's module."""
+
+    class Part(enum.StrEnum):
+        score, form = "score", "form"
+
+    found = graded({Part.score: 1, Part.form: 0.5})
+    assert isinstance(found, Grade) and found.parts == {"form": 0.5}
+    assert [type(name) for name in found.parts] == [str]
+    assert graded({"score": 1, "a\n\ud83d": 2}) == Grade(1.0, {"a \\ud83d": 2.0})
+
+
+class Broken(dict[str, int]):
+    def items(self) -> NoReturn:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("value", [Broken(score=1), torch.empty((), device="meta")])
+def test_values_that_raise(value: Any) -> None:
+    found = graded(value)
+    assert isinstance(found, Failure) and found.kind == "value"
+    assert ", which raised RuntimeError: " in found.reason
+
+
+class Unprintable(Exception):
+    def __str__(self) -> NoReturn:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyboardInterrupt(), "KeyboardInterrupt: KeyboardInterrupt ("),
+        (asyncio.CancelledError(), "CancelledError: CancelledError ("),
+        (GeneratorExit("?"), "GeneratorExit: ? ("),
+        (Unprintable(), "Unprintable: an error that cannot be printed ("),
+        (ValueError("\ud83d"), "ValueError: \\ud83d ("),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_whatever_is_raised_is_an_error(error: BaseException, text: str, later: bool) -> None:
+    def raises(prompt: Prompt, rollout: Rollout) -> float:
+        raise error
+
+    async def raises_later(prompt: Prompt, rollout: Rollout) -> float:
+        await asyncio.sleep(0)
+        raise error
+
+    if later and isinstance(error, KeyboardInterrupt):
+        pytest.skip("ends a loop's task otherwise")
+    found = evaluate(raises_later if later else raises, PROMPT, ROLLOUT)
+    assert isinstance(found, Failure) and found.kind == "error"
+    assert found.reason.startswith(f"raised {text}")
+
+
 def test_a_line_break_in_an_error_is_none_in_the_report() -> None:
     def raises(prompt: Prompt, rollout: Rollout) -> float:
         raise KeyError("a\nb")
@@ -120,6 +176,7 @@ class Yields:
 def trl(prompts, completions, **kwargs): return [1.0 for _ in completions]
 def trl_answers(completions, answer, **kwargs): return [1.0 for _ in completions]
 def one(completions, **kwargs): return [1.0]
+def verl_math(solution_str, ground_truth): return 0.0
 def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
 def swapped(rollout, prompt): return 1.0
 def rollout_alone(rollout): return 1.0
@@ -133,6 +190,7 @@ def any_(*args, **kwargs): return 1.0
 judge, yielder, bound = Judge(), Yields(), Judge().score
 import functools
 partial = functools.partial(more, weight=1.0)
+partial_yields = functools.partial(yields)
 """
 
 
@@ -157,6 +215,7 @@ FORM = "; write it as def score(prompt, rollout) -> float, or async def"
         ),
         ("yielder", "is a generator (it has a yield), and must return its reward", None),
         ("yields", "is a generator (it has a yield), and must return its reward", None),
+        ("partial_yields", "is a generator (it has a yield), and must return its reward", None),
         ("streams", "is a generator (it has a yield), and must return its reward", None),
         ("trl", "grades lists, as TRL's rewards do, and must grade one answer",
          "(prompts, completions, **kwargs)"),
@@ -164,7 +223,9 @@ FORM = "; write it as def score(prompt, rollout) -> float, or async def"
          "(completions, answer, **kwargs)"),
         ("one", "grades lists, as TRL's rewards do, and must grade one answer",
          "(completions, **kwargs)"),
-        ("verl", "must take two arguments, (prompt, rollout)",
+        ("verl_math", "grades texts, as verl's rewards do, and must take (prompt, rollout)",
+         "(solution_str, ground_truth)"),
+        ("verl", "grades texts, as verl's rewards do, and must take (prompt, rollout)",
          "(data_source, solution_str, ground_truth, extra_info=None)"),
         ("keyword", "must take two arguments, (prompt, rollout)", "(prompt, rollout, *, answer)"),
         ("rollout_alone", "must take two arguments, (prompt, rollout)", "(rollout)"),

@@ -36,6 +36,15 @@ def by_text(prompt, rollout):
             child.wait()
         case ["sleep", seconds]: time.sleep(float(seconds))
         case ["exit"]: os._exit(7)
+        case ["end"]: os.closerange(3, 64); time.sleep(0.2); os._exit(9)
+        case ["fork", "return"]:
+            child = os.fork()
+            if not child: return 77
+            os.waitpid(child, 0)
+        case ["fork", "exit"]:
+            child = os.fork()
+            if not child: sys.exit(1)
+            os.waitpid(child, 0)
         case ["sys.exit"]: sys.exit(3)
         case ["kill"]: os.kill(os.getpid(), signal.SIGKILL)
         case ["raise"]: raise KeyError("no such thing")
@@ -166,6 +175,7 @@ def test_what_a_reward_has_started_is_killed_with_it(module: str, tmp_path: Path
     ("what", "kind", "reason"),
     [
         ("exit", "crash", "ended its process, status 7"),
+        ("end", "crash", "ended its process, status 9"),
         ("sys.exit", "error", "raised SystemExit: 3"),
         ("kill", "crash", "ended its process, status -9"),
         ("raise", "error", "raised KeyError: 'no such thing'"),
@@ -181,6 +191,13 @@ def test_failures(module: str, what: str, kind: str, reason: str) -> None:
         assert score(pool, "before", what, "after") == [6.0, kind, 5.0]
         failure = asyncio.run(pool.score(prompt(), rollout(what)))
         assert isinstance(failure, Failure) and reason in failure.reason
+
+
+@pytest.mark.parametrize("how", ["return", "exit"])
+def test_a_child_that_a_reward_forked_answers_nothing(module: str, how: str) -> None:
+    with RewardPool(config()) as pool:
+        for text in (f"fork {how}", "one", "three", "seven"):
+            assert score(pool, text) == [len(text)]
 
 
 def test_a_worker_killed_between_two_rewards_is_replaced(module: str) -> None:

@@ -43,7 +43,7 @@ def score(scoring: Scoring, times: int) -> list[float | None]:
 
 @pytest.mark.parametrize(
     ("action", "instead", "effect"),
-    [(OnError.zero, 0.0, "count as 0"), (OnError.drop, None, "are left out of their groups")],
+    [(OnError.zero, 0.0, "count as 0"), (OnError.drop, None, "are left out")],
 )
 def test_failures_are_counted_by_kind_and_warned_of_once(
     action: OnError, instead: float | None, effect: str, caplog: pytest.LogCaptureFixture
@@ -132,3 +132,19 @@ def test_an_answer_passes_but_for_rounding(reward: float, passes: float) -> None
     options = {"version": 1, "pass_reward": 1.0, "answered": Counter()}
     result = asyncio.run(evaluate(Twice(), [PROMPT], score, sampling, **options))
     assert result.pass_rate == passes
+
+
+@pytest.mark.parametrize(
+    ("action", "pass_rate", "mean"), [(OnError.zero, 1 / 4, -1 / 4), (OnError.drop, 1 / 3, -1 / 3)]
+)
+def test_a_failure_never_passes(action: OnError, pass_rate: float, mean: float) -> None:
+    """Not even where it counts as 0 and that would be enough."""
+    scoring = new_scoring(Grade(-1.0), RAISES, Grade(1.0), Grade(-1.0), on_error=action)
+    result = asyncio.run(
+        evaluate(
+            Twice(), [PROMPT], scoring.graded, Sampling(n=4, max_new_tokens=1), version=1,
+            pass_reward=-0.5, answered=Counter(), count_failed=action is OnError.zero,
+        )
+    )  # fmt: skip
+    assert result.pass_rate == pytest.approx(pass_rate)
+    assert result.mean_reward == pytest.approx(mean)

@@ -43,6 +43,8 @@ def ids(text: str) -> list[int]:
         ([*ids("4"), EOS], "length", "4<eos>"),  # cut off before it could end
         ([EOS], "stop", ""),
         ([], "stop", ""),
+        ([*ids("4"), 90, *ids("2"), EOS], "stop", "4\ufffd2"),  # no token of the tokenizer's
+        ([99, EOS], "stop", "\ufffd"),
         (ids("a  , b ."), "stop", "a  , b ."),  # nothing is tidied up
     ],
 )
