@@ -23,9 +23,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import msgspec
 import numpy as np
-import orjson
 import torch.distributed as dist
 from json_lines import parse_one_by_one, read_lines, write_lines
 from machine import describe, load_average, result_path, title
@@ -38,9 +37,8 @@ from peergrad.algo.samples import make_samples
 from peergrad.config import AlgoConfig
 from peergrad.data import Group, Rollout
 from peergrad.recording import read_groups, write_groups
-from peergrad.rollout.answers import Asked, parse_rollout
+from peergrad.rollout.answers import Asked, parse_rollout, read_answers
 from peergrad.rollout.recorder import Recorder
-from peergrad.rollout.sglang import decode
 from peergrad.rollout.stream import Taken
 
 VOCAB = 151936
@@ -74,7 +72,7 @@ def new_groups(tokens: int) -> list[Group]:
 
 def answer_body(group: Group) -> bytes:
     """As SGLang answers /generate."""
-    return orjson.dumps(
+    return msgspec.json.encode(
         [
             {
                 "text": one.text,
@@ -93,9 +91,8 @@ def answer_body(group: Group) -> bytes:
     )
 
 
-def parse_peergrad(body: bytes) -> list[Rollout]:
-    response = httpx.Response(200, content=body)
-    return [parse_rollout(one, asked=ASKED) for one in decode(response, "")]
+def parse_peergrad(body: bytes) -> list[Rollout | None]:
+    return [parse_rollout(one, asked=ASKED) for one in read_answers(body, "URL")]
 
 
 def parse_lines(body: bytes) -> list[Rollout]:
