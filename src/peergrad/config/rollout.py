@@ -29,6 +29,7 @@ HARMFUL = {
     "enable-deterministic-inference": "seeds all requests alike, so groups are copies",
     "skip-tokenizer-init": "does not know the tokenizer's end tokens, past which answers would run",
     "is-embedding": "does not generate",
+    "allow-auto-truncate": "answers what it has left of a prompt that is too long",
     "preferred-sampling-params": "may draw from another distribution than the trainer's",
 }
 """Options of SGLang that would break training, and why, whoever starts the server."""

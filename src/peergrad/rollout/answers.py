@@ -40,6 +40,7 @@ class Asked:
     identity: str | None = None  # the run whose weights it must be drawn with
     oldest: int | None = None  # the version that all servers held when it was asked for
     newest: int | None = None  # the last version that the servers were given
+    prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     vocab_size: int | None = None
 
@@ -64,6 +65,7 @@ class _Meta(msgspec.Struct):
     input_token_logprobs: Scored = []
     weight_versions: list[_Span] = []
     weight_version: int | str = ""
+    prompt_tokens: int | None = None
 
 
 class Answer(msgspec.Struct):
@@ -104,6 +106,7 @@ def parse_rollout(
             raise ValueError("an answer needs a reason why it ended")
         if meta.finish_reason.type == "abort":
             return None
+        _check_prompt(meta.prompt_tokens, url, asked.prompt_tokens)
         logprobs, ids = _columns(meta.output_token_logprobs)
         tokens = np.array(answer.output_ids, np.int64)
         if not np.array_equal(ids, tokens):
@@ -144,6 +147,16 @@ def parse_scores(
         if asked.identity is not None:
             asked.version(meta.weight_version, url)
         return _logprobs(logprobs[1:], url)
+
+
+def _check_prompt(answered: int | None, url: str, asked: int | None) -> None:
+    if None not in (answered, asked) and answered != asked:
+        raise ServerError(
+            f"{url}: answered a prompt of {answered} tokens, asked with one of {asked}: it cuts or "
+            "extends prompts; start it without --allow-auto-truncate, and with a --context-length "
+            "that holds prompt and answer",
+            url=url,
+        )
 
 
 def _columns(scored: Scored) -> tuple[np.ndarray, np.ndarray]:

@@ -156,11 +156,8 @@ class SGLangEngine:
             for attempt in range(self._attempts):
                 missing = Sampling(**{**vars(sampling), "n": sampling.n - len(rollouts)})
                 rid = f"{self._client_id}/{request_id}/{attempt}"
-                oldest = self._oldest
-                url, answers = await self._post_generate(
-                    generate_payload(prompt_tokens, missing, rid)
-                )
-                rollouts += self._parse(url, answers, missing, oldest)
+                url, drawn = await self._draw(prompt_tokens, missing, rid)
+                rollouts += drawn
                 if len(rollouts) == sampling.n:
                     return rollouts
         raise ServerError(
@@ -169,12 +166,28 @@ class SGLangEngine:
             url=url,
         )
 
+    async def _draw(
+        self, prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, request_id: str
+    ) -> tuple[str, list[Rollout]]:
+        """The server, and those of its answers that were not aborted."""
+        oldest = self._oldest
+        payload = generate_payload(prompt_tokens, sampling, request_id)
+        url, answers = await self._post_generate(payload)
+        asked = self._asked(
+            oldest,
+            prompt_tokens=len(prompt_tokens),
+            max_new_tokens=sampling.max_new_tokens,
+            vocab_size=self._vocab_size,
+        )
+        samples = _counted(answers, sampling.n, url)
+        parsed = [parse_rollout(sample, url=url, asked=asked) for sample in samples]
+        return url, [rollout for rollout in parsed if rollout is not None]
+
     async def score(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         oldest = self._oldest
         url, answers = await self._post_generate(score_payload(tokens))
         (answer,) = _counted(answers, 1, url)
-        asked = Asked(identity=self._identity, oldest=oldest, newest=self._newest)
-        return parse_scores(answer, len(tokens), url=url, asked=asked)
+        return parse_scores(answer, len(tokens), url=url, asked=self._asked(oldest))
 
     async def abort(self) -> None:
         for url in self.urls:
@@ -187,20 +200,9 @@ class SGLangEngine:
     def urls(self) -> list[str]:
         return list(self._in_flight)
 
-    def _parse(
-        self, url: str, answers: Sequence[Answer], sampling: Sampling, oldest: int | None
-    ) -> list[Rollout]:
-        """Those that were not aborted."""
-        asked = Asked(
-            identity=self._identity,
-            oldest=oldest,
-            newest=self._newest,  # now: requests in flight go on with the weights of a sync
-            max_new_tokens=sampling.max_new_tokens,
-            vocab_size=self._vocab_size,
-        )
-        samples = _counted(answers, sampling.n, url)
-        parsed = [parse_rollout(sample, url=url, asked=asked) for sample in samples]
-        return [rollout for rollout in parsed if rollout is not None]
+    def _asked(self, oldest: int | None, **more: int | None) -> Asked:
+        """``newest`` is of now: requests in flight go on with the weights of a sync."""
+        return Asked(identity=self._identity, oldest=oldest, newest=self._newest, **more)
 
     async def _post_generate(self, payload: Json) -> tuple[str, list[Answer]]:
         """The decoded answer of POST /generate and its server, the first that gives one."""

@@ -399,6 +399,20 @@ def test_an_answer_ends_where_and_why_it_says(tokens, reason, line):
         assert parse_rollout(whole, asked=ASKED).tokens.tolist() == [4, 2]
 
 
+def test_an_answer_to_another_prompt_is_refused():
+    """As of a server that cuts what is too long for it."""
+    with FakeServer(answering(prompt_tokens=1)) as server:
+        with pytest.raises(ServerError) as error:
+            generate(server.url, sampling=ONE)
+        assert str(error.value) == (
+            f"{server.url}: answered a prompt of 1 tokens, asked with one of 2: it cuts or extends "
+            "prompts; start it without --allow-auto-truncate, and with a --context-length that "
+            "holds prompt and answer"
+        )
+    with FakeServer(answering(prompt_tokens=2)) as server:
+        assert len(generate(server.url, sampling=ONE)[0]) == 1
+
+
 def test_an_answer_may_end_where_the_context_does():
     """SGLang answers p tokens with at most context - p - 2, and lets one ask for two more."""
     asked = Asked(max_new_tokens=5)
