@@ -20,17 +20,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import msgspec
 import numpy as np
-import orjson
 import torch.distributed as dist
 from json_lines import parse_one_by_one, read_lines, write_lines
 from machine import describe, load_average, result_path, title
 from summary import spread, write_result
 from synthetic import Work, make_groups
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
 
 from peergrad.algo.grading import AlgoState, grade
 from peergrad.algo.report import rollout_statistics
@@ -38,10 +41,10 @@ from peergrad.algo.samples import make_samples
 from peergrad.config import AlgoConfig
 from peergrad.data import Group, Rollout
 from peergrad.recording import read_groups, write_groups
-from peergrad.rollout.answers import Asked, parse_rollout
+from peergrad.rollout.answers import Asked, parse_rollout, read_answers
 from peergrad.rollout.recorder import Recorder
-from peergrad.rollout.sglang import decode
 from peergrad.rollout.stream import Taken
+from peergrad.rollout.text import Decode
 
 VOCAB = 151936
 TOKENS_A_GROUP = 8 * 576
@@ -74,7 +77,7 @@ def new_groups(tokens: int) -> list[Group]:
 
 def answer_body(group: Group) -> bytes:
     """As SGLang answers /generate."""
-    return orjson.dumps(
+    return msgspec.json.encode(
         [
             {
                 "text": one.text,
@@ -93,9 +96,21 @@ def answer_body(group: Group) -> bytes:
     )
 
 
-def parse_peergrad(body: bytes) -> list[Rollout]:
-    response = httpx.Response(200, content=body)
-    return [parse_rollout(one, asked=ASKED) for one in decode(response, "")]
+def parse_peergrad(body: bytes) -> list[Rollout | None]:
+    return [parse_rollout(one, asked=ASKED) for one in read_answers(body, "URL")]
+
+
+def word_decoder() -> Decode:
+    """Of a tokenizer with ``VOCAB`` made-up tokens of bytes, as those of large vocabularies are."""
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(VOCAB)}, "w0"))
+    tokenizer.decoder = ByteLevel()
+    decode: Decode = partial(tokenizer.decode_batch, skip_special_tokens=False)
+    return decode
+
+
+def texts(groups: Sequence[Group], decode: Decode) -> list[list[str]]:
+    """As ``rollout.text.Decoding`` makes them, a group at a time."""
+    return [decode([one.tokens.tolist() for one in group.rollouts]) for group in groups]
 
 
 def parse_lines(body: bytes) -> list[Rollout]:
@@ -119,6 +134,8 @@ def cases(groups: list[Group], folder: Path) -> Iterator[Case]:
         lambda: [parse_lines(body) for body in all_bodies],
         nothing,
     )
+    decode = word_decoder()
+    yield "answers' texts", "peergrad", lambda: texts(groups, decode), nothing
     yield "record", "peergrad", lambda: write_groups(parquet, groups), nothing
     yield "record", "lines", lambda: write_lines(lines, groups), nothing
     yield (
@@ -258,6 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [20_000, 40_000] if options.tiny else [round(1e6 * x) for x in options.millions]
     repeats = 2 if options.tiny else options.repeats
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core, as for all else
     described, before = describe(), load_average()
     print(f"{title(described)}\nload average {before}\n")
     records = on_one_core(sizes, repeats) + between_ranks(sizes, repeats)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from peergrad.data import Group, Prompt, Rollout
@@ -46,11 +47,22 @@ SCHEMA = pa.schema(
         _field("reward", pa.float64()),
     ]
 )
+IDS = ("prompt_tokens", "tokens")
 REPEATED = [
     *("step", "group_id", "prompt_id", "prompt_text", "prompt_answer", "prompt_extra", "finish"),
     *(f"versions.list.element.{name}" for name in ("version", "start")),
 ]
 """Columns whose values repeat; the others would only fill a dictionary in vain."""
+FORMAT = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": REPEATED,
+    "write_statistics": ["step", "rollout", "reward"],
+    "write_page_checksum": True,
+}
+PART = 2**24
+"""Tokens of a row group: so much is in memory twice, whatever a step has, and a list's offsets
+have 31 bits."""
 
 
 def write_groups(path: Path, groups: Iterable[Group], *, step: int = 0) -> None:
@@ -60,19 +72,13 @@ def write_groups(path: Path, groups: Iterable[Group], *, step: int = 0) -> None:
     """
     with writing("rollouts", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
+        partial = partial_of(path)
     try:
-        table = to_table(list(groups), step=step)
         with writing("rollouts", path):
-            pq.write_table(
-                table,
-                partial,
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=REPEATED,
-                write_statistics=["step", "rollout", "reward"],
-                write_page_checksum=True,
-            )
+            with pq.ParquetWriter(partial, SCHEMA, **FORMAT) as writer:
+                for part in _parts(groups):
+                    table = to_table(part, step=step)
+                    writer.write_table(table, row_group_size=max(1, table.num_rows))
             flush(partial)
             partial.replace(path)
             flush(path.parent)
@@ -80,6 +86,19 @@ def write_groups(path: Path, groups: Iterable[Group], *, step: int = 0) -> None:
         with suppress(OSError):
             remove(partial)
         raise
+
+
+def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """The row groups of a file: whole groups, until they have ``PART`` tokens."""
+    part: list[Group] = []
+    size = 0
+    for group in groups:
+        part.append(group)
+        size += sum(group.prompt.tokens.size + one.tokens.size for one in group.rollouts)
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    yield part
 
 
 def to_table(groups: Sequence[Group], *, step: int = 0) -> Any:
@@ -115,7 +134,7 @@ def to_table(groups: Sequence[Group], *, step: int = 0) -> Any:
 
 
 def _offsets(sizes: Sequence[int]) -> Any:
-    return pa.array(np.cumsum([0, *sizes], dtype=np.int32))
+    return pa.array(np.cumsum([0, *sizes], dtype=np.int64), pa.int32())  # an error beyond 2^31
 
 
 def _lists(arrays: Sequence[np.ndarray], dtype: type) -> Any:
@@ -141,11 +160,10 @@ def read_groups(path: Path) -> list[Group]:
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-        if not table.schema.equals(SCHEMA):
-            raise ValueError("its columns are not those of a recording")
-        table.validate(full=True)
-        return list(_groups(table))
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError("its columns are not those of a recording")
+            tables = map(file.read_row_group, range(file.num_row_groups))
+            return [group for table in tables for group in _groups(table)]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's; Arrow's own, of damage, have no number
@@ -157,6 +175,10 @@ def read_groups(path: Path) -> list[Group]:
 
 
 def _groups(table: Any) -> Iterator[Group]:
+    """The groups of a row group, which are whole."""
+    table.validate(full=True)
+    if any((pc.min(pc.list_flatten(table[name])).as_py() or 0) < 0 for name in IDS):
+        raise ValueError("it has negative token ids")
     rows = _rows(table)
     starts = np.flatnonzero(rows["rollout"] == 0).tolist()
     for first, end in pairwise([*starts, table.num_rows]):

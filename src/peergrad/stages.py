@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peergrad.algo.mismatch import USUAL_NOISE, attribute, freshest, gap_tokens, worst_tokens
+from peergrad.algo.mismatch import (
+    FEWEST,
+    USUAL_NOISE,
+    attribute,
+    freshest,
+    gap_tokens,
+    worst_tokens,
+)
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.observing.metrics import Metrics
@@ -24,7 +31,7 @@ USUAL_CANARY_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.5}
 USUAL_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.1}
 """The same for the mean over a step's tokens that were sampled with the present weights."""
 USUAL_LAGGED_GAP = 0.1
-"""The same where no token is of the present weights: what a few updates change is in it."""
+"""The same where too few tokens are of the present weights: what updates change is in it."""
 WORST = 32
 """Tokens recorded of a step whose gap is too large."""
 
@@ -76,7 +83,10 @@ def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
 def warn_of_lost_step(config: Config, numbers: Mapping[str, float], *, step: int) -> None:
     """Say so if a step's rollouts, described by ``numbers``, can teach nothing, and where to
     look."""
-    where = f"look at rollouts/step_{step:06d}.parquet" if config.rollout.dump else "record them"
+    rollout, file = config.rollout, f"rollouts/step_{step:06d}.parquet"
+    where = f"look at {file}" if rollout.dump else "record them"
+    if rollout.replay is not None:
+        where = f"look at {rollout.replay}/{file}"
     if numbers["reward/flat_groups"] == 1:
         log.warning(
             "step %d: the answers of each group have equal rewards (mean %.3g), so there is "
@@ -108,8 +118,8 @@ def check_gap(
 ) -> None:
     """Log how far trainer and engine disagree on the sampled tokens, and why.
 
-    Judged are the tokens that were sampled with the present weights; if there are none, the
-    freshest that there are, for to have none is no proof of anything. Above
+    Judged are the tokens that were sampled with the present weights; if they are too few to prove
+    anything, the freshest that there are. Above
     ``rollout.max_logprob_gap`` (or the usual gap) the worst tokens are recorded; then a warning, or
     a RuntimeError if so configured.
     """
@@ -130,7 +140,8 @@ def check_gap(
     cause = max(shares, key=lambda k: shares[k]) if shares else "not finite"
     fresh = ""
     if lag:
-        fresh = f" (no token is of the present weights, version {step - 1}: the freshest lag {lag})"
+        few = f"fewer than {FEWEST} tokens are of the present weights, version {step - 1}"
+        fresh = f" ({few}: these lag up to {lag})"
     message = (
         f"step {step}: trainer and engine differ by {gap:.2e} nats a token{fresh}, mostly by "
         f"{cause}; the worst tokens are in {where}"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from peergrad.data import Group, Prompt, Rollout
-from peergrad.recording import SCHEMA, read_groups, write_groups
+from peergrad.recording import SCHEMA, _offsets, read_groups, write_groups
 
 # A form feed, a line separator and a carriage return: line breaks to some.
 TEXT = 'a "quoted" \\ line\nnext\r\x0c\u2028\x85 ü 漢 😀\0'
@@ -148,6 +148,27 @@ def test_no_groups_are_none(tmp_path: Path) -> None:
     assert read_groups(tmp_path / "x") == []
 
 
+def test_a_long_step_is_written_in_parts_of_whole_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt has 3 tokens, once for each rollout: groups of 10, 16 and 4 tokens."""
+    monkeypatch.setattr("peergrad.recording.PART", 20)
+    two, five = np.array([-2.0, -3.0], np.float32), -np.ones(5, np.float32)
+    groups = [new_group(two, two), new_group(five, five), new_group(two[:1])]
+    path = tmp_path / "x"
+    write_groups(path, groups)
+    with pq.ParquetFile(path) as file:
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert rows == [4, 1]
+    for group, back in zip(groups, read_groups(path), strict=True):
+        assert_same(group, back)
+
+
+def test_more_than_a_list_can_count_is_an_error_not_another_file() -> None:
+    with pytest.raises(pa.ArrowInvalid, match="2147483648"):
+        _offsets([2**30, 2**30])
+
+
 def test_what_was_read_is_the_trainer_s_to_write_to(tmp_path: Path) -> None:
     """As what came over the pipe is: torch warns of arrays that are not."""
     write_groups(tmp_path / "x", [new_group(np.array([-1.0], np.float32))])
@@ -207,6 +228,8 @@ def test_rows_that_do_not_add_up_are_damage(tmp_path: Path) -> None:
     spans = [[{"version": 0, "start": 0, "end": 1}]] * 4
     assert "the versions of row 0 do not cover" in altered(path, versions=spans)
     assert "finish must be one of" in altered(path, finish=["eos"] * 4)
+    assert "it has negative token ids" in altered(path, tokens=[[-1, 2]] * 4)
+    assert "it has negative token ids" in altered(path, prompt_tokens=[[3], [-1], [], []])
     pq.write_table(pa.table({"prompt": ["1+2="]}), path)
     with pytest.raises(ValueError, match="its columns are not those of a recording"):
         read_groups(path)

@@ -125,6 +125,13 @@ def test_a_step_that_teaches_nothing_is_said(
     assert all(part in caplog.text for part in said)
 
 
+def test_what_is_replayed_is_where_it_was_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config()
+    config.rollout.replay = "runs/a"
+    warn_of_lost_step(config, NUMBERS | {"reward/flat_groups": 1.0}, step=3)
+    assert "look at runs/a/rollouts/step_000003.parquet: is" in caplog.text
+
+
 class Engine:
     """``Rollouts.load_weights`` with a given answer."""
 
@@ -293,22 +300,33 @@ def test_without_a_fresh_token_the_freshest_are_judged(
     assert caplog.text == ""  # an update may change that much
     gap(tmp_path, 0.25, version=1)
     assert (
-        "step 4: trainer and engine differ by 2.50e-01 nats a token (no token is of the present "
-        "weights, version 3: the freshest lag 2), mostly by version; the worst tokens are in "
+        "step 4: trainer and engine differ by 2.50e-01 nats a token (fewer than 50 tokens are of "
+        "the present weights, version 3: these lag up to 2), mostly by version; the worst tokens "
+        "are in "
     ) in caplog.text
-    with pytest.raises(RuntimeError, match=r"^rollout\.max_logprob_gap = 0\.2: .* lag 3\), mostly"):
+    with pytest.raises(RuntimeError, match=r"^rollout\.max_logprob_gap = 0\.2: .* to 3\), mostly"):
         gap(tmp_path, 0.25, version=0, max_logprob_gap=0.2)
-    with pytest.raises(RuntimeError, match=r"differ by nan nats a token \(no token"):
+    with pytest.raises(RuntimeError, match=r"differ by nan nats a token \(fewer"):
         gap(tmp_path, math.nan, version=0, max_logprob_gap=0.2)
 
 
-def test_only_the_freshest_tokens_are_judged() -> None:
-    """One token of the present weights among a hundred older ones that are far off."""
-    lag = np.array([1] * 100 + [0])
-    off = np.array([1.0] * 100 + [0.25])
-    zeros, none = np.zeros(101), np.zeros(101, bool)
-    tokens = Tokens(off, zeros, zeros, lag, none, none, np.zeros(101, int), np.arange(101))
-    assert freshest(tokens) == (0, 0.25)
-    assert freshest(replace(tokens, lag=lag + 2)) == (2, 0.25)
-    empty = {key: value[:0] for key, value in vars(tokens).items()}
+def test_only_the_freshest_tokens_are_judged_if_they_are_enough() -> None:
+    """Tokens of the present weights among a hundred older ones that are far off: one of them, or
+    49, is no proof, and would let a broken engine pass."""
+
+    def tokens(fresh: int) -> Tokens:
+        lag = np.array([1] * 100 + [0] * fresh)
+        off = np.array([1.0] * 100 + [0.0] * fresh)
+        zeros, none = np.zeros(lag.size), np.zeros(lag.size, bool)
+        whole = np.arange(lag.size)
+        return Tokens(off, zeros, zeros, lag, none, none, 0 * whole, whole)
+
+    assert freshest(tokens(50)) == (0, 0.0)
+    assert freshest(tokens(49)) == (1, 100 / 149)
+    assert freshest(tokens(1)) == (1, 100 / 101)
+    many = tokens(60)
+    assert freshest(replace(many, lag=many.lag + 2)) == (2, 0.0)
+    few = Tokens(**{key: value[80:120] for key, value in vars(many).items()})
+    assert freshest(few) == (1, 0.5)  # 20 of each
+    empty = {key: value[:0] for key, value in vars(many).items()}
     assert freshest(Tokens(**empty)) is None

@@ -68,9 +68,10 @@ def grade(
     per_token = _whiten(per_token, of, lengths, keep, algo)
     if algo.advantage.clip is not None:
         per_token = adv.clip_advantage(per_token, algo.advantage.clip)
+    rows = (_split(x.float(), lengths) for x in (per_token, keep))
     graded = [
-        replace(s, advantage=a.float().numpy(), weight=k.numpy().astype(np.float32))
-        for s, a, k in zip(samples, _split(per_token, lengths), _split(keep, lengths), strict=True)
+        replace(s, advantage=advantage.numpy(), weight=weight.numpy())
+        for s, advantage, weight in zip(samples, *rows, strict=True)
     ]
     metrics = {"reward/shaped": float(shaped.mean()), "sampling/kept": _mean(keep)}
     if kl is not None:

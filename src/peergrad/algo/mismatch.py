@@ -21,7 +21,7 @@ USUAL_NOISE = {"float32": 1e-5, "bfloat16": 0.03}
 CAUSES = ("version", "ends", "temperature", "truncation", "precision", "unexplained")
 """In the order in which they take their shares."""
 
-_FEWEST = 50  # tokens to fit a line to
+FEWEST = 50  # tokens to fit a line to, or to judge by
 _ERRORS = 3.0  # standard errors that an effect must exceed
 _TRIM = 0.001  # of the tokens, at least one, that the line may miss by any amount
 
@@ -121,12 +121,13 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
 
 
 def freshest(tokens: Tokens) -> tuple[int, float] | None:
-    """The least lag of any token, and the mean ``|gap|`` of the tokens that have it, nats; None if
-    there are no tokens."""
-    if not tokens.lag.size:
+    """The least lag that ``FEWEST`` tokens do not exceed (of fewer tokens: none), and the mean
+    ``|gap|`` of the tokens up to it, nats; None if there are no tokens."""
+    count = min(FEWEST, tokens.lag.size)
+    if not count:
         return None
-    lag = int(tokens.lag.min())
-    return lag, float(np.abs(tokens.gap[tokens.lag == lag]).mean())
+    lag = int(np.partition(tokens.lag, count - 1)[count - 1])
+    return lag, float(np.abs(tokens.gap[tokens.lag <= lag]).mean())
 
 
 def _shares(tokens: Tokens, fresh: np.ndarray, noise: float) -> dict[str, float]:
@@ -157,7 +158,7 @@ def _above(cause: str, suspects: np.ndarray, others: np.ndarray, noise: float) -
     above = float(a.size * max(a.mean() - b.mean(), 0.0))
     beyond_chance = above > a.size * _ERRORS * np.sqrt(a.var() / a.size + b.var() / b.size)
     # Of many suspects the mean would tell, unless all its excess is a wild token's.
-    if beyond_chance or (a.size < _FEWEST and _rank_higher(a, b)):
+    if beyond_chance or (a.size < FEWEST and _rank_higher(a, b)):
         return {cause: above}
     rounding = min(above, _rounding(suspects, noise))
     return {"precision": rounding, "unexplained": above - rounding}
@@ -211,7 +212,7 @@ def _comparable(logp: np.ndarray, logp_engine: np.ndarray, entropy: np.ndarray) 
     temperatures a factor 2 apart and above .94 for top-5 of 50, .6 for logits with noise of
     standard deviation 1 and about 0 for other weights.
     """
-    if logp.size < _FEWEST:
+    if logp.size < FEWEST:
         return False
     given = np.stack([np.ones_like(entropy), entropy], axis=1)
     a, b = (y - given @ (np.linalg.pinv(given) @ y) for y in (logp, logp_engine))

@@ -29,7 +29,11 @@ def check_recorded(config: Config, shape: Shape) -> None:
         if not file.is_file():
             rule, remedy = missing(folder, step - 1)
             raise _error(config, rule, f"set run.steps={step - 1}" if step > first else remedy)
-        whole = _ends(file) == (MAGIC, MAGIC)
+        try:
+            whole = _ends(file) == (MAGIC, MAGIC)
+        except OSError as error:
+            rule = f"{file.name} cannot be read ({error.strerror})"
+            raise _error(config, rule, "correct that, or name another run") from error
         _require(config, whole, f"{file.name} is damaged", "restore the file")
     for step in sorted({first, last} if first <= last else ()):
         _check_groups(config, recorded(folder, step - 1), shape)

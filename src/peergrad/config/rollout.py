@@ -27,8 +27,9 @@ OURS = {
 command line of a managed server may set these and nothing else over the user's head."""
 HARMFUL = {
     "enable-deterministic-inference": "seeds all requests alike, so groups are copies",
-    "skip-tokenizer-init": "gives answers without text, and without the tokenizer's end tokens",
+    "skip-tokenizer-init": "does not know the tokenizer's end tokens, past which answers would run",
     "is-embedding": "does not generate",
+    "allow-auto-truncate": "answers what it has left of a prompt that is too long",
     "preferred-sampling-params": "may draw from another distribution than the trainer's",
 }
 """Options of SGLang that would break training, and why, whoever starts the server."""
@@ -188,8 +189,8 @@ class RolloutConfig:
     or 0.5 (bfloat16), never stop."""
     max_logprob_gap: float | None = None
     """Largest allowed mean ``|trainer logprob - engine logprob|`` of a step's tokens that were
-    sampled with the present weights, or of the freshest if none were; default: warn above 1e-3
-    (float32) or 0.1 (bfloat16, and tokens that are not of the present weights)."""
+    sampled with the present weights, or of the freshest if these are too few; default: warn above
+    1e-3 (float32) or 0.1 (bfloat16, and tokens that are not of the present weights)."""
     on_logprob_gap: OnGap = OnGap.stop
     """What exceeding ``max_logprob_gap`` does; the worst tokens are recorded either way."""
     dump: bool = True

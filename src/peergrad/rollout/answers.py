@@ -4,12 +4,13 @@ An answer that does not add up is refused, not repaired: what is wrong with one 
 server, and a trainer takes every number of it for true.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from peergrad.data import Rollout
@@ -23,6 +24,8 @@ RESERVED = 2
 """Tokens that SGLang keeps free at the end of its context: it draws so many less of an answer that
 would fill it."""
 INT32 = 2**31
+Scored = list[list[float | None]]
+"""Lists of logprob, token id, ... and a null: SGLang's triples, or many of them in one list."""
 NEEDED = "use SGLang 0.5.21 or later, and name the workers themselves, not a router"
 
 
@@ -37,6 +40,7 @@ class Asked:
     identity: str | None = None  # the run whose weights it must be drawn with
     oldest: int | None = None  # the version that all servers held when it was asked for
     newest: int | None = None  # the last version that the servers were given
+    prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     vocab_size: int | None = None
 
@@ -44,35 +48,85 @@ class Asked:
         return number(spelt, url, self.identity, self.newest, self.oldest)
 
 
-def parse_rollout(answer: Any, *, url: str = "the server", asked: Asked | None = None) -> Rollout:
-    """One sample of a /generate answer of the server ``url``.
+class _Reason(msgspec.Struct):
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | list[int] | None = None
+
+
+class _Span(msgspec.Struct):
+    version: int | str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _Reason | None = None
+    output_token_logprobs: Scored = []
+    input_token_logprobs: Scored = []
+    weight_versions: list[_Span] = []
+    weight_version: int | str = ""
+    prompt_tokens: int | None = None
+
+
+class Answer(msgspec.Struct):
+    """One sample of /generate, as far as it is read: the text is not (``rollout/text.py``)."""
+
+    meta_info: _Meta
+    output_ids: list[int] = []
+
+
+_DECODER = msgspec.json.Decoder(Answer | list[Answer])
+
+
+def read_answers(body: bytes, url: str) -> list[Answer]:
+    """The samples of the body of an answer to /generate.
+
+    Raises ServerError for another form than SGLang's, msgspec.DecodeError for what is no JSON.
+    """
+    with _form(url):
+        # One list for all tokens: one for each would be half of the work. Inside a text, which is
+        # not read, this does no harm.
+        found = _DECODER.decode(body.replace(b",null],[", b","))
+    return found if isinstance(found, list) else [found]
+
+
+def parse_rollout(
+    answer: Any, *, url: str = "the server", asked: Asked | None = None
+) -> Rollout | None:
+    """One sample, an ``Answer`` or JSON of its form, of the server ``url``; without its text. None
+    if it was aborted, whatever there is of it.
 
     Raises ServerError if it does not add up, or is not what was ``asked`` for.
     """
     asked = asked or Asked()
     with _form(url):
-        meta = answer["meta_info"]
-        logprobs, ids = _columns(meta["output_token_logprobs"])
-        if ids != answer["output_ids"]:
+        answer = msgspec.convert(answer, Answer)
+        meta = answer.meta_info
+        if meta.finish_reason is None:
+            raise ValueError("an answer needs a reason why it ended")
+        if meta.finish_reason.type == "abort":
+            return None
+        _check_prompt(meta.prompt_tokens, url, asked.prompt_tokens)
+        logprobs, ids = _columns(meta.output_token_logprobs)
+        tokens = np.array(answer.output_ids, np.int64)
+        if not np.array_equal(ids, tokens):
             raise ServerError(
-                f"{url}: returned {len(answer['output_ids'])} tokens but logprobs of {len(ids)} "
+                f"{url}: returned {tokens.size} tokens but logprobs of {ids.size} "
                 "or of others; every token needs the logprob that it was drawn with",
                 url=url,
             )
         spans = [
-            (asked.version(span["version"], url), int(span["start"]), int(span["end"]))
-            for span in meta["weight_versions"]
+            (asked.version(span.version, url), span.start, span.end)
+            for span in meta.weight_versions
         ]
-        reason = meta["finish_reason"]
         rollout = Rollout(
-            tokens=_token_ids(ids, url, asked.vocab_size),
+            tokens=_token_ids(tokens, url, asked.vocab_size),
             logprobs=_logprobs(logprobs, url),
-            versions=_covering(spans, len(ids), url),
-            finish=reason["type"],
-            text=answer.get("text") or "",
+            versions=_covering(spans, tokens.size, url),
+            finish=meta.finish_reason.type,
+            text="",
         )
-    if rollout.finish != "abort":  # that is drawn again
-        _check_end(rollout, reason.get("matched"), url, asked.max_new_tokens)
+    _check_end(rollout, meta.finish_reason.matched, url, asked.max_new_tokens)
     return rollout
 
 
@@ -83,55 +137,62 @@ def parse_scores(
     ``parse_rollout``."""
     asked = asked or Asked()
     with _form(url):
-        meta = answer["meta_info"]
-        scored = meta["input_token_logprobs"]
-        if len(scored) != length:
+        meta = msgspec.convert(answer, Answer).meta_info
+        logprobs, _ = _columns(meta.input_token_logprobs)
+        if logprobs.size != length:
             raise ServerError(
-                f"{url}: asked to score {length} tokens, the server scored {len(scored)}", url=url
+                f"{url}: asked to score {length} tokens, the server scored {logprobs.size}",
+                url=url,
             )
         if asked.identity is not None:
-            asked.version(meta["weight_version"], url)
-        return _logprobs(_columns(scored[1:])[0], url)
+            asked.version(meta.weight_version, url)
+        return _logprobs(logprobs[1:], url)
 
 
-def _columns(scored: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Logprobs and token ids of triples (logprob, token id, text or None)."""
-    if set(map(len, scored)) - {3}:
-        raise ValueError("every token needs a logprob, an id and a text or null")
-    flat = list(chain.from_iterable(scored))
-    return flat[0::3], flat[1::3]
+def _check_prompt(answered: int | None, url: str, asked: int | None) -> None:
+    if None not in (answered, asked) and answered != asked:
+        raise ServerError(
+            f"{url}: answered a prompt of {answered} tokens, asked with one of {asked}: it cuts or "
+            "extends prompts; start it without --allow-auto-truncate, and with a --context-length "
+            "that holds prompt and answer",
+            url=url,
+        )
 
 
-def _token_ids(ids: list[Any], url: str, vocab_size: int | None) -> np.ndarray:
-    """[R] int32. TypeError for what is no whole number."""
-    found = np.array(ids) if ids else np.zeros(0, np.int64)
-    if found.dtype.kind != "i":
-        raise TypeError("token ids must be whole numbers")
+def _columns(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """Logprobs and token ids, [R] float64 each. A null among them becomes NaN."""
+    if any(len(some) % 2 == 0 or some[-1] is not None for some in scored):
+        raise ValueError("every token needs a logprob, an id and null")
+    pairs = np.array(list(chain.from_iterable(some[:-1] for some in scored)), np.float64)
+    return pairs[0::2], pairs[1::2]
+
+
+def _token_ids(ids: np.ndarray, url: str, vocab_size: int | None) -> np.ndarray:
+    """[R] int32."""
     limit = vocab_size or INT32
-    wrong = found[(found < 0) | (found >= limit)]
+    wrong = ids[(ids < 0) | (ids >= limit)]
     if wrong.size:
         raise ServerError(
             f"{url}: answered with token id {wrong[0]}, while the model's are 0 to {limit - 1}: it "
             "serves another model, or its kernels are broken; start it with the run's model",
             url=url,
         )
-    return found.astype(np.int32)
+    return ids.astype(np.int32)
 
 
-def _logprobs(values: list[Any], url: str) -> np.ndarray:
-    """[R] float32. ValueError or TypeError for what is neither number nor null."""
-    found = np.array(values, np.float64)  # null becomes NaN
-    wrong = np.flatnonzero(~((found >= LOWEST) & (found <= HIGHEST)))
+def _logprobs(values: np.ndarray, url: str) -> np.ndarray:
+    """[R] float32."""
+    wrong = np.flatnonzero(~((values >= LOWEST) & (values <= HIGHEST)))
     if wrong.size:
         at = int(wrong[0])
-        said = "null" if values[at] is None else values[at]
+        said = "null" if np.isnan(values[at]) else values[at]
         raise ServerError(
-            f"{url}: answered with logprob {said} for token {at + 1} of {len(values)}, which is no "
+            f"{url}: answered with logprob {said} for token {at + 1} of {values.size}, which is no "
             "log probability: its weights or its kernels are broken; see its log, or lower "
             "optim.lr and resume from an earlier checkpoint",
             url=url,
         )
-    return found.astype(np.float32)
+    return values.astype(np.float32)
 
 
 def _covering(
@@ -141,7 +202,8 @@ def _covering(
     if not length:
         return ()
     bounds = [0, *(end for _, _, end in spans)]
-    if [start for _, start, _ in spans] != bounds[:-1] or bounds[-1] != length:
+    whole = [start for _, start, _ in spans] == bounds[:-1] and bounds[-1] == length
+    if not whole or any(start >= end for _, start, end in spans):
         raise ServerError(
             f"{url}: weight versions {spans} do not cover the answer's {length} tokens; use a "
             "released SGLang of 0.5.21 or later",
@@ -150,7 +212,9 @@ def _covering(
     return tuple(spans)
 
 
-def _check_end(rollout: Rollout, matched: object, url: str, most: int | None) -> None:
+def _check_end(
+    rollout: Rollout, matched: int | str | list[int] | None, url: str, most: int | None
+) -> None:
     """Raise ServerError unless the answer ends where and why it says.
 
     ``matched``: the stop token, or one of several. A server's own end token may be none of those
@@ -177,7 +241,7 @@ def _check_end(rollout: Rollout, matched: object, url: str, most: int | None) ->
         stops = matched if isinstance(matched, list) else [matched]
         if int(rollout.tokens[-1]) not in stops:
             rule = (
-                f"without the stop token {stops[0]} that ended it, but with {rollout.tokens[-1]}; "
+                f"without the stop token {matched} that ended it, but with {rollout.tokens[-1]}; "
                 "use the SGLang that peergrad pins"
             )
     if rule:
@@ -189,7 +253,10 @@ def _form(url: str) -> Iterator[None]:
     """Turn what a malformed answer makes of its reader into one line."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
+        decoding = isinstance(error, msgspec.DecodeError)
+        if decoding and not isinstance(error, msgspec.ValidationError):
+            raise  # not even JSON: the caller knows what it is
         raise ServerError(
             f"{url}: answered /generate in another form than SGLang's ({quote(repr(error))}); "
             f"{NEEDED}",

@@ -8,17 +8,16 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
 import httpx
+import msgspec
 import numpy as np
-import orjson
 import tenacity
 
 from peergrad.data import Rollout
-from peergrad.rollout.answers import Asked, parse_rollout, parse_scores
+from peergrad.rollout.answers import Answer, Asked, parse_rollout, parse_scores, read_answers
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import ServerError as ServerError
 from peergrad.rollout.errors import ServerUnavailable, cannot_connect, quote, reason
@@ -79,18 +78,19 @@ def check(response: httpx.Response, url: str) -> httpx.Response:
 
 
 def decode(response: httpx.Response, url: str) -> Any:
-    """The JSON of an answer: in a quarter of the time of Python's own reader, which is left what
-    orjson refuses, as NaN."""
-    with suppress(ValueError):
-        return orjson.loads(response.content)
+    """The JSON of an answer."""
     try:
         return response.json()
-    except ValueError as error:
-        raise ServerError(
-            f"{url}: answered {response.request.url.path} with no JSON but "
-            f"{quote(response.text)!r}; is this an SGLang server?",
-            url=url,
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _no_json(response, url) from error
+
+
+def _no_json(response: httpx.Response, url: str) -> ServerError:
+    return ServerError(
+        f"{url}: answered {response.request.url.path} with no JSON but "
+        f"{quote(response.text)!r}; is this an SGLang server?",
+        url=url,
+    )
 
 
 def _message(response: httpx.Response) -> str:
@@ -156,12 +156,8 @@ class SGLangEngine:
             for attempt in range(self._attempts):
                 missing = Sampling(**{**vars(sampling), "n": sampling.n - len(rollouts)})
                 rid = f"{self._client_id}/{request_id}/{attempt}"
-                oldest = self._oldest
-                url, answer = await self._post_generate(
-                    generate_payload(prompt_tokens, missing, rid)
-                )
-                drawn = self._parse(url, answer, missing, oldest)
-                rollouts += [rollout for rollout in drawn if rollout.finish != "abort"]
+                url, drawn = await self._draw(prompt_tokens, missing, rid)
+                rollouts += drawn
                 if len(rollouts) == sampling.n:
                     return rollouts
         raise ServerError(
@@ -170,11 +166,28 @@ class SGLangEngine:
             url=url,
         )
 
+    async def _draw(
+        self, prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, request_id: str
+    ) -> tuple[str, list[Rollout]]:
+        """The server, and those of its answers that were not aborted."""
+        oldest = self._oldest
+        payload = generate_payload(prompt_tokens, sampling, request_id)
+        url, answers = await self._post_generate(payload)
+        asked = self._asked(
+            oldest,
+            prompt_tokens=len(prompt_tokens),
+            max_new_tokens=sampling.max_new_tokens,
+            vocab_size=self._vocab_size,
+        )
+        samples = _counted(answers, sampling.n, url)
+        parsed = [parse_rollout(sample, url=url, asked=asked) for sample in samples]
+        return url, [rollout for rollout in parsed if rollout is not None]
+
     async def score(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         oldest = self._oldest
-        url, answer = await self._post_generate(score_payload(tokens))
-        asked = Asked(identity=self._identity, oldest=oldest, newest=self._newest)
-        return parse_scores(answer, len(tokens), url=url, asked=asked)
+        url, answers = await self._post_generate(score_payload(tokens))
+        (answer,) = _counted(answers, 1, url)
+        return parse_scores(answer, len(tokens), url=url, asked=self._asked(oldest))
 
     async def abort(self) -> None:
         for url in self.urls:
@@ -187,23 +200,11 @@ class SGLangEngine:
     def urls(self) -> list[str]:
         return list(self._in_flight)
 
-    def _parse(
-        self, url: str, answer: Any, sampling: Sampling, oldest: int | None
-    ) -> list[Rollout]:
-        samples = answer if isinstance(answer, list) else [answer]
-        n = sampling.n
-        if len(samples) != n:
-            raise ServerError(f"{url}: asked for {n} answers, it gave {len(samples)}", url=url)
-        asked = Asked(
-            identity=self._identity,
-            oldest=oldest,
-            newest=self._newest,  # now: requests in flight go on with the weights of a sync
-            max_new_tokens=sampling.max_new_tokens,
-            vocab_size=self._vocab_size,
-        )
-        return [parse_rollout(sample, url=url, asked=asked) for sample in samples]
+    def _asked(self, oldest: int | None, **more: int | None) -> Asked:
+        """``newest`` is of now: requests in flight go on with the weights of a sync."""
+        return Asked(identity=self._identity, oldest=oldest, newest=self._newest, **more)
 
-    async def _post_generate(self, payload: Json) -> tuple[str, Any]:
+    async def _post_generate(self, payload: Json) -> tuple[str, list[Answer]]:
         """The decoded answer of POST /generate and its server, the first that gives one."""
         tried: dict[str, None] = {}
         attempts = tenacity.AsyncRetrying(
@@ -220,7 +221,7 @@ class SGLangEngine:
             raise self._gave_up(error.last_attempt, list(tried)) from error.last_attempt.exception()
         raise AssertionError("unreachable")
 
-    async def _post_once(self, payload: Json, tried: dict[str, None]) -> tuple[str, Any]:
+    async def _post_once(self, payload: Json, tried: dict[str, None]) -> tuple[str, list[Answer]]:
         # A dead server has nothing in flight: without ``tried`` it would win every retry.
         fresh = [url for url in self.urls if url not in tried] or self.urls
         url = min(fresh, key=self._in_flight.__getitem__)
@@ -229,7 +230,9 @@ class SGLangEngine:
         self._in_flight[url] += 1
         try:
             response = await self._http.post(f"{url}/generate", json=payload)
-            return url, decode(check(response, url), url)
+            return url, read_answers(check(response, url).content, url)
+        except msgspec.DecodeError as error:
+            raise _no_json(response, url) from error
         finally:
             self._in_flight[url] -= 1
 
@@ -265,6 +268,12 @@ class SGLangEngine:
         return ServerError(
             f"{url}: no answer to /generate in {times}{others} ({_why(error)}); {remedy}", url=url
         )
+
+
+def _counted(answers: Sequence[Answer], count: int, url: str) -> Sequence[Answer]:
+    if len(answers) != count:
+        raise ServerError(f"{url}: asked for {count} answers, it gave {len(answers)}", url=url)
+    return answers
 
 
 def _why(error: BaseException | None) -> str:

@@ -236,11 +236,10 @@ class Stream:
             )
 
     def _fill(self) -> None:
-        bound, known = self._bound(self._version), self._known()
-        for sequence in known[: max(bound, 0)]:
+        for sequence in self._known()[: max(self._bound(self._version), 0)]:
             if sequence not in self._finished and sequence not in self._tasks:  # restored
                 self._start(sequence, self._in_flight[sequence])
-        for _ in range(bound - len(known)):
+        for _ in range(self.capacity(self._version)):
             self._start(self._started, next(self._prompts))
             self._started += 1
 

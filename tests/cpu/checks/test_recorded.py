@@ -75,6 +75,14 @@ def test_damaged_files(config: Config) -> None:
         assert refusal(config).startswith("step_000003.parquet ")
 
 
+def test_a_file_that_the_disk_does_not_give(config: Config) -> None:
+    file = recorded(Path(str(config.rollout.replay)), 1)
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # its first page cannot be read
+    line = "step_000002.parquet cannot be read (Input/output error); correct that, or name another"
+    assert refusal(config).startswith(line)
+
+
 def test_another_number_of_groups(config: Config) -> None:
     write_groups(recorded(Path(str(config.rollout.replay)), 2), [group(5)])
     assert refusal(config) == (

@@ -260,7 +260,7 @@ def test_addresses_that_cannot_be_are_refused(urls, line):
         ({"is_embedding": True}, ".is_embedding = True: does not generate; remove it"),
         (
             {"skip_tok": 1},
-            ".skip_tok = 1: is short for skip-tokenizer-init, which gives answers wi",
+            ".skip_tok = 1: is short for skip-tokenizer-init, which does not know",
         ),
         ({"config": "a.yaml"}, ".config = 'a.yaml': reads further options, which nobody would che"),
         (

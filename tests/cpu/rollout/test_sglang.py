@@ -1,6 +1,7 @@
 """The HTTP engine against a local server: choice of server, retries, errors, aborted answers."""
 
 import asyncio
+import json
 import math
 import pickle
 import socket
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from fake_sglang import FakeServer, answer_generate, sample
 
-from peergrad.rollout.answers import Asked, parse_rollout, parse_scores
+from peergrad.rollout.answers import Asked, parse_rollout, parse_scores, read_answers
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.sglang import ServerError, SGLangEngine
 
@@ -163,12 +164,20 @@ def test_versions_are_numbered_spans_over_all_tokens():
     spans[1]["start"] = 1
     with pytest.raises(ServerError, match="do not cover the answer's 3 tokens"):
         parse_rollout(answer)
+    spans[:] = [{"version": 3, "start": a, "end": b} for a, b in ((0, 3), (3, 2), (2, 3))]
+    with pytest.raises(ServerError, match="do not cover the answer's 3 tokens"):
+        parse_rollout(answer)
     with pytest.raises(ServerError, match="--weight-version 0"):
         parse_rollout(sample([4], version="default"))
 
 
-def test_an_aborted_answer_may_be_empty():
-    assert parse_rollout(sample([], finish="abort")).versions == ()
+def test_an_aborted_answer_is_none_whatever_there_is_of_it():
+    """SGLang leaves out what it had not begun: logprobs, versions, even tokens."""
+    cut = sample([4, 5], finish="abort")
+    cut["meta_info"]["output_token_logprobs"].pop()
+    bare = {"meta_info": {"finish_reason": {"type": "abort", "message": "Abort in queue"}}}
+    for answer in (sample([], finish="abort"), sample([7], finish="abort"), cut, bare):
+        assert parse_rollout(answer) is None
 
 
 MINE = "runs/a:1-1f3a"
@@ -306,8 +315,8 @@ def altered(**changes):
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf, math.inf, 0.01, -3.4e38, "null"])
 def test_what_is_no_log_probability_is_refused(wrong):
-    said = wrong
     wrong = None if wrong == "null" else wrong
+    said = "null" if wrong is None or math.isnan(wrong) else wrong
     line = (
         f"URL: answered with logprob {said} for token 2 of 2, which is no log probability: its "
         "weights or its kernels are broken; see its log, or lower optim.lr and resume from an "
@@ -315,7 +324,7 @@ def test_what_is_no_log_probability_is_refused(wrong):
     )
     assert altered(output_token_logprobs=[[-4.0, 4, None], [wrong, 5, None]]) == line
     scores = {
-        "meta_info": {"input_token_logprobs": [[None, 3, None], [-4, 4, None], [wrong, 5, 0]]}
+        "meta_info": {"input_token_logprobs": [[None, 3, None], [-4, 4, None], [wrong, 5, None]]}
     }
     with pytest.raises(ServerError) as error:
         parse_scores(scores, 3, url="URL")
@@ -331,8 +340,8 @@ def test_rounding_above_0_is_none():
 def test_a_null_from_the_wire_is_refused_whatever_else_is_in_the_answer():
     null = answering(output_token_logprobs=[[None, 4, None], [-1.0, 5, None]])
     nan = answering(output_token_logprobs=[[math.nan, 4, None], [-1.0, 5, None]])  # not even JSON
-    for answer, said in ((null, "null"), (nan, "nan")):
-        with FakeServer(answer) as server, pytest.raises(ServerError, match=f"logprob {said} for"):
+    for answer, said in ((null, "logprob null for"), (nan, "no JSON but")):
+        with FakeServer(answer) as server, pytest.raises(ServerError, match=said):
             generate(server.url, sampling=ONE)
 
 
@@ -374,7 +383,8 @@ def test_a_token_that_is_no_whole_number_is_another_form(token):
             "up to 'NaN happened' instead of a stop token; see its log",
         ),
         ([4, 2], STOPPED, "without the stop token 5 that ended it, but with 2; use the SGLang"),
-        ([4, 2], {"type": "stop", "matched": [5, 3]}, "without the stop token 5 that ended it"),
+        ([4, 2], {"type": "stop", "matched": [5, 3]}, "without the stop token [5, 3] that ended"),
+        ([4, 2], {"type": "stop", "matched": []}, "without the stop token [] that ended"),
     ],
 )
 def test_an_answer_ends_where_and_why_it_says(tokens, reason, line):
@@ -383,10 +393,24 @@ def test_an_answer_ends_where_and_why_it_says(tokens, reason, line):
     with pytest.raises(ServerError) as error:
         parse_rollout(answer, url="URL", asked=ASKED)
     assert str(error.value).startswith(f"URL: answered {line}")
-    for fine in ({"type": "abort"}, {"type": "stop", "matched": 2}, {"type": "length"}):
+    for fine in ({"type": "stop", "matched": 2}, {"type": "length"}):
         whole = sample([4, 2])
         whole["meta_info"]["finish_reason"] = fine
         assert parse_rollout(whole, asked=ASKED).tokens.tolist() == [4, 2]
+
+
+def test_an_answer_to_another_prompt_is_refused():
+    """As of a server that cuts what is too long for it."""
+    with FakeServer(answering(prompt_tokens=1)) as server:
+        with pytest.raises(ServerError) as error:
+            generate(server.url, sampling=ONE)
+        assert str(error.value) == (
+            f"{server.url}: answered a prompt of 1 tokens, asked with one of 2: it cuts or extends "
+            "prompts; start it without --allow-auto-truncate, and with a --context-length that "
+            "holds prompt and answer"
+        )
+    with FakeServer(answering(prompt_tokens=2)) as server:
+        assert len(generate(server.url, sampling=ONE)[0]) == 1
 
 
 def test_an_answer_may_end_where_the_context_does():
@@ -431,6 +455,18 @@ def test_scores_with_another_runs_weights_are_an_error():
         answering(output_token_logprobs=None),
         answering(output_token_logprobs=[[-1.0, "x", None], [-1.0, 5, None]]),
         answering(output_token_logprobs=[3, 4]),
+        answering(output_token_logprobs=[["-1.0", 4, None], [-1.0, 5, None]]),
+        answering(output_token_logprobs=[[-1.0, 4, None], [False, 5, None]]),
+        answering(output_token_logprobs=[[-1.0, 4, "text"], [-1.0, 5, None]]),
+        answering(output_token_logprobs=[[-1.0, 4, None], [-1.0, 5]]),
+        answering(output_token_logprobs=[[-1.0, 4, None], []]),
+        answering(output_token_logprobs=[[-1.0, 4, None], [-(10**400), 5, None]]),
+        answering(output_ids=[4, 2**70]),
+        answering(output_ids=["4", "5"]),
+        answering(weight_versions=[]),
+        answering(weight_versions=[{"version": "0", "start": "0", "end": 2}]),
+        answering(weight_versions=[{"version": "0", "start": 0, "end": 1.5}]),
+        answering(finish_reason=7),
         answering(weight_versions=None),
         answering(weight_versions=[{"version": "0"}]),
         answering(finish_reason={}),
@@ -449,6 +485,53 @@ def test_a_malformed_answer_is_one_line_that_names_the_server(answer):
     assert str(error.value).startswith(f"{server.url}: ")
     assert "\n" not in str(error.value)
     assert len(server.requests) == 1
+
+
+def test_a_pit_of_brackets_is_one_line():
+    pit = b'{"meta_info":{"finish_reason":null},"x":' + b"[" * 100_000
+    with pytest.raises(ServerError, match=r"^URL: answered /generate in another form"):
+        read_answers(pit, "URL")
+
+
+def compact(content):
+    """As SGLang writes it, without spaces."""
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def test_the_reading_does_not_depend_on_the_spelling_of_json():
+    """A million tokens are no million lists, if SGLang wrote them."""
+    answers = [sample([4, 5, 6, 7]), sample([9]), sample([], finish="length")]
+    answers[0]["text"] = 'a ],null],[ b ",null],[" c'
+    for body in (compact(answers), json.dumps(answers, indent=1).encode()):
+        found = [parse_rollout(one) for one in read_answers(body, "URL")[:2]]
+        assert [one.tokens.tolist() for one in found] == [[4, 5, 6, 7], [9]]
+        assert [one.logprobs.tolist() for one in found] == [[-4, -5, -6, -7], [-9]]
+        assert [one.text for one in found] == ["", ""]
+    assert len(read_answers(compact(answers), "URL")[0].meta_info.output_token_logprobs) == 1
+    (single,) = read_answers(compact(answers[1]), "URL")
+    assert parse_rollout(single).tokens.tolist() == [9]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b'[[-1,4,null],["-1",5,null]]',
+        b"[[-1,4,null],[-1,5]]",
+        b"[[-1,4],[-1,5,null]]",
+        b"[[-1,4,null],[null,-1,5,null]]",
+        b"[[-1,4,null],[-1e400,5,null]]",
+        b"[[-1,4,null],[-1,5,null],null]",
+        b'[[-1,4,null],[-1,5,"x"]]',
+        b"[[-1,4,null],[-1,null,null]]",
+        b"[[-1,4,null],[null,5,null]]",
+        b"[[-1,5,null],[-1,4,null]]",
+    ],
+)
+def test_no_malformed_logprobs_are_read_for_others(wrong):
+    body = compact(sample([4, 5])).replace(b"[[-4.0,4,null],[-5.0,5,null]]", wrong)
+    assert wrong in body
+    with pytest.raises(ServerError, match=r"^URL: "):
+        [parse_rollout(one, url="URL") for one in read_answers(body, "URL")]
 
 
 def test_no_json_is_one_short_line(monkeypatch):
