@@ -20,6 +20,7 @@ def even(prompt: Prompt, rollout: Rollout) -> float:
     return float((rollout.tokens % 2 == 0).mean())
 
 
-def first_even(prompt: Prompt, rollout: Rollout) -> float:
-    """1 if the first token's id is even, else 0: right or wrong, as answers to sums are."""
-    return float(rollout.tokens[0] % 2 == 0)
+def first_fits(prompt: Prompt, rollout: Rollout) -> float:
+    """1 if the first token's id is a multiple of four, else 0: right or wrong, as answers to sums
+    are, and of four peers nearly always wrong in one group of three."""
+    return float(rollout.tokens[0] % 4 == 0)

@@ -21,7 +21,7 @@ def test_dynamic_sampling_trains_on_groups_that_differ(
         "dapo",
         *COMMON,
         *("algo=dapo", "algo.minibatches=2", "algo.shaping.overlong_filter=false"),
-        *("reward.function=tests.e2e.rewards:first_even", "run.steps=3"),
+        *("reward.function=tests.e2e.rewards:first_fits", "run.steps=3"),
         *server.overrides,
     )
     run.complete()
@@ -49,7 +49,7 @@ def test_decoupled_loss_on_rollouts_of_older_weights(
         "areal",
         *COMMON,
         *("algo=areal", "rollout.max_staleness=1", "run.steps=6", "optim.lr=3e-3"),
-        *("reward.function=tests.e2e.rewards:first_even",),
+        *("reward.function=tests.e2e.rewards:first_fits",),
         *server.overrides,
     )
     run.complete()
