@@ -34,6 +34,7 @@ from peergrad.parallel.damage import (
     describe_files,
     first_line,
     read_meta,
+    sealed,
     verify,
 )
 from peergrad.parallel.fit import describe_optimizer, require_same_model
@@ -151,7 +152,7 @@ def write_meta(
         "shape": asdict(shape),
         **describe_files(folder, groups),
     }
-    text = json.dumps(meta, indent=1)
+    text = json.dumps(sealed(meta), indent=1)
     groups.share(lambda: (folder / "meta.json").write_text(text))
 
 
