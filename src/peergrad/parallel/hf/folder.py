@@ -20,7 +20,6 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-COMPLETE = "point it at a complete HF checkpoint"
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,8 @@ def _refuse_absence(folder: Path, key: str, present: list[str]) -> NoReturn:
         rule = f"holds no *.safetensors file, only {some(foreign)}"
         remedy = "download the safetensors files of that model"
     else:
-        rule, remedy = "holds no *.safetensors file", COMPLETE
+        rule = "holds no *.safetensors file"
+        remedy = "point it at a complete HF checkpoint"
     raise ValueError(f"{key} = {str(folder)!r}: {rule}; {remedy}")
 
 
