@@ -107,6 +107,7 @@ class Checkpoints:
                 step=step,
                 updates=policy.updates,
                 schedule_updates=schedule_updates(policy.config),
+                schedule=policy.config.optim.schedule.name,
             )
             self.groups.share(finish)
         self.groups.share(lambda: self._prune(step))

@@ -1,8 +1,9 @@
 """Whether a checkpoint folder is whole.
 
-``meta.json`` holds the size and the digest of every file, and one of itself. Sizes, and the content of what is below
-``SMALL_BYTES``, are compared in a moment by ``damage``; weights and optimizer state of real models
-are larger, and ``verify`` has all ranks read them before anything is loaded.
+``meta.json`` holds the size and the digest of every file, and a digest of itself. Sizes, and the
+content of what is below ``SMALL_BYTES``, are compared in a moment by ``damage``; weights and
+optimizer state of real models are larger, and ``verify`` has all ranks read them before anything is
+loaded.
 """
 
 import json

@@ -85,6 +85,8 @@ def require_same_course(path: Path, meta: dict[str, Any], config: Config) -> Non
     before, now = meta.get("schedule_updates"), schedule_updates(config)
     if before is None or optim.decay_steps is not None:  # of an older peergrad; or chosen
         return
+    if meta.get("schedule") not in (optim.schedule.name, None):  # another one is chosen, too
+        return
     was, will = (learning_rate(optim, update=meta["updates"], total=n) for n in (before, now))
     require(
         abs(was - will) <= JUMP * optim.lr,

@@ -137,11 +137,12 @@ def write_meta(
     shape: Shape,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
-    **progress: int,
+    **progress: int | str,
 ) -> None:
     """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective.
 
-    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule_updates``.
+    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule`` and
+    ``schedule_updates``.
     """
     meta = {
         "format": FORMAT,

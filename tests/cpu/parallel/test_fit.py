@@ -65,6 +65,8 @@ def test_what_is_left_alone() -> None:
     require_same_course(PATH, meta(5, 20), config(40, **linear, warmup_steps=10))
     with pytest.raises(ValueError, match=r"from 0\.737 to 0\.872 at the resume"):
         require_same_course(PATH, meta(5, 20), config(40, **linear))
+    constant = {**meta(5, 20), "schedule": "constant"}  # of which the line would not be true
+    require_same_course(PATH, constant, config(40, **linear))
     old = {"step": 5, "updates": 5}
     require_same_course(PATH, old, config(40, **linear))
 
