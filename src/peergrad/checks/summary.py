@@ -57,9 +57,9 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
     yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
-    where = algo.title
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
-    yield "objective", f"{where}; KL {algo.kl.coef:g}{place}" if algo.kl.coef else where
+    kl = f"; KL {algo.kl.coef:g}{place}" if algo.kl.coef else ""
+    yield "objective", f"{algo.title}{kl}"
 
 
 def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
@@ -76,13 +76,9 @@ def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
         return
     assert inputs.train is not None
     yield "prompts", _source(inputs.train)
-    yield (
-        "reward",
-        REWARDS.get(config.reward.kind)
-        or (
-            f"{config.reward.function} in {_plural(config.reward.workers, 'process', 'processes')}"
-        ),
-    )
+    processes = _plural(config.reward.workers, "process", "processes")
+    own = f"{config.reward.function} in {processes}"
+    yield "reward", REWARDS.get(config.reward.kind, own)
     yield "servers", _servers(config)
     yield "evaluation", _evaluation(config, inputs)
 

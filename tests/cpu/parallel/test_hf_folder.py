@@ -185,6 +185,15 @@ def test_an_index_and_files_that_disagree(
     assert refusal(sharded).startswith(rule)
 
 
+def test_an_index_may_be_what_is_left_over(model: Path) -> None:
+    index = {"weight_map": dict.fromkeys([EMBED, HEAD], FIRST)}
+    (model / INDEX).write_text(json.dumps(index))
+    assert refusal(model).endswith(
+        "which is not there; download the missing shards, or remove the index if "
+        "model.safetensors is the model"
+    )
+
+
 def test_an_index_of_the_one_file_is_no_second_model(model: Path) -> None:
     write_index(model, dict.fromkeys(load_file(model / WEIGHTS), WEIGHTS))
     assert places(checked(model)) == {WEIGHTS}

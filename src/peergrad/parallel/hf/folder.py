@@ -96,8 +96,10 @@ def _manifest(folder: Path, key: str) -> dict[str, str]:
     for name in sorted(set(found.values())):
         plain = PurePath(name).name == name and name.endswith(".safetensors")
         check(plain, f"names {shown(name)}, which is no safetensors file of this folder")
-        there = os.path.lexists(folder / name)
-        check(there, f"names {shown(name)}, which is not there", "download the missing shards")
+        there, remedy = os.path.lexists(folder / name), "download the missing shards"
+        if (folder / WEIGHTS).exists():
+            remedy += f", or remove the index if {WEIGHTS} is the model"
+        check(there, f"names {shown(name)}, which is not there", remedy)
     return found
 
 
