@@ -201,8 +201,14 @@ def try_settings(root: Path, policy: Any) -> dict[str, Any]:
         seen[f"old {dtype, distributed}"] = refused(
             lambda f=folder, p=other_way: keeper(f, p).restore(p)
         )
-    tuned = make_policy(f"{root}/a", weight_decay=0.1, beta1=0.5, beta2=0.6, eps=1e-3)
+    tuned = make_policy(f"{root}/a", lr=1e-3, weight_decay=0.1, beta1=0.5, beta2=0.6, eps=1e-3)
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("peergrad.parallel.checkpoint").addHandler(handler)
     keeper(root / "float32-True", tuned).restore(tuned)
+    logging.getLogger("peergrad.parallel.checkpoint").removeHandler(handler)
+    seen["told"] = told
     names = ("betas", "eps", "weight_decay")
     seen["optim"] = [tuple(group[n] for n in names) for group in tuned.optimizer.param_groups]
     return seen
@@ -344,6 +350,8 @@ def test_settings_that_a_checkpoint_does_not_fit_are_named(
     found: tuple[Path, dict[str, Any]],
 ) -> None:
     root, seen = found[0], dict(found[1]["settings"])
+    step = root / "float32-True" / "step_000001"
+    assert seen.pop("told") == [f"{step} was to go on at the learning rate 1e-06; now it is 0.001"]
     assert seen.pop("optim") == [((0.5, 0.6), 1e-3, 0.1)] * 2  # as configured now
     for name, line in seen.items():
         if name.startswith("old"):

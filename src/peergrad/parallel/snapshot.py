@@ -137,12 +137,12 @@ def write_meta(
     shape: Shape,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
-    **progress: int | str,
+    **progress: float | str,
 ) -> None:
     """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective.
 
-    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule`` and
-    ``schedule_updates``.
+    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule``,
+    ``schedule_updates`` and ``next_lr``.
     """
     meta = {
         "format": FORMAT,
