@@ -15,7 +15,7 @@ from peergrad.checks.place import (
     run_folder,
 )
 from peergrad.checks.recording import foreign
-from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec
+from peergrad.config import Config, KlPlace, RewardKind, ServerMode, Spec, SurrogateKind
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 
@@ -102,9 +102,12 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
         yield disk
     recorded = foreign(config)
     if recorded is not None:
+        algo = config.algo
+        ratio = algo.surrogate.kind is not SurrogateKind.reinforce or algo.correction.weighs_engine
+        acts = f"algo.old_policy={algo.old_policy.name} decides what ratios are taken to"
         yield (
             f"rollout.replay {recorded}, so this run's policy is not the one that answered: "
-            f"algo.old_policy={config.algo.old_policy.name} decides what ratios are taken to"
+            f"{acts if ratio else 'algo.surrogate.kind=reinforce has no ratio that corrects it'}"
         )
     train, wanted = inputs.train, config.rollout.prompts_per_step
     if train is not None and train.prompts < wanted:
