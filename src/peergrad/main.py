@@ -189,7 +189,8 @@ def finish(config: Config, directory: RunDir, seconds: float) -> None:
     with writing("run folder", directory.path):
         directory.done.write_text(f"{config.run.steps} steps\n")
     rows = read_metrics(directory.metrics)
-    passes = [row["pass@1"] for row in rows if row["kind"] == "eval"]
+    found = (row.get("pass@1") for row in rows if row["kind"] == "eval")
+    passes = [rate for rate in found if isinstance(rate, float)]
     try:
         draw_curve(directory.metrics, directory.curve)
     except Exception as error:  # a picture is not worth a finished run

@@ -128,6 +128,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (CorrectionConfig, {"kind": CorrectionKind.mis, "low": 1.1}, "algo.correction.low"),
     (CorrectionConfig, {"kind": CorrectionKind.icepop, "high": 0.9}, "algo.correction.high"),
     (CorrectionConfig, {"kind": CorrectionKind.tis, "high": 0.5}, "algo.correction.high"),
+    (CorrectionConfig, {"kind": CorrectionKind.icepop, "high": 0.3}, "algo.correction.high"),
     (CorrectionConfig, {"dppo": 0.0}, "algo.correction.dppo"),
     (CorrectionConfig, {"opsm": -1.0}, "algo.correction.opsm"),
     (CorrectionConfig, {"m2po": NAN}, "algo.correction.m2po"),

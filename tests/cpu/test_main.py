@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peergrad.config import Config
+from peergrad.main import finish
 from peergrad.running.lock import FolderLock
 from peergrad.running.rundir import RunDir
 from tests.models import make_hf_model
@@ -61,3 +63,14 @@ def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, root: str) ->
     done = start(*overrides(model, tmp_path / root))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+
+
+def test_rows_without_a_number_do_not_fail_a_finished_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation that was no number is null; a row may have lost what it was about."""
+    rates = ('"pass@1": 0.0', '"pass@1": null', '"x": 1', '"pass@1": 0.5')
+    rows = [f'{{"kind": "eval", "step": {i}, {rate}}}\n' for i, rate in enumerate(rates)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    finish(Config(), RunDir(tmp_path), 3.0)
+    assert "pass@1 0.000 -> 0.500 in 100 steps, 3 s\n" in capsys.readouterr().out

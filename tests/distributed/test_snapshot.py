@@ -107,7 +107,8 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
     for step in (4, 5):
         checkpoints.save(policy, b"state", {}, None, step=step)
     newest = folder / "step_000005"
-    meta = json.loads((newest / "meta.json").read_text())
+    described = (newest / "meta.json").read_bytes()
+    meta = {k: v for k, v in json.loads(described).items() if k != "seal"}
     weights = next((newest / "model").glob("*.distcp"))
     content = weights.read_bytes()
     broken = content[: len(content) // 4] + bytes(len(content) // 2) + content[len(content) // 4 :]
@@ -129,6 +130,8 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
         "outside": (newest / "meta.json", dump({**meta, "files": {"../../x": 1}})),
         "no digest": (newest / "meta.json", dump({**meta, "xxh3_128": {}})),
         "renamed": (newest / "meta.json", dump({**meta, "step": 4})),
+        "updates": (newest / "meta.json", described.replace(b'"updates": 0', b'"updates": 1')),
+        "unguarded": (newest / "meta.json", described.replace(b"xxh3_128", b"xxh3_129")),
     }
     seen = {}
     for name, (file, damaged) in cases.items():
@@ -192,14 +195,20 @@ def try_settings(root: Path, policy: Any) -> dict[str, Any]:
             seen[f"{dtype, distributed} -> {other}"] = refused(lambda r=restore, p=resumed: r(p))
         meta = json.loads((folder / "step_000001" / "meta.json").read_text())
         (folder / "step_000001" / "meta.json").write_bytes(
-            dump({k: v for k, v in meta.items() if k not in ("optimizer", "xxh3_128")})
+            dump({k: v for k, v in meta.items() if k not in ("optimizer", "xxh3_128", "seal")})
         )
         other_way = make_policy(f"{root}/a", dtype, not distributed)
         seen[f"old {dtype, distributed}"] = refused(
             lambda f=folder, p=other_way: keeper(f, p).restore(p)
         )
-    tuned = make_policy(f"{root}/a", weight_decay=0.1, beta1=0.5, beta2=0.6, eps=1e-3)
+    tuned = make_policy(f"{root}/a", lr=1e-3, weight_decay=0.1, beta1=0.5, beta2=0.6, eps=1e-3)
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("peergrad.parallel.checkpoint").addHandler(handler)
     keeper(root / "float32-True", tuned).restore(tuned)
+    logging.getLogger("peergrad.parallel.checkpoint").removeHandler(handler)
+    seen["told"] = told
     names = ("betas", "eps", "weight_decay")
     seen["optim"] = [tuple(group[n] for n in names) for group in tuned.optimizer.param_groups]
     return seen
@@ -306,6 +315,8 @@ def test_damage_is_one_true_line(found: tuple[Path, dict[str, Any]]) -> None:
         ("outside", "(meta.json names '../../x', which is not inside the folder)", older),
         ("no digest", "(meta.json has no digest of algo.json)", older),
         ("renamed", "(meta.json is of step 4)", older),
+        ("updates", "(meta.json has another content than was written (XXH3))", older),
+        ("unguarded", "(meta.json has another content than was written (XXH3))", older),
         ("0.distcp", ": model/__0_0.distcp (", moved),
         ("common.pt", ": model/common.pt (", moved),
         (".metadata", ": model/.metadata (", moved),
@@ -339,6 +350,8 @@ def test_settings_that_a_checkpoint_does_not_fit_are_named(
     found: tuple[Path, dict[str, Any]],
 ) -> None:
     root, seen = found[0], dict(found[1]["settings"])
+    step = root / "float32-True" / "step_000001"
+    assert seen.pop("told") == [f"{step} was to go on at the learning rate 1e-06; now it is 0.001"]
     assert seen.pop("optim") == [((0.5, 0.6), 1e-3, 0.1)] * 2  # as configured now
     for name, line in seen.items():
         if name.startswith("old"):

@@ -38,7 +38,9 @@ def explain(config: Config) -> str:
     algo = config.algo
     lines = [algo.source or "an objective of your own", ""]
     if algo.differences:
-        lines += ["deliberate differences", *(f"  - {text}" for text in algo.differences), ""]
+        before = " before what was changed" if ", changed: " in algo.source else ""
+        heading = f"deliberate differences{before}"
+        lines += [heading, *(f"  - {text}" for text in algo.differences), ""]
     plan = make_plan(config)
     rows = list(_formula(config, plan))
     width = max(len(name) for name, _ in rows)

@@ -14,9 +14,11 @@ SAME = ("temperature", "batch_size", "group_size")
 """Keys of ``rollout`` that cannot be changed: recorded logprobs are of that temperature, and groups
 come as they were recorded."""
 COURSE = ("model.path", "model.weights", "model.reference", "model.dtype", "run.seed", "optim",
-          "algo", "rollout.max_new_tokens", "rollout.max_staleness")  # fmt: skip
+          "algo", "rollout.max_new_tokens", "rollout.max_staleness", "kernels.logits",
+          "parallel.megatron")  # fmt: skip
 """What decides which policy a run has after some steps, up to rounding."""
-ASIDE = ("algo.source", "algo.sampling", "optim.on_nonfinite", "optim.decay_steps")
+ASIDE = ("algo.source", "algo.differences", "algo.sampling.limit", "optim.on_nonfinite",
+         "optim.decay_steps")  # fmt: skip
 """Parts of these that do not."""
 
 
@@ -36,18 +38,28 @@ def foreign(config: Config) -> str | None:
     will, or if nothing is replayed."""
     if config.rollout.replay is None:
         return None
-    theirs = _recorded(config)
-    if theirs is None:
+    last = _recorded(config)
+    if last is None:
         return "has no config.yaml"
     ours = _flat(OmegaConf.structured(config))
-    for key in sorted(ours):
+    if (other := _other_course(config, ours, last)) is not None:
+        return f"was recorded with {other}"
+    for attempt in sorted(Path(config.rollout.replay).glob("logs/*/config.yaml")):
+        if (other := _other_course(config, ours, _read(config, attempt))) is not None:
+            return f"was recorded in several attempts, one of them with {other}"
+    return None
+
+
+def _other_course(config: Config, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """What leads the run of ``theirs`` to other policies than this one; None if nothing does."""
+    for key in sorted(ours.keys() | theirs.keys()):
         among = any(_within(key, part) for part in COURSE)
         if among and not any(_within(key, part) for part in ASIDE):
             before = theirs.get(key)
-            if ours[key] != before and not _one_path(key, ours[key], before):
-                return f"was recorded with {key}={before}"
+            if ours.get(key) != before and not _one_path(key, ours.get(key), before):
+                return f"{key}={before}"
     if config.optim.schedule is not Schedule.constant and _end(ours) != _end(theirs):
-        return f"was recorded with a schedule of {_end(theirs)} steps"
+        return f"a schedule of {_end(theirs)} steps"
     return None
 
 
@@ -66,24 +78,30 @@ def _recorded(config: Config) -> dict[str, Any] | None:
     file = Path(config.rollout.replay or "") / "config.yaml"
     if config.rollout.replay is None or not file.is_file():
         return None
-    try:
-        loaded = OmegaConf.load(file)
-        found = _flat(loaded) if isinstance(loaded, DictConfig) else {}
-    except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise _unreadable(config, one_line(error)) from error
-    except Exception as error:  # the YAML reader's own kinds
-        if "yaml" in type(error).__module__:
-            raise _unreadable(config, one_line(error)) from error
-        raise
+    found = _read(config, file)
     missing = [key for key in SAME if f"rollout.{key}" not in found]
     if missing:
-        raise _unreadable(config, f"it has no rollout.{missing[0]}")
+        raise _unreadable(config, file, f"it has no rollout.{missing[0]}")
     return found
 
 
-def _unreadable(config: Config, why: str) -> ValueError:
+def _read(config: Config, file: Path) -> dict[str, Any]:
+    """A config.yaml of the recorded run by full key."""
+    try:
+        loaded = OmegaConf.load(file)
+        return _flat(loaded) if isinstance(loaded, DictConfig) else {}
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise _unreadable(config, file, one_line(error)) from error
+    except Exception as error:  # the YAML reader's own kinds
+        if "yaml" in type(error).__module__:
+            raise _unreadable(config, file, one_line(error)) from error
+        raise
+
+
+def _unreadable(config: Config, file: Path, why: str) -> ValueError:
+    folder = config.rollout.replay or ""
     return ValueError(
-        f"rollout.replay = {config.rollout.replay!r}: its config.yaml cannot be read ({why}); "
+        f"rollout.replay = {folder!r}: its {file.relative_to(folder)} cannot be read ({why}); "
         "restore the file, or remove it"
     )
 

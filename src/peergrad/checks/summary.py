@@ -15,7 +15,15 @@ from peergrad.checks.place import (
     run_folder,
 )
 from peergrad.checks.recording import foreign
-from peergrad.config import Config, KlPlace, RewardKind, ServerMode, ServersConfig, Spec
+from peergrad.config import (
+    Config,
+    KlPlace,
+    RewardKind,
+    ServerMode,
+    ServersConfig,
+    Spec,
+    SurrogateKind,
+)
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 
@@ -57,9 +65,9 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
     yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
-    where = algo.title
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
-    yield "objective", f"{where}; KL {algo.kl.coef:g}{place}" if algo.kl.coef else where
+    kl = f"; KL {algo.kl.coef:g}{place}" if algo.kl.coef else ""
+    yield "objective", f"{algo.title}{kl}"
 
 
 def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
@@ -76,13 +84,9 @@ def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
         return
     assert inputs.train is not None
     yield "prompts", _source(inputs.train)
-    yield (
-        "reward",
-        REWARDS.get(config.reward.kind)
-        or (
-            f"{config.reward.function} in {_plural(config.reward.workers, 'process', 'processes')}"
-        ),
-    )
+    processes = _plural(config.reward.workers, "process", "processes")
+    own = f"{config.reward.function} in {processes}"
+    yield "reward", REWARDS.get(config.reward.kind, own)
     yield "servers", _servers(config)
     yield "evaluation", _evaluation(config, inputs)
 
@@ -106,9 +110,12 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
         yield disk
     recorded = foreign(config)
     if recorded is not None:
+        algo = config.algo
+        ratio = algo.surrogate.kind is not SurrogateKind.reinforce or algo.correction.weighs_engine
+        acts = f"algo.old_policy={algo.old_policy.name} decides what ratios are taken to"
         yield (
             f"rollout.replay {recorded}, so this run's policy is not the one that answered: "
-            f"algo.old_policy={config.algo.old_policy.name} decides what ratios are taken to"
+            f"{acts if ratio else 'algo.surrogate.kind=reinforce has no ratio that corrects it'}"
         )
     train, wanted = inputs.train, config.rollout.prompts_per_step
     if train is not None and train.prompts < wanted:

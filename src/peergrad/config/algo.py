@@ -234,16 +234,16 @@ class CorrectionConfig:
         for name in ("low", "high"):
             belongs(f"algo.correction.{name}", getattr(self, name), self.kind, weights)
         low, high = self.bounds
+        outside = "leaves out 1, which is k of every token on policy"
+        require(low <= 1, "algo.correction.low", low, outside, "use at most 1")
+        require(high >= 1, "algo.correction.high", high, outside, "use at least 1")
         require(
             0 <= low < high,
             "algo.correction.low",
             low,
             f"must lie in [0, algo.correction.high ({high}))",
-            "lower it",
+            "lower it" if low > 0 else "use 0",
         )
-        outside = "leaves out 1, which is k of every token on policy"
-        require(low <= 1, "algo.correction.low", low, outside, "use at most 1")
-        require(high >= 1, "algo.correction.high", high, outside, "use at least 1")
 
     @property
     def bounds(self) -> tuple[float, float]:

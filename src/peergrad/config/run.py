@@ -28,6 +28,10 @@ TEMPLATE_OURS = {
 """Arguments of a chat that are no variables of its template, or that follow from other keys."""
 
 
+CHAT_ONLY = {"system": "null", "template_args": "{}", "continue_final_message": "false"}
+"""Keys of ``data`` that only a chat has, and what takes them back where a preset has set them."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     name: str = "run"
@@ -172,10 +176,11 @@ class DataConfig:
         _check_source("data.source", self.source)
         if self.held_out is not None:
             _check_source("data.held_out", self.held_out)
-        for key in ("system", "template_args", "continue_final_message"):
+        for key in CHAT_ONLY:
             value = getattr(self, key)
             unset = value is None or not (value or key == "system")
-            rule, remedy = "has no effect without data.chat", "set data.chat=true"
+            rule = "has no effect without data.chat"
+            remedy = f"set data.chat=true, or data.{key}={CHAT_ONLY[key]}"
             require(unset or self.chat, f"data.{key}", value, rule, remedy)
         system = self.system or ""
         rule, remedy = "must be text without NUL characters, and UTF-8", "correct it"

@@ -49,8 +49,9 @@ class JsonLines:
             if damaged:
                 copy = path.with_name(path.name + ".damaged")
                 shutil.copyfile(path, copy)
-                log.warning("%s: %d lines are no rows; as it was: %s", path, damaged, copy)
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                log.warning("%s: %d line(s) are no rows; as it was: %s", path, damaged, copy)
+            lines = (json.dumps(_strict(row)) + "\n" for row in kept)
+            partial.write_text("".join(lines), encoding="utf-8")
             partial.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -151,7 +152,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Rows, and the number of lines that are none."""
     rows, damaged = [], 0
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             row = _row(line)
             if row is not None:
                 rows.append(row)

@@ -28,6 +28,8 @@ from peergrad.parallel.damage import (
     verify,
 )
 from peergrad.parallel.fit import (
+    moved_rate,
+    next_rate,
     require_same_course,
     require_same_model,
     require_same_optimizer,
@@ -107,6 +109,8 @@ class Checkpoints:
                 step=step,
                 updates=policy.updates,
                 schedule_updates=schedule_updates(policy.config),
+                schedule=policy.config.optim.schedule.name,
+                next_lr=next_rate(policy.config, policy.updates),
             )
             self.groups.share(finish)
         self.groups.share(lambda: self._prune(step))
@@ -138,6 +142,8 @@ class Checkpoints:
         distributed = policy.config.parallel.distributed_optimizer
         require_same_optimizer(path, meta, distributed, policy.config.model.dtype)
         require_same_course(path, meta, policy.config)
+        if self.groups.rank == 0 and (rates := moved_rate(meta, policy.config)) is not None:
+            log.warning("%s was to go on at the learning rate %.3g; now it is %.3g", path, *rates)
         try:
             load_megatron(path / "model", policy.model, policy.optimizer)
         except Unloadable as error:

@@ -1,8 +1,9 @@
 """Whether a checkpoint folder is whole.
 
-``meta.json`` holds the size and the digest of every file. Sizes, and the content of what is below
-``SMALL_BYTES``, are compared in a moment by ``damage``; weights and optimizer state of real models
-are larger, and ``verify`` has all ranks read them before anything is loaded.
+``meta.json`` holds the size and the digest of every file, and a digest of itself. Sizes, and the
+content of what is below ``SMALL_BYTES``, are compared in a moment by ``damage``; weights and
+optimizer state of real models are larger, and ``verify`` has all ranks read them before anything is
+loaded.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from peergrad.parallel.digests import changed_file, digests, first_changed
@@ -22,6 +24,7 @@ from peergrad.parallel.groups import Groups
 
 log = logging.getLogger(__name__)
 FORMAT = 1
+SEAL = "seal"
 SMALL_BYTES = 64 << 20
 _KINDS: dict[str, type] = {
     "step": int,
@@ -45,10 +48,18 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"meta.json holds a {type(found).__name__} instead of an object")
     if found.get("format") != FORMAT:
         raise ValueError(f"format {found.get('format')} instead of {FORMAT}")
+    if SEAL in found and found != sealed(found):  # there is none in one of an older peergrad
+        raise ValueError("meta.json has another content than was written (XXH3)")
     for key, kind in _KINDS.items():
         if not isinstance(found.get(key), kind):
             raise ValueError(f"meta.json has no {key}, or not of the right kind")
     return found
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """``meta`` with the digest of all else in it, as ``read_meta`` compares it."""
+    rest = {key: value for key, value in meta.items() if key != SEAL}
+    return {**rest, SEAL: xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())}
 
 
 def damage(path: Path) -> str | None:

@@ -1,5 +1,5 @@
 """Whether a run can go on from a checkpoint that is whole: the same model, an optimizer state that
-can be read, steps left to do, and a learning rate that does not jump."""
+can be read, steps left to do, and a learning rate that does not jump unless ``optim`` says so."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +73,7 @@ def _distributed(path: Path, meta: dict[str, Any]) -> bool | None:
 
 def require_same_course(path: Path, meta: dict[str, Any], config: Config) -> None:
     """Refuse a run that ends before checkpoint ``path``, and one whose next learning rate another
-    length of the run would move. ``optim`` itself may be changed: that is said by whoever does."""
+    length of the run would move. ``optim`` itself may be changed: see ``moved_rate``."""
     steps, optim = config.run.steps, config.optim
     require(
         meta["step"] <= steps,
@@ -85,6 +85,8 @@ def require_same_course(path: Path, meta: dict[str, Any], config: Config) -> Non
     before, now = meta.get("schedule_updates"), schedule_updates(config)
     if before is None or optim.decay_steps is not None:  # of an older peergrad; or chosen
         return
+    if meta.get("schedule") not in (optim.schedule.name, None):  # another one is chosen, too
+        return
     was, will = (learning_rate(optim, update=meta["updates"], total=n) for n in (before, now))
     require(
         abs(was - will) <= JUMP * optim.lr,
@@ -95,3 +97,17 @@ def require_same_course(path: Path, meta: dict[str, Any], config: Config) -> Non
         f"{before} and now at {now}",
         f"set it to {max(1, before * steps // now)} to keep the course, or to {steps} to jump",
     )
+
+
+def moved_rate(meta: dict[str, Any], config: Config) -> tuple[float, float] | None:
+    """(the learning rate that the checkpoint's run would have gone on with, this run's), if they
+    differ; None also for a checkpoint of an older peergrad."""
+    was, will = meta.get("next_lr"), next_rate(config, meta["updates"])
+    if was is None or abs(was - will) <= JUMP * max(was, will):
+        return None
+    return was, will
+
+
+def next_rate(config: Config, updates: int) -> float:
+    """The learning rate of the optimizer step after ``updates``."""
+    return learning_rate(config.optim, update=updates, total=schedule_updates(config))

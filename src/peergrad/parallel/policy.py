@@ -70,7 +70,6 @@ class Scorer:
         kind = choose_logprob(config.kernels.logprob, groups.device)
         self.head = Head(self.model, config, vocab=self.shape.vocab, kind=kind)
         if weights is None:
-            key = "model.path" if path == config.model.path else "model.reference"
             load_hf(self.model, path, self.shape, groups, key=key)
         else:
             load_weights(Path(weights), self.model, self.shape, groups)

@@ -34,6 +34,7 @@ from peergrad.parallel.damage import (
     describe_files,
     first_line,
     read_meta,
+    sealed,
     verify,
 )
 from peergrad.parallel.fit import describe_optimizer, require_same_model
@@ -136,11 +137,12 @@ def write_meta(
     shape: Shape,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
-    **progress: int,
+    **progress: float | str,
 ) -> None:
     """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective.
 
-    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule_updates``.
+    ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule``,
+    ``schedule_updates`` and ``next_lr``.
     """
     meta = {
         "format": FORMAT,
@@ -151,7 +153,7 @@ def write_meta(
         "shape": asdict(shape),
         **describe_files(folder, groups),
     }
-    text = json.dumps(meta, indent=1)
+    text = json.dumps(sealed(meta), indent=1)
     groups.share(lambda: (folder / "meta.json").write_text(text))
 
 

@@ -72,6 +72,8 @@ def test_every_preset_explains_itself(preset: str) -> None:
     differences = [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
     assert differences == config.algo.differences and all(len(text) > 20 for text in differences)
     assert ("deliberate differences" in lines) == bool(differences)
+    changed = explain(composed(f"algo={preset}", "algo.entropy_coef=0.01"))  # may undo one
+    assert ("\ndeliberate differences before what was changed\n" in changed) == bool(differences)
     # every key is in one table, under its status, and once
     keys = [k for k in leaves(config.algo) if k not in ("algo.source", "algo.differences")]
     listed = [line.split()[0] for line in lines if line.startswith("  algo.")]

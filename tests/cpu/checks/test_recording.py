@@ -57,6 +57,10 @@ def test_what_does_not_change_the_policy(recording: Path) -> None:
         ("algo.minibatches=2", "was recorded with algo.minibatches=1"),
         ("rollout.max_staleness=1", "was recorded with rollout.max_staleness=0"),
         ("optim.schedule=cosine", "was recorded with optim.schedule=constant"),
+        ("algo.sampling.flat_groups=drop", "was recorded with algo.sampling.flat_groups=keep"),
+        ("algo.sampling.mean_high=1", "was recorded with algo.sampling.mean_high=None"),
+        ("kernels.logits=bfloat16", "was recorded with kernels.logits=float32"),
+        ("parallel.megatron={layernorm_zero_centered_gamma: true}", "was recorded with parallel"),
     ],
 )
 def test_another_course_is_off_policy(recording: Path, change: str, why: str) -> None:
@@ -75,6 +79,25 @@ def test_the_end_of_a_schedule_is_part_of_the_course(tmp_path: Path) -> None:
     assert foreign(same) is None
     other = replay(tmp_path, "optim.schedule=cosine", "run.steps=10")
     assert foreign(other) == "was recorded with a schedule of 20 steps"
+
+
+def test_every_attempt_of_the_recorded_run_has_a_say(recording: Path) -> None:
+    """A run that was resumed with another learning rate has a config.yaml of the last one only."""
+    for name, rate in (("20260101-000000-1", "1e-6"), ("20260102-000000-1", "2e-6")):
+        (recording / "logs" / name).mkdir(parents=True)
+        record(recording / "logs" / name, f"optim.lr={rate}")
+    record(recording, "optim.lr=2e-6")
+    other = "was recorded in several attempts, one of them with optim.lr=1e-06"
+    assert foreign(replay(recording, "optim.lr=2e-6")) == other
+    (recording / "logs/20260101-000000-1/config.yaml").unlink()  # it never got so far
+    assert foreign(replay(recording, "optim.lr=2e-6")) is None
+
+
+def test_words_about_an_objective_are_none_of_its_course(recording: Path) -> None:
+    text = (recording / "config.yaml").read_text()
+    assert "differences:" in text
+    (recording / "config.yaml").write_text(text.replace("differences:", "differences:\n  - new"))
+    assert foreign(replay(recording)) is None
 
 
 def test_what_nothing_is_known_of(tmp_path: Path) -> None:

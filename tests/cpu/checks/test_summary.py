@@ -7,7 +7,7 @@ import pytest
 
 from peergrad.checks import Inputs, Source, summary, warnings_of
 from peergrad.checks.place import checkpoint_bytes, disk_warning, gigabytes, resumed_step
-from peergrad.config import AlgoConfig, Config, Dtype, RewardKind, ServerMode
+from peergrad.config import AlgoConfig, Config, Dtype, RewardKind, ServerMode, SurrogateKind
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import TokenizerFacts
@@ -91,6 +91,10 @@ def test_a_replay(config: Config) -> None:
     assert "rollouts       recorded ones of runs/first; no engine, no evaluation" in lines
     assert not [line for line in lines if line.startswith(("prompts", "servers"))]
     assert any(line.startswith("warning") and "has no config.yaml" in line for line in lines)
+    inputs = Inputs(SHAPE, None, None, None)
+    assert "decides what ratios are taken to" in list(warnings_of(config, inputs))[-1]
+    config.algo.surrogate.kind = SurrogateKind.reinforce  # takes none
+    assert "reinforce has no ratio that corrects it" in list(warnings_of(config, inputs))[-1]
 
 
 def test_long_names_never_make_it_wide(config: Config) -> None:

@@ -178,7 +178,8 @@ def test_a_bad_line_costs_no_other(tmp_path: Path) -> None:
         b'{"kind": "train", "step": "3"}\n',
         b"[" * 10**5 + b"\n",
     ]
-    path.write_bytes(b"".join([*lines[:3], *bad, b"\n", *lines[3:]]))
+    mark = b"\xef\xbb\xbf"  # of an editor's
+    path.write_bytes(b"".join([mark, *lines[:3], *bad, b"\n", *lines[3:]]))
     before = path.read_bytes()
     assert [row["step"] for row in read_metrics(path)] == [1, 3, 4, 5]
     JsonLines(path, 4).close()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from peergrad.config import AlgoConfig, Config, OptimConfig, RunConfig, Schedule
-from peergrad.parallel.fit import require_same_course
+from peergrad.parallel.fit import moved_rate, require_same_course
 from peergrad.parallel.optimizer import schedule_updates
 
 PATH = Path("runs/x/checkpoints/step_000020")
@@ -65,8 +65,21 @@ def test_what_is_left_alone() -> None:
     require_same_course(PATH, meta(5, 20), config(40, **linear, warmup_steps=10))
     with pytest.raises(ValueError, match=r"from 0\.737 to 0\.872 at the resume"):
         require_same_course(PATH, meta(5, 20), config(40, **linear))
+    constant = {**meta(5, 20), "schedule": "constant"}  # of which the line would not be true
+    require_same_course(PATH, constant, config(40, **linear))
     old = {"step": 5, "updates": 5}
     require_same_course(PATH, old, config(40, **linear))
+
+
+def test_a_rate_that_goes_on_elsewhere_is_told() -> None:
+    """A warm-up of 40 instead of none, after 9 updates: 10/40 of the peak."""
+    checkpoint = {**meta(9, 100), "next_lr": 1.0}
+    assert moved_rate(checkpoint, config(100, lr=1.0)) is None
+    assert moved_rate(checkpoint, config(100, lr=1.0, warmup_steps=40)) == (1.0, 0.25)
+    assert moved_rate(checkpoint, config(100, lr=0.1)) == (1.0, 0.1)
+    assert moved_rate(meta(9, 100), config(100, lr=0.1)) is None  # of an older peergrad
+    ended = {**meta(9, 9), "next_lr": 0.0}
+    assert moved_rate(ended, config(9, lr=1.0, schedule=Schedule.linear)) is None
 
 
 def test_more_optimizer_steps_a_step_are_another_course() -> None:

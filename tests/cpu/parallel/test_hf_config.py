@@ -202,6 +202,7 @@ REFUSED = [
     ({"head_dim": None}, "head_dim = null in config.json must be a positive whole number"),
     ({"head_dim": 15}, "head_dim = 15 in config.json must be even"),
     ({"rms_norm_eps": 0.0}, "rms_norm_eps = 0.0 in config.json must be a positive number"),
+    ({"text_config": {"vocab_size": 90}}, 'text_config = {"vocab_size": 90} in config.json is not'),
     ({"tie_word_embeddings": None}, "tie_word_embeddings = null in config.json must be true or"),
 ]
 REFUSED_LLAMA = [

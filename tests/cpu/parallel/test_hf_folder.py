@@ -185,6 +185,15 @@ def test_an_index_and_files_that_disagree(
     assert refusal(sharded).startswith(rule)
 
 
+def test_an_index_may_be_what_is_left_over(model: Path) -> None:
+    index = {"weight_map": dict.fromkeys([EMBED, HEAD], FIRST)}
+    (model / INDEX).write_text(json.dumps(index))
+    assert refusal(model).endswith(
+        "which is not there; download the missing shards, or remove the index if "
+        "model.safetensors is the model"
+    )
+
+
 def test_an_index_of_the_one_file_is_no_second_model(model: Path) -> None:
     write_index(model, dict.fromkeys(load_file(model / WEIGHTS), WEIGHTS))
     assert places(checked(model)) == {WEIGHTS}
@@ -270,7 +279,7 @@ NONE = f"{WEIGHTS} is no safetensors file"
         ),
         (raw({"x": entry(4, 8, [1])}), f"{NONE} (the bytes of x do not follow those before them)"),
         (raw(twice("x")), f"{NONE} (x is given twice, with different values); "),
-        (raw({}, data=0), f"tensor {EMBED} is in none of its files; point it at a complete"),
+        (raw({}, data=0), f"tensor {EMBED} is in none of its files; download what is missing"),
         ("folder", f"{WEIGHTS} cannot be read (Is a directory); correct the file or its permissi"),
         ("link", f"{WEIGHTS} cannot be read (No such file or directory); correct the file or its"),
     ],
@@ -393,8 +402,9 @@ def test_a_quantised_layer_is_not_called_missing(model: Path) -> None:
 @pytest.mark.parametrize("name", [EMBED, HEAD, UP])
 def test_what_is_missing_is_named(model: Path, name: str) -> None:
     change(model, lambda tensors: tensors.pop(name))
-    line = f"tensor {name} is in none of its files; point it at a complete HF checkpoint"
-    assert refusal(model) == line
+    line = f"tensor {name} is in none of its files; download what is missing, or take config.json "
+    assert refusal(model).startswith(line + "and weights from one model")
+    assert ("set tie_word_embeddings to true there" in refusal(model)) == (name == HEAD)
 
 
 def test_frequencies_that_every_reader_makes_itself_are_harmless(model: Path) -> None:

@@ -205,7 +205,11 @@ def test_arguments_of_the_template(tmp_path: Path) -> None:
     [
         ({"template_args": {"a": 1}}, "data.template_args = {'a': 1}: has no effect without data"),
         ({"continue_final_message": True}, "data.continue_final_message = True: has no effect "),
-        ({"system": ""}, "data.system = '': has no effect without data.chat"),
+        (
+            {"system": ""},
+            "data.system = '': has no effect without data.chat; set data.chat=true, or "
+            "data.system=null",
+        ),
         (
             {"chat": True, "template_args": {"add_generation_prompt": False}},
             "data.template_args = {'add_generation_prompt': False}: add_generation_prompt is set",

@@ -187,7 +187,8 @@ def _refuse_features(source: _Source, family: str, layers: int) -> None:
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             source.refuse(name, "is not supported", "use the unquantised model")
-    for name in (*EXPERTS, *windows):
+    # Readers of today take the model from an inner configuration, if there is one.
+    for name in (*EXPERTS, *windows, "text_config"):
         if values.get(name) not in (None, 0):
             source.refuse(name, "is not supported")
     if values.get("partial_rotary_factor") not in (None, 1):

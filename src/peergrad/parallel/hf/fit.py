@@ -7,12 +7,14 @@ see whether it is their copy.
 import re
 
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.folder import COMPLETE, Folder, read_folder, some
+from peergrad.parallel.hf.folder import Folder, read_folder, some
 from peergrad.parallel.hf.header import FLOATS, Stored
 from peergrad.parallel.hf.strict_json import shown
 from peergrad.parallel.hf.tensors import EMBEDDING, HARMLESS, HEAD, tensor_shapes
 
 ONE_MODEL = "take both from one model"
+COMPLETE = "download what is missing, or take config.json and weights from one model"
+UNTIED = f"{COMPLETE}; if its head is the embedding, set tie_word_embeddings to true there"
 UNQUANTISED = "use the unquantised model"
 QUANTISED = re.compile(
     r"(.*\.)?(qweight|qzeros|scales|g_idx|weight_(scale|scale_inv|scale_2|zero_point|packed|shape)"
@@ -39,7 +41,11 @@ def check_weights(path: str, key: str, shape: Shape, *, values: bool = True) -> 
         if HARMLESS.fullmatch(name) is None:
             _refuse_kind(folder, name, tensor.dtype, used=name in expected)
     for name in expected:
-        folder.require(name in folder.tensors, f"tensor {name} is in none of its files", COMPLETE)
+        rule, remedy = (
+            f"tensor {name} is in none of its files",
+            UNTIED if name == HEAD else COMPLETE,
+        )
+        folder.require(name in folder.tensors, rule, remedy)
     _check_vocabulary(folder, shape)
     for name, size in expected.items():
         theirs = folder.tensors[name].shape

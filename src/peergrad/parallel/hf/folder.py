@@ -20,7 +20,6 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-COMPLETE = "point it at a complete HF checkpoint"
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,10 @@ def _manifest(folder: Path, key: str) -> dict[str, str]:
     for name in sorted(set(found.values())):
         plain = PurePath(name).name == name and name.endswith(".safetensors")
         check(plain, f"names {shown(name)}, which is no safetensors file of this folder")
-        there = os.path.lexists(folder / name)
-        check(there, f"names {shown(name)}, which is not there", "download the missing shards")
+        there, remedy = os.path.lexists(folder / name), "download the missing shards"
+        if (folder / WEIGHTS).exists():
+            remedy += f", or remove the index if {WEIGHTS} is the model"
+        check(there, f"names {shown(name)}, which is not there", remedy)
     return found
 
 
@@ -119,7 +120,8 @@ def _refuse_absence(folder: Path, key: str, present: list[str]) -> NoReturn:
         rule = f"holds no *.safetensors file, only {some(foreign)}"
         remedy = "download the safetensors files of that model"
     else:
-        rule, remedy = "holds no *.safetensors file", COMPLETE
+        rule = "holds no *.safetensors file"
+        remedy = "point it at a complete HF checkpoint"
     raise ValueError(f"{key} = {str(folder)!r}: {rule}; {remedy}")
 
 
