@@ -155,7 +155,7 @@ def _servers_load(config: Config) -> bool:
 
 def _check_checkpoint(path: Path, shape: Shape) -> None:
     from peergrad.parallel.damage import damage, read_meta
-    from peergrad.parallel.fit import require_same_model
+    from peergrad.parallel.resume import require_same_model
 
     problem = damage(path)
     require(
@@ -174,7 +174,7 @@ def _check_resume(config: Config, shape: Shape) -> None:
     if step is None:
         return
     from peergrad.parallel.damage import damage, read_meta
-    from peergrad.parallel.fit import (
+    from peergrad.parallel.resume import (
         require_same_course,
         require_same_model,
         require_same_optimizer,

@@ -27,16 +27,16 @@ from peergrad.parallel.damage import (
     read_meta,
     verify,
 )
-from peergrad.parallel.fit import (
+from peergrad.parallel.groups import Groups
+from peergrad.parallel.optimizer import schedule_updates
+from peergrad.parallel.policy import Policy, Scorer
+from peergrad.parallel.resume import (
     moved_rate,
     next_rate,
     require_same_course,
     require_same_model,
     require_same_optimizer,
 )
-from peergrad.parallel.groups import Groups
-from peergrad.parallel.optimizer import schedule_updates
-from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.snapshot import (
     Unloadable,
     load_megatron,

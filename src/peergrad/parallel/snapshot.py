@@ -37,11 +37,11 @@ from peergrad.parallel.damage import (
     sealed,
     verify,
 )
-from peergrad.parallel.fit import describe_optimizer, require_same_model
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.model import PolicyModel
+from peergrad.parallel.resume import describe_optimizer, require_same_model
 from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 from peergrad.storage import flush, partial_of, put_in_place, writing
 

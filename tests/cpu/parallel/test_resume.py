@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from peergrad.config import AlgoConfig, Config, OptimConfig, RunConfig, Schedule
-from peergrad.parallel.fit import moved_rate, require_same_course
 from peergrad.parallel.optimizer import schedule_updates
+from peergrad.parallel.resume import moved_rate, require_same_course
 
 PATH = Path("runs/x/checkpoints/step_000020")
 
