@@ -221,7 +221,7 @@ def test_a_reference_that_is_no_number_is_an_error(answer: str) -> None:
         grade(answer, "#### 1")
 
 
-@pytest.mark.parametrize("split", ["test", "train"])
+@pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
 def test_every_answer_against_itself(split: str) -> None:
     if not GSM8K.is_dir():
         pytest.skip("no GSM8K here")
