@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from peergrad.algo.explain import explain
@@ -38,6 +39,22 @@ from peergrad.storage import writing
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the user has chosen: the configuration, its YAML, and what both are composed of."""
+
+    config: Config
+    text: str
+    overrides: Sequence[str]
+
+    def in_steps(self, steps: int | None) -> "Chosen":
+        """The same run with ``steps``, if there are any, in place of run.epochs."""
+        if steps is None:
+            return self
+        overrides = [*self.overrides, f"run.steps={steps}", "run.epochs=null"]
+        return Chosen(*compose_config(overrides), overrides)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as configured by ``arguments`` (default: the command line); the exit status."""
     place = Place(0, 1)
@@ -51,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FINISHED
         refuse_knobs(config, chosen_keys(options.overrides))
         check(config, world=place.world)
-        config = settled(config)
+        chosen = Chosen(settled(config), text, options.overrides)
         if place.rank == 0:
             check_folder(config)
         directory = check_run_dir(config.run)
@@ -65,18 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ending.signals():
         try:
             if not options.check:
-                run(config, options.overrides, directory, place, ending)
+                run(chosen, directory, place, ending)
             elif place.rank == 0:
-                print(check_all(config, options.overrides, directory, place), end="")
+                print(check_all(chosen, directory, place), end="")
         except BaseException as error:
             return ending.end(error)
     return FINISHED
 
 
-def check_all(config: Config, overrides: Sequence[str], directory: RunDir, place: Place) -> str:
+def check_all(chosen: Chosen, directory: RunDir, place: Place) -> str:
     """What will run, in some lines. Raises ValueError for what is wrong with it."""
     from peergrad.rollout.servers import check_args
 
+    config = chosen.config
     # Beside each other: the one waits for a process of its own.
     with (
         Screen(config.run.steps) as screen,
@@ -86,9 +104,7 @@ def check_all(config: Config, overrides: Sequence[str], directory: RunDir, place
         arguments = beside.submit(check_args, config.rollout.servers.args)
         inputs = read_inputs(config, directory, screen)
         arguments.result()
-    if inputs.steps is not None:
-        config, _ = compose_config(in_steps(overrides, inputs.steps))
-    return summary(config, place.world, inputs)
+    return summary(chosen.in_steps(inputs.steps).config, place.world, inputs)
 
 
 def read_inputs(config: Config, directory: RunDir, screen: Screen) -> Inputs:
@@ -100,9 +116,7 @@ def read_inputs(config: Config, directory: RunDir, screen: Screen) -> Inputs:
     return inputs
 
 
-def run(
-    config: Config, overrides: Sequence[str], directory: RunDir, place: Place, ending: Ending
-) -> None:
+def run(chosen: Chosen, directory: RunDir, place: Place, ending: Ending) -> None:
     """The run, from its folder to its last line."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave its ranks training
         die_with_parent(os.getppid())
@@ -110,14 +124,14 @@ def run(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Their absence is no news: the log says which layer spec is used.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
-    began = time.monotonic()
+    began, config = time.monotonic(), chosen.config
     with ExitStack() as outer:
         shown = place.rank == 0 and config.logger.console
         screen = outer.enter_context(Screen(config.run.steps, shown=shown))
         with ExitStack() as stack, ending.noted():
             attempt = None
             if place.rank == 0:
-                config, attempt = open_folder(config, overrides, directory, ending, screen, outer)
+                config, attempt = open_folder(chosen, directory, ending, screen, outer)
             train(config, directory, attempt, ending, screen, stack)
         screen.stop()
         if place.rank == 0:
@@ -125,15 +139,11 @@ def run(
 
 
 def open_folder(
-    config: Config,
-    overrides: Sequence[str],
-    directory: RunDir,
-    ending: Ending,
-    screen: Screen,
-    stack: ExitStack,
+    chosen: Chosen, directory: RunDir, ending: Ending, screen: Screen, stack: ExitStack
 ) -> tuple[Config, Path]:
     """Hold the run's folder from here on, open the log of this attempt and read what the run reads;
     the configuration with all that this tells, and the folder of the log."""
+    config = chosen.config
     what = f"run.name = {config.run.name!r}"
     with screen.waiting("the run's folder"), writing("run folder", directory.path):
         stack.enter_context(FolderLock(directory.lock, what, heard=screen.detail))
@@ -145,23 +155,18 @@ def open_folder(
     screen.say(f"log        {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
         inputs = read_inputs(config, directory, screen)
-    counted, text = compose_config(in_steps(overrides, inputs.steps))
-    if inputs.steps is not None:
-        config, screen.steps = counted, inputs.steps
+    chosen = chosen.in_steps(inputs.steps)
+    config = chosen.config
+    screen.steps = config.run.steps
     for warning in warnings_of(config, inputs):
         log.warning("%s", warning)
     with writing("run folder", directory.path):
         if (resumed_step(config) or 0) < config.run.steps:
             directory.done.unlink(missing_ok=True)  # of a shorter run that goes on
         for path in (directory.config, attempt / "config.yaml"):
-            path.write_text(text)
+            path.write_text(chosen.text)
         (attempt / "objective.txt").write_text(explain(config))
     return config, attempt
-
-
-def in_steps(overrides: Sequence[str], steps: int | None) -> list[str]:
-    """The overrides of the same run with ``steps``, if there are any, in place of run.epochs."""
-    return [*overrides, *([] if steps is None else [f"run.steps={steps}", "run.epochs=null"])]
 
 
 def objective_line(config: Config) -> str:
