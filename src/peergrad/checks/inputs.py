@@ -174,11 +174,7 @@ def _check_resume(config: Config, shape: Shape) -> None:
     if step is None:
         return
     from peergrad.parallel.damage import damage, read_meta
-    from peergrad.parallel.resume import (
-        require_same_course,
-        require_same_model,
-        require_same_optimizer,
-    )
+    from peergrad.parallel.resume import require_resumable
 
     folder = run_folder(config) / "checkpoints"
     path = folder / f"step_{step:06d}"
@@ -194,10 +190,7 @@ def _check_resume(config: Config, shape: Shape) -> None:
             remedy if others else "choose a new run.name: there is no other whole one",
         )
         return
-    meta = read_meta(path)
-    require_same_model("run.resume", path, meta, shape)
-    require_same_optimizer(path, meta, config.parallel.distributed_optimizer, config.model.dtype)
-    require_same_course(path, meta, config)
+    require_resumable(path, read_meta(path), shape, config)
 
 
 def _read_sources(

@@ -33,9 +33,7 @@ from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.resume import (
     moved_rate,
     next_rate,
-    require_same_course,
-    require_same_model,
-    require_same_optimizer,
+    require_resumable,
 )
 from peergrad.parallel.snapshot import (
     Unloadable,
@@ -138,10 +136,7 @@ class Checkpoints:
         if path is None:
             return 0
         meta = self.groups.share(lambda: read_meta(path))
-        require_same_model("run.resume", path, meta, policy.shape)
-        distributed = policy.config.parallel.distributed_optimizer
-        require_same_optimizer(path, meta, distributed, policy.config.model.dtype)
-        require_same_course(path, meta, policy.config)
+        require_resumable(path, meta, policy.shape, policy.config)
         if self.groups.rank == 0 and (rates := moved_rate(meta, policy.config)) is not None:
             log.warning("%s was to go on at the learning rate %.3g; now it is %.3g", path, *rates)
         try:
@@ -232,22 +227,21 @@ class Checkpoints:
         for old in self.folder.glob(".step_*.old"):  # a job that died between two renames
             if damage(old) is None:
                 restore_old(old.with_name(old.name[1:].removesuffix(".old")))
-        steps = self._steps()
-        whole = [path for path in steps if self._problem(path) is None]
-        if not steps and not (self.folder / "latest").exists():
+        if not self._steps() and not (self.folder / "latest").exists():
             log.warning("%s holds no checkpoint: starting from the beginning", self.folder)
             return None
         named, problem = self._latest()
-        if named is None and problem is None and whole:  # a job that died before it wrote latest
-            return whole[0]
-        problem = problem or "no step folder is whole"
         if named is not None:
             problem = self._problem(named)
             if problem is None:
                 return named
-        if self.config.fallback and whole:
-            log.warning("%s: %s; falling back to %s", named or self.folder, problem, whole[0])
-            return whole[0]
+        whole = next((path for path in self._steps() if self._problem(path) is None), None)
+        if problem is None and whole is not None:  # a job that died before it wrote latest
+            return whole
+        problem = problem or "no step folder is whole"
+        if self.config.fallback and whole is not None:
+            log.warning("%s: %s; falling back to %s", named or self.folder, problem, whole)
+            return whole
         raise self._refused(named or self.folder, f"is damaged ({problem})")
 
     def _problem(self, path: Path) -> str | None:

@@ -16,6 +16,14 @@ JUMP = 1e-3
 """Change of the learning rate, as a part of its peak, that is too small to matter."""
 
 
+def require_resumable(path: Path, meta: dict[str, Any], shape: Shape, config: Config) -> None:
+    """ValueError unless a run of ``config``, whose model is of ``shape``, can go on from checkpoint
+    ``path``, which ``meta`` describes."""
+    require_same_model("run.resume", path, meta, shape)
+    require_same_optimizer(path, meta, config.parallel.distributed_optimizer, config.model.dtype)
+    require_same_course(path, meta, config)
+
+
 def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
     """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
     ours = asdict(shape)
