@@ -47,7 +47,26 @@ class _Texts:
         return texts[row * self.COLUMNS : (row + 1) * self.COLUMNS]
 
 
-class Table(Sequence[Prompt]):
+class _Made(Sequence[Prompt]):
+    """Prompts that are made when they are asked for, by ``_prompt``."""
+
+    def _prompt(self, index: int) -> Prompt:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        chosen = range(len(self))[index]  # IndexError beyond either end
+        if isinstance(chosen, int):
+            return self._prompt(chosen)
+        return [self._prompt(i) for i in chosen]
+
+
+class Table(_Made):
     """Prompts that can be added at the end; each is made when it is asked for.
 
     The prompt of row 17 has the id ``train-17``; that of the second file ``train-1-17``: more rows
@@ -79,19 +98,6 @@ class Table(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self._prompt(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._prompt(index % len(self))
 
     def _prompt(self, index: int) -> Prompt:
         text, answer, extra = self._texts[index]
@@ -135,8 +141,8 @@ class Table(Sequence[Prompt]):
         return tokens, both
 
 
-class _Part(Sequence[Prompt]):
-    """Some prompts of a table, made when they are asked for."""
+class _Part(_Made):
+    """Some prompts of a table."""
 
     def __init__(self, table: Table, chosen: range) -> None:
         self._table, self._chosen = table, chosen
@@ -144,13 +150,5 @@ class _Part(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self._table[i] for i in self._chosen[index]]
+    def _prompt(self, index: int) -> Prompt:
         return self._table[self._chosen[index]]
