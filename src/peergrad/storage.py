@@ -188,6 +188,13 @@ def put_in_place(partial: Path, target: Path, *, replace: bool = True) -> None:
     remove(old)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Give the file ``path`` this content, all of it or, after a crash, none: by one rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def restore_old(target: Path) -> bool:
     """Give ``target`` its older folder back if a job died between the two renames of
     ``put_in_place``; whether it did."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peergrad.config import LoggerConfig
-from peergrad.storage import writing
+from peergrad.storage import replace_text, writing
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, float]
@@ -43,28 +43,29 @@ class JsonLines:
     def __init__(self, path: Path, start: int) -> None:
         rows, damaged = _read(path)
         kept = [row for row in rows if row["step"] <= start] if start else []
-        partial = path.with_name(path.name + ".partial")
         self._path = path
         with writing("metrics", path):
             if damaged:
                 copy = path.with_name(path.name + ".damaged")
                 shutil.copyfile(path, copy)
                 log.warning("%s: %d line(s) are no rows; as it was: %s", path, damaged, copy)
-            lines = (json.dumps(_strict(row)) + "\n" for row in kept)
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.replace(path)
+            replace_text(path, _lines(kept))
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, row: Row) -> None:
         # Seconds since 1970: phases tell durations, only this tells when.
         record = {"kind": kind, "step": step, "timestamp": round(time.time(), 3), **row}
         with writing("metrics", self._path):
-            self._file.write(json.dumps(_strict(record)) + "\n")
+            self._file.write(_lines([record]))
             self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):  # what a full disk did not take has been said
             self._file.close()
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_strict(record)) + "\n" for record in records)
 
 
 def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,9 +123,7 @@ class WandB:
         self._sent[kind] = step
         with writing("metrics", self._file):
             self._file.parent.mkdir(exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self._sent))
-            partial.replace(self._file)
+            replace_text(self._file, json.dumps(self._sent))
 
     def close(self) -> None:
         import wandb
@@ -260,10 +259,8 @@ class Metrics:
         if self._folder is not None:
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
             with writing("records", path):
-                partial.write_text("".join(json.dumps(_strict(r)) + "\n" for r in records))
-                partial.replace(path)
+                replace_text(path, _lines(records))
         return name
 
     def write(self, kind: str, step: int, row: Row) -> None:

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from peergrad.config import RunConfig
+from peergrad.storage import replace_text
 
 
 class RunDir:
@@ -42,9 +43,7 @@ class RunDir:
     def identity(self) -> str:
         """Names this run to servers that others may use as well; the same after every resume."""
         if self.known_identity is None:
-            partial = self.path / ".identity.partial"
-            partial.write_text(f"{self.path.name}-{secrets.token_hex(4)}")
-            partial.replace(self.path / "identity")
+            replace_text(self.path / "identity", f"{self.path.name}-{secrets.token_hex(4)}")
         return str(self.known_identity)
 
     def how_to_resume(self) -> str:
