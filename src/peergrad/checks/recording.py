@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peergrad.config import Config, OldPolicy, Schedule, require
 from peergrad.config.rules import one_line
+from peergrad.running.preset import leaves
 
 SAME = ("temperature", "batch_size", "group_size")
 """Keys of ``rollout`` that cannot be changed: recorded logprobs are of that temperature, and groups
@@ -108,19 +109,9 @@ def _unreadable(config: Config, file: Path, why: str) -> ValueError:
 
 def _flat(node: DictConfig) -> dict[str, Any]:
     """Values by full key; enumerations by their names, as YAML has them."""
-    found: dict[str, Any] = {}
-
-    def walk(values: dict[Any, Any], prefix: str) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                found[f"{prefix}{key}"] = value
-
     plain = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    walk(plain, "")
-    return found
+    return leaves(plain)
 
 
 def _within(key: str, part: str) -> bool:

@@ -1,6 +1,6 @@
 """What an ``algo`` preset sets gives way to what the user has chosen."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any
 
@@ -20,12 +20,12 @@ def read_preset(option: str) -> DictConfig:
     return preset
 
 
-def leaves(node: DictConfig, prefix: str) -> dict[str, Any]:
+def leaves(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key, with ``prefix`` before it -> value."""
     found: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key!s}"
-        found |= leaves(value, f"{name}.") if isinstance(value, DictConfig) else {name: value}
+        found |= leaves(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
 
 

@@ -8,9 +8,10 @@ import pytest
 from peergrad.algo.plan import Old, make_plan
 from peergrad.checks.recording import foreign, settled
 from peergrad.config import Config, OldPolicy
-from peergrad.running.compose import compose_config, config_dir
+from peergrad.running.compose import compose_config
+from peergrad.running.keys import groups
 
-PRESETS = sorted(file.stem for file in (config_dir() / "algo").glob("*.yaml"))
+PRESETS = sorted(groups()["algo"])
 
 
 @pytest.fixture
