@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import httpx
 
 from peergrad.rollout.errors import ServerError, reason
-from peergrad.rollout.sglang import Json, check, decode
+from peergrad.rollout.reply import Reply
+from peergrad.rollout.sglang import Json
 
 T = TypeVar("T")
 
@@ -95,7 +96,8 @@ class Control:
                 "and its log",
                 url=url,
             ) from error
-        answer = decode(check(response, url), url) if response.content else {}
+        reply = Reply(url, path, response.status_code, response.content).checked()
+        answer = reply.json() if reply.content else {}
         return answer if isinstance(answer, dict) else {"answer": answer}
 
 

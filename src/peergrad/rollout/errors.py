@@ -1,9 +1,28 @@
 """What goes wrong between us and a server, each as one line that names the server."""
 
+from errno import ECONNREFUSED
+
+import aiohttp
 import httpx
 
 DEATH_SECONDS = 2.0  # from the end of a server's connections to its own
 MESSAGE_LIMIT = 500  # characters of what a server says: an HTML page is not an error message
+
+NOT_THERE = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+)
+BROKEN = (
+    httpx.RemoteProtocolError,
+    httpx.ReadError,
+    httpx.WriteError,
+    aiohttp.ServerDisconnectedError,
+    aiohttp.ClientOSError,
+    aiohttp.ClientPayloadError,
+    ConnectionResetError,
+)
 
 
 class ServerError(RuntimeError):
@@ -28,22 +47,23 @@ def quote(text: str) -> str:
 def reason(error: BaseException) -> str:
     """Why a request got no answer, in a user's words."""
     text = quote(str(error)).lower()
-    if isinstance(error, httpx.ConnectTimeout):
+    if isinstance(error, httpx.ConnectTimeout | aiohttp.ConnectionTimeoutError):
         return "the host does not answer"
-    if isinstance(error, httpx.ConnectError):
+    if isinstance(error, httpx.ConnectError | aiohttp.ClientConnectorError):
         unknown = ("name or service not known", "name resolution", "nodename", "no address")
         if any(words in text for words in unknown):
             return "the host name is not known"
-        if "refused" in text or "all connection attempts failed" in text:
+        refused = getattr(error, "errno", None) == ECONNREFUSED or "refused" in text
+        if refused or "all connection attempts failed" in text:
             return "connection refused"
         return f"cannot connect: {quote(str(error))}"
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
         return "no answer in time"
-    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError):
+    if isinstance(error, BROKEN):
         return "the connection broke before the answer"
     return quote(f"{type(error).__name__}: {error}").rstrip(": ")
 
 
 def cannot_connect(error: BaseException | None) -> bool:
     """Whether nothing listens there: the request has not even been sent."""
-    return isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    return isinstance(error, NOT_THERE)

@@ -21,7 +21,7 @@ from peergrad.config import Config, ServerMode, require
 from peergrad.config.rollout import HARMFUL
 from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, quote, reason
-from peergrad.rollout.sglang import check, decode
+from peergrad.rollout.reply import Reply
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
         remedy = f"name SGLang workers of {NEEDED_VERSION} or later, not a router"
         require(False, KEY, url, rule, remedy)
     try:
-        answer = decode(check(response, url), url)
+        answer = Reply(url, path, response.status_code, response.content).checked().json()
     except ServerError as error:
         rule = f"is no SGLang server, or not well ({quote(str(error))})"
         raise ValueError(f"{KEY} = {url!r}: {rule}; see its log") from error

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 
-import httpx
+import aiohttp
 import numpy as np
 import pytest
 from fake_sglang import FakeServer, answer_generate, sample
@@ -101,7 +101,7 @@ def test_a_timeout_names_its_setting():
         pytest.raises(ServerError, match=r"in 2 attempts.*rollout\.request_timeout") as error,
     ):
         generate(server.url, request_timeout=0.1, retries=1)
-    assert isinstance(error.value.__cause__, httpx.ReadTimeout)
+    assert isinstance(error.value.__cause__, aiohttp.SocketTimeoutError)
     assert error.value.url == server.url
     assert len(server.requests) == 2
 
