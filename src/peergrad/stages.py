@@ -19,6 +19,7 @@ from peergrad.algo.mismatch import (
 from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.observing.metrics import Metrics
+from peergrad.observing.parts import Parts
 
 if TYPE_CHECKING:
     from peergrad.parallel.policy import Policy, Scores, Update
@@ -51,9 +52,13 @@ def sync_weights(
         "version/engine": float(version),
         "sync/verified": float(proof.verified),
         "sync/unverified": float(proof.unverified),
+        **{f"time/sync/{part}": seconds for part, seconds in proof.seconds.items()},
     }
     if proof.canary is not None:
-        gap = numbers["sync/canary_gap"] = policy.canary_gap(proof.canary)
+        parts = Parts()
+        with parts.time("trainer_canary"):
+            gap = numbers["sync/canary_gap"] = policy.canary_gap(proof.canary)
+        numbers |= parts.row("sync")
         message = f"trainer and engine differ by {gap:.2e} nats on the canary text (step {version})"
         limit = config.rollout.max_canary_gap
         if limit is not None and not gap <= limit:

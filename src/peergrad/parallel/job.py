@@ -131,7 +131,7 @@ class Job:
         """Ever longer ones, from half a millisecond on; the more ranks ask, the longer. Asking
         again and again is quieter than the store's own ``wait``, which warns on the screen when its
         time is over."""
-        pause, longest = 5e-4, max(0.05, self.world / 1000)
+        pause, longest = 5e-4, max(0.01, self.world / 1000)
         while True:
             yield
             time.sleep(pause)

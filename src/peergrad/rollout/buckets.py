@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peergrad.rollout.sglang import Json
+from peergrad.rollout.requests import Json
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 

@@ -11,7 +11,7 @@ import time
 
 from peergrad.rollout.control import Control
 from peergrad.rollout.errors import ServerError
-from peergrad.rollout.sglang import Json
+from peergrad.rollout.requests import Json
 from peergrad.rollout.versions import CLAIMED, FREE, not_ours, owner, spell
 
 log = logging.getLogger(__name__)

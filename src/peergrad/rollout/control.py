@@ -13,7 +13,7 @@ import httpx
 
 from peergrad.rollout.errors import ServerError, reason
 from peergrad.rollout.reply import Reply
-from peergrad.rollout.sglang import Json
+from peergrad.rollout.requests import Json
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ trainer sent; and a canary, a fixed token sequence that the engine scores, and t
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Proof:
     verified: int  # engine tensors found equal to what was sent, on every server
     unverified: int  # engine tensors whose digest cannot be known: sharded, quantised, experts, GPU
     canary: Group | None
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the sync
 
 
 class Digests:

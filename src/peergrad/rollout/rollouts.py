@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from peergrad.data import Group
+from peergrad.observing.parts import Parts
 from peergrad.recording import read_groups
 from peergrad.rollout.buckets import NamedTensors
 from peergrad.rollout.collector import Collector
@@ -101,11 +103,15 @@ class LiveRollouts:
         return self._share(finish)
 
     def take(self, step: int) -> Taken:
+        parts = Parts()
+
         def take() -> Taken:
-            taken = self._on_rank_zero().take(step)
+            with parts.time("wait"):
+                taken = self._on_rank_zero().take(step)
             if self._dump:
-                self._recorder.put(taken.groups, step)
-            return taken
+                with parts.time("record"):
+                    self._recorder.put(taken.groups, step)
+            return replace(taken, grading={**taken.grading, **parts.row("rollout")})
 
         return self._share(take)
 

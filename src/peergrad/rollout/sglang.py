@@ -1,14 +1,10 @@
-"""The engine behind one or more SGLang servers, over HTTP.
-
-Payload builders are plain functions: contract tests hold them against SGLang's own request
-classes, because SGLang silently ignores a misspelt field.
-"""
+"""The engine behind one or more SGLang servers, over HTTP."""
 
 import asyncio
 import logging
+from asyncio import Future
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 from uuid import uuid4
 
 import aiohttp
@@ -22,56 +18,18 @@ from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import ServerError as ServerError
 from peergrad.rollout.errors import ServerUnavailable, cannot_connect, quote, reason
 from peergrad.rollout.reply import Reply
+from peergrad.rollout.requests import Draw, Json, generate_payload, score_payload, together
 
-Json = dict[str, Any]
+Drawn = tuple[str, Sequence[Answer]]
+"""A server and its samples."""
 AS_JSON = {"Content-Type": "application/json"}
 FLEETING = (aiohttp.ClientError, TimeoutError, ServerUnavailable)
 """What another attempt may mend."""
 log = logging.getLogger(__name__)
 
-PLAIN = {
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_new_tokens": 0,
-    "ignore_eos": False,
-}
-"""Said although they are SGLang's defaults: a server may have defaults of its own, and would draw
-from another distribution than the trainer's."""
 CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 3.0  # an idle connection; servers close theirs after 5
 GIVE_UP_SECONDS = 60.0  # of attempts to connect, whatever rollout.retries says
-
-
-def generate_payload(
-    prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, request_id: str
-) -> Json:
-    """Body of POST /generate for ``sampling.n`` answers to one prompt."""
-    return {
-        "rid": request_id,
-        "input_ids": np.asarray(prompt_tokens).tolist(),
-        "return_logprob": True,
-        "sampling_params": {
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            **PLAIN,
-        },
-    }
-
-
-def score_payload(tokens: Sequence[int] | np.ndarray) -> Json:
-    """Body of POST /generate that draws nothing and scores every token of the input."""
-    return {
-        "input_ids": np.asarray(tokens).tolist(),
-        "return_logprob": True,
-        "logprob_start_len": 0,
-        "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
-    }
 
 
 class SGLangEngine:
@@ -103,6 +61,8 @@ class SGLangEngine:
         self._vocab_size = vocab_size
         self._oldest: int | None = None
         self._newest: int | None = None
+        self._waiting: list[tuple[Draw, Future[Drawn]]] = []
+        self._asking: set[asyncio.Task[None]] = set()
         self._client_id = uuid4().hex[:8]  # keeps request ids unique
         # No web proxy of a cluster has a part in this. Hundreds of requests are open at once, and
         # cost this client 0.3 ms of a core each; httpx takes 20.
@@ -131,7 +91,7 @@ class SGLangEngine:
             for attempt in range(self._attempts):
                 missing = Sampling(**{**vars(sampling), "n": sampling.n - len(rollouts)})
                 rid = f"{self._client_id}/{request_id}/{attempt}"
-                url, drawn = await self._draw(prompt_tokens, missing, rid)
+                url, drawn = await self._draw(Draw(prompt_tokens, missing, rid))
                 rollouts += drawn
                 if len(rollouts) == sampling.n:
                     return rollouts
@@ -141,26 +101,59 @@ class SGLangEngine:
             url=url,
         )
 
-    async def _draw(
-        self, prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, request_id: str
-    ) -> tuple[str, list[Rollout]]:
+    async def _draw(self, draw: Draw) -> tuple[str, list[Rollout]]:
         """The server, and those of its answers that were not aborted."""
         oldest = self._oldest
-        payload = generate_payload(prompt_tokens, sampling, request_id)
-        url, answers = await self._post_generate(payload)
+        url, samples = await self._answers(draw)
         asked = self._asked(
             oldest,
-            prompt_tokens=len(prompt_tokens),
-            max_new_tokens=sampling.max_new_tokens,
+            prompt_tokens=len(draw.prompt),
+            max_new_tokens=draw.sampling.max_new_tokens,
             vocab_size=self._vocab_size,
         )
-        samples = _counted(answers, sampling.n, url)
         parsed = [parse_rollout(sample, url=url, asked=asked) for sample in samples]
         return url, [rollout for rollout in parsed if rollout is not None]
 
+    def _answers(self, draw: Draw) -> Future[Drawn]:
+        """What a server answers to ``draw``, which goes out with all that is asked for until the
+        event loop comes round."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._send)
+        answers: Future[Drawn] = loop.create_future()
+        self._waiting.append((draw, answers))
+        return answers
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        rest = iter(waiting)
+        for draws in together([draw for draw, _ in waiting], servers=len(self.urls)):
+            self._start([next(rest) for _ in draws])
+
+    def _start(self, asked: Sequence[tuple[Draw, Future[Drawn]]]) -> None:
+        task = asyncio.create_task(self._ask(asked))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, asked: Sequence[tuple[Draw, Future[Drawn]]]) -> None:
+        """One request; its answers, or its error, to those who wait for them."""
+        draws = [draw for draw, _ in asked]
+        try:
+            count = sum(draw.sampling.n for draw in draws)
+            url, samples = await self._post_generate(generate_payload(draws), len(draws))
+            rest = iter(_counted(samples, count, url))
+            for draw, answers in asked:
+                mine = [next(rest) for _ in range(draw.sampling.n)]
+                if not answers.done():  # cancelled
+                    answers.set_result((url, mine))
+        except BaseException as error:
+            for _, answers in asked:
+                if not answers.done():
+                    answers.set_exception(error)
+
     async def score(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         oldest = self._oldest
-        url, answers = await self._post_generate(score_payload(tokens))
+        url, answers = await self._post_generate(score_payload(tokens), 1)
         (answer,) = _counted(answers, 1, url)
         return parse_scores(answer, len(tokens), url=url, asked=self._asked(oldest))
 
@@ -169,6 +162,9 @@ class SGLangEngine:
             (await self._post(url, "/abort_request", {"abort_all": True})).checked()
 
     async def aclose(self) -> None:
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
         await self._http.close()
 
     @property
@@ -179,8 +175,8 @@ class SGLangEngine:
         """``newest`` is of now: requests in flight go on with the weights of a sync."""
         return Asked(identity=self._identity, oldest=oldest, newest=self._newest, **more)
 
-    async def _post_generate(self, payload: Json) -> tuple[str, list[Answer]]:
-        """The decoded answer of POST /generate and its server, the first that gives one."""
+    async def _post_generate(self, payload: Json, groups: int) -> Drawn:
+        """The server, the first that gives one, and its decoded answer to POST /generate."""
         tried: dict[str, None] = {}
         attempts = tenacity.AsyncRetrying(
             stop=self._stop,
@@ -191,22 +187,22 @@ class SGLangEngine:
         try:
             async for attempt in attempts:
                 with attempt:
-                    return await self._post_once(payload, tried)
+                    return await self._post_once(payload, groups, tried)
         except tenacity.RetryError as error:
             raise self._gave_up(error.last_attempt, list(tried)) from error.last_attempt.exception()
         raise AssertionError("unreachable")
 
-    async def _post_once(self, payload: Json, tried: dict[str, None]) -> tuple[str, list[Answer]]:
+    async def _post_once(self, payload: Json, groups: int, tried: dict[str, None]) -> Drawn:
         # A dead server has nothing in flight: without ``tried`` it would win every retry.
         fresh = [url for url in self.urls if url not in tried] or self.urls
         url = min(fresh, key=self._in_flight.__getitem__)
         tried.pop(url, None)
         tried[url] = None  # the last one tried is the last in it
-        self._in_flight[url] += 1
+        self._in_flight[url] += groups
         try:
             reply = (await self._post(url, "/generate", payload)).checked()
         finally:
-            self._in_flight[url] -= 1
+            self._in_flight[url] -= groups
         try:
             return url, read_answers(reply.content, url)
         except msgspec.DecodeError as error:

@@ -51,7 +51,8 @@ class PromptSource(Protocol):
 class Taken:
     """What a step trains on, and the mean raw rewards of the groups that were dropped on the way:
     those of the prompts before its last one and after the last one of the step before.
-    ``grading``: metrics of all that was graded since the step before, also for later steps.
+    ``grading``: metrics of all that was graded since the step before, also for later steps, and
+    seconds of parts of the waiting.
 
     Example:
         ``Taken(groups=[group_a, group_b], dropped=(0.0, 1.0, 0.0),

@@ -23,13 +23,14 @@ import torch.distributed as dist
 
 from peergrad.config import Proof as ProofMode
 from peergrad.data import Group
+from peergrad.observing.parts import Parts
 from peergrad.rollout.answers import Asked, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control, finish
 from peergrad.rollout.errors import DEATH_SECONDS, ServerError, cannot_connect, reason
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
-from peergrad.rollout.sglang import Json, score_payload
+from peergrad.rollout.requests import Json, score_payload
 from peergrad.rollout.versions import spell
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class WeightSync:
         self._group: _Broadcast | None = None
         self._abandoned: list[_Broadcast] = []  # to free one would wait for its broadcast
         self._servers: list[Json] | None = None
+        self._parts = Parts()  # of the present load
 
     def load(self, named: NamedTensors, version: int) -> Proof:
         """Broadcast pairs of HF name and full tensor; returns when all servers generate from them.
@@ -100,8 +102,10 @@ class WeightSync:
         taken by another run, RuntimeError if the servers end up with other weights than were sent,
         and ValueError if another run has them at the first call.
         """
+        self._parts = Parts()
         try:
-            self._claim.check(version)
+            with self._parts.time("claim"):
+                self._claim.check(version)
             return self._load(named, version)
         except RuntimeError as error:
             if (dead := self._dead(DEATH_SECONDS)) is not None:
@@ -113,26 +117,33 @@ class WeightSync:
     def _load(self, named: NamedTensors, version: int) -> Proof:
         began, sent, count = time.monotonic(), 0, 0
         digests = self._new_digests()
-        stream = buckets(_observed(named, digests), self._limit)
+        exported = self._parts.each("export", named)
+        stream = buckets(_observed(exported, digests, self._parts), self._limit)
         first = next(stream, None)
         if first is None:
             raise ValueError("there are no weights to load")
         group = self._joined(first[0].flat.device)
-        self._control.post("/pause_generation", {"mode": "retract"})
+        with self._parts.time("pause"):
+            self._control.post("/pause_generation", {"mode": "retract"})
         with self._update_window():
             for bucket, last in chain([first], stream):
-                self._send(bucket, group, spell(self._identity, version) if last else None)
+                with self._parts.time("send"):
+                    self._send(bucket, group, spell(self._identity, version) if last else None)
                 sent, count = sent + len(bucket.flat), count + 1
-        self._claim.confirm(version)
-        counts = self._compare(digests)
-        self._control.post("/continue_generation")
-        canary = self._score_canary(version)
+        with self._parts.time("claim"):
+            self._claim.confirm(version)
+        with self._parts.time("verify"):
+            counts = self._compare(digests)
+        with self._parts.time("pause"):
+            self._control.post("/continue_generation")
+        with self._parts.time("engine_canary"):
+            canary = self._score_canary(version)
         seconds = time.monotonic() - began
         log.info(
             "sync of version %d took %.2f s (%d bytes in %d buckets, %d servers)",
             *(version, seconds, sent, count, len(self._control.urls)),
         )
-        return Proof(version, *counts, canary=canary)
+        return Proof(version, *counts, canary=canary, seconds=self._parts.seconds)
 
     def close(self) -> None:
         """Leave the group, and the servers to other runs; they may be gone already."""
@@ -147,7 +158,8 @@ class WeightSync:
     def _update_window(self) -> Iterator[None]:
         """Between begin and end; the end comes on failure, too, or no update could follow."""
         try:
-            self._control.post("/begin_weight_update")
+            with self._parts.time("pause"):
+                self._control.post("/begin_weight_update")
         except ServerError:  # left open by a trainer that was killed
             self._control.post("/end_weight_update")
             self._control.post("/begin_weight_update")
@@ -157,7 +169,8 @@ class WeightSync:
             with suppress(ServerError):  # a server may hang in a broadcast that nobody else joined
                 self._control.post("/end_weight_update", timeout=CLEAN_UP_SECONDS)
             raise
-        self._control.post("/end_weight_update")
+        with self._parts.time("pause"):
+            self._control.post("/end_weight_update")
 
     def _send(self, bucket: Bucket, group: "_Broadcast", version: str | None) -> None:
         body = update_payload(bucket, group.name, version)
@@ -337,8 +350,11 @@ def _checksums(url: str, answer: Json) -> list[dict[str, str]]:
         ) from error
 
 
-def _observed(named: NamedTensors, digests: Digests | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _observed(
+    named: NamedTensors, digests: Digests | None, parts: Parts
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in named:
         if digests is not None:
-            digests.add(name, tensor)
+            with parts.time("digest"):
+                digests.add(name, tensor)
         yield name, tensor

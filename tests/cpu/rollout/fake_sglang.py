@@ -42,10 +42,17 @@ class Mark:
 
 
 def answer_generate(body: dict[str, Any]) -> Answer:
-    """Each sample repeats the prompt and ends it with token 1."""
-    n = body["sampling_params"]["n"]
-    samples = [sample([*body["input_ids"], 1]) for _ in range(n)]
-    return 200, samples if n > 1 else samples[0]
+    """Each sample repeats its prompt and ends it with token 1."""
+    samples = [sample([*prompt, 1]) for prompt in wanted(body)]
+    several = len(samples) > 1 or isinstance(body["input_ids"][0], list)
+    return 200, samples if several else samples[0]
+
+
+def wanted(body: dict[str, Any]) -> list[list[int]]:
+    """The prompt of each answer that a request asks for."""
+    ids, n = body["input_ids"], body["sampling_params"]["n"]
+    prompts = ids if isinstance(ids[0], list) else [ids]
+    return [prompt for prompt in prompts for _ in range(n)]
 
 
 class FakeServer:

@@ -12,8 +12,8 @@ from peergrad.rollout import arguments
 from peergrad.rollout.buckets import buckets, update_payload
 from peergrad.rollout.claim import mark_payload
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.requests import Draw, generate_payload, score_payload
 from peergrad.rollout.servers import check_args
-from peergrad.rollout.sglang import generate_payload, score_payload
 from peergrad.rollout.sync import init_payload
 
 io = pytest.importorskip("sglang.srt.managers.io_struct")
@@ -28,13 +28,17 @@ def check(cls, body):
     assert not set(body) - set(adapter.json_schema()["properties"])
 
 
+THREE = Sampling(n=3, max_new_tokens=8, stop_token_ids=(1,))
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        generate_payload([5, 6], Sampling(n=3, max_new_tokens=8, stop_token_ids=(1,)), "0/p"),
+        generate_payload([Draw([5, 6] * 100, THREE, "0/p")]),
+        generate_payload([Draw([5, 6], THREE, "0/p"), Draw([7], THREE, "1/q")]),
         score_payload([5, 6, 7]),
     ],
-    ids=["generate", "score"],
+    ids=["one group", "several groups", "score"],
 )
 def test_generate(body):
     from sglang.srt.entrypoints.api_contract import generate_contract_error

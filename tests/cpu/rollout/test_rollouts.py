@@ -108,7 +108,9 @@ def test_a_failing_server_leaves_no_rank_behind_in_a_collective():
 def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
     group = new_group()
     rollouts = live(collector=FakeCollector([group]), run_dir=tmp_path, dump=True)
-    assert rollouts.take(11) == Taken([group], dropped=(0.0, 1.0))
+    taken = rollouts.take(11)
+    assert (taken.groups, taken.dropped) == ([group], (0.0, 1.0))
+    assert set(taken.grading) == {"time/rollout/wait", "time/rollout/record"}
     assert rollouts.state() == b"state"
     assert (tmp_path / "rollouts/step_000012.parquet").exists()
     replayed = ReplayRollouts(tmp_path).take(11)

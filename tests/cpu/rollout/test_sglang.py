@@ -7,6 +7,7 @@ import pickle
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import aiohttp
 import numpy as np
@@ -20,14 +21,18 @@ from peergrad.rollout.sglang import ServerError, SGLangEngine
 THREE = Sampling(n=3, max_new_tokens=8, stop_token_ids=(1,))
 
 
-def generate(*urls, sampling=THREE, prompts=1, **options):
-    """All groups' rollouts, the groups asked for at once."""
+LONG = 40  # tokens of a prompt that is asked for alone
+
+
+def generate(*urls, sampling=THREE, prompts=1, more=0, **options):
+    """All groups' rollouts, the groups asked for at once; prompts have 2 + ``more`` tokens."""
+    asked = [([7] * more + [5, i], f"{i}/p") for i in range(prompts)]
 
     async def main():
         engine = SGLangEngine(urls, **options)
         try:
             return await asyncio.gather(
-                *(engine.generate([5, i], sampling, request_id=f"{i}/p") for i in range(prompts))
+                *(engine.generate(prompt, sampling, request_id=name) for prompt, name in asked)
             )
         finally:
             await engine.aclose()
@@ -36,14 +41,28 @@ def generate(*urls, sampling=THREE, prompts=1, **options):
 
 
 def test_a_group_is_one_request():
+    """If its prompt is long: the server computes it once."""
     with FakeServer() as server:
-        (rollouts,) = generate(server.url)
-    ((path, body),) = server.requests
-    assert path == "/generate"
-    assert body["input_ids"] == [5, 0]
-    assert body["sampling_params"]["n"] == 3
-    assert len(rollouts) == 3
-    assert rollouts[0].tokens.tolist() == [5, 0, 1]
+        two = generate(server.url, prompts=2, more=LONG, sampling=replace(THREE, max_new_tokens=64))
+    assert [len(rollouts) for rollouts in two] == [3, 3]
+    for index, (path, body) in enumerate(sorted(server.requests, key=lambda r: r[1]["rid"])):
+        assert path == "/generate"
+        assert body["input_ids"] == [7] * LONG + [5, index]
+        assert body["sampling_params"]["n"] == 3
+        assert body["rid"].endswith(f"/{index}/p/0")
+
+
+def test_short_groups_share_a_request():
+    """40 of 24 tokens each are two requests; every group gets its own prompt's answers."""
+    with FakeServer() as server:
+        groups = generate(server.url, prompts=43)
+    assert [len(body["input_ids"]) for _, body in server.requests] in ([126, 3], [3, 126])
+    for index, rollouts in enumerate(groups):
+        assert [rollout.tokens.tolist() for rollout in rollouts] == [[5, index, 1]] * 3
+    ids = [rid for _, body in server.requests for rid in body["rid"]]
+    assert len(set(ids)) == len(ids) == 3 * 43
+    assert all(body["sampling_params"]["n"] == 1 for _, body in server.requests)
+    rollouts = groups[0]
     assert rollouts[0].logprobs.tolist() == [-5.0, 0.0, -1.0]
     assert rollouts[0].logprobs.dtype == np.float32
     assert rollouts[0].versions == ((0, 0, 3),)
@@ -62,7 +81,7 @@ def test_5xx_is_tried_again():
         (rollouts,) = generate(server.url)
     assert len(rollouts) == 3 and len(server.requests) == 3
     ids = [body["rid"] for _, body in server.requests]
-    assert ids[0].endswith("/0/p/0")
+    assert ids[0] == ids[2] and ids[0][0].endswith("/0/p/0/0")
 
 
 @pytest.mark.parametrize(
@@ -108,15 +127,15 @@ def test_a_timeout_names_its_setting():
 
 def test_aborted_answers_are_drawn_again():
     def abort_two_of_three(body):
-        if body["sampling_params"]["n"] == 3:
+        if len(body["input_ids"]) == 3:
             return 200, [sample([7]), sample([8], finish="abort"), sample([], finish="abort")]
         return answer_generate(body)
 
     with FakeServer(abort_two_of_three) as server:
         (rollouts,) = generate(server.url)
-    assert [body["sampling_params"]["n"] for _, body in server.requests] == [3, 2]
+    assert [len(body["input_ids"]) for _, body in server.requests] == [3, 2]
     assert [r.tokens.tolist() for r in rollouts] == [[7], [5, 0, 1], [5, 0, 1]]
-    assert len({body["rid"] for _, body in server.requests}) == 2
+    assert len({rid for _, body in server.requests for rid in body["rid"]}) == 5
 
 
 def test_a_group_that_is_always_aborted_is_an_error():
@@ -142,7 +161,8 @@ def test_groups_go_to_the_least_loaded_server_within_the_limit():
         return answer_generate(body)
 
     with FakeServer(slow) as one, FakeServer(slow) as two:
-        generate(one.url, two.url, prompts=8, max_concurrency=4)
+        sampling = replace(THREE, max_new_tokens=64)
+        generate(one.url, two.url, prompts=8, more=LONG, max_concurrency=4, sampling=sampling)
     assert len(one.requests) == len(two.requests) == 4
     assert peak == 4
 
