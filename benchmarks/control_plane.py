@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch.distributed as dist
+from client import GROUP, LONG, SHORT, cpu_seconds
 from json_lines import parse_one_by_one, read_lines, write_lines
 from machine import describe, load_average, result_path, title
 from summary import spread, write_result
@@ -49,6 +50,7 @@ from peergrad.rollout.text import Decode
 VOCAB = 151936
 TOKENS_A_GROUP = 8 * 576
 DISTINCT_ANSWERS = 50  # bodies in memory; a step's worth would be gigabytes of text
+CLIENT_TOKENS = 4_000_000  # more take httpx many minutes
 FILES = {"peergrad": "groups.parquet", "lines": "groups.jsonl.zst"}
 ASKED = Asked(identity="run", oldest=0, newest=0, max_new_tokens=1024, vocab_size=VOCAB)
 Case = tuple[str, str, Callable[[], object], Callable[[], None]]
@@ -244,6 +246,24 @@ def between_ranks(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def of_the_client(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """CPU seconds to ask for a step's answers and read them: long ones, and a step of the
+    quickstart's (128 groups)."""
+    records = []
+    for size in sizes:
+        groups = max(2, round(size / TOKENS_A_GROUP))
+        for way, seconds in cpu_seconds(LONG, groups, repeats):
+            tokens = groups * GROUP * LONG[1]
+            records.append(record("answers asked for and read", way, tokens, seconds))
+    groups = 16 if max(sizes) < 1e6 else 128
+    for way, seconds in cpu_seconds(SHORT, groups, repeats):
+        tokens = groups * GROUP * SHORT[1]
+        each = 1e3 * spread(seconds).median / groups
+        cost = "the same of short ones"
+        records.append(record(cost, way, tokens, seconds, milliseconds_per_group=each))
+    return records
+
+
 def growth(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds a million tokens at the largest size, and how they got there."""
     rows = []
@@ -279,6 +299,7 @@ def main() -> None:
     described, before = describe(), load_average()
     print(f"{title(described)}\nload average {before}\n")
     records = on_one_core(sizes, repeats) + between_ranks(sizes, repeats)
+    records += of_the_client([size for size in sizes if size <= CLIENT_TOKENS], repeats)
     rows = growth(records)
     print(f"\n{'cost':33} {'way':8} {'s per million':>13} {'growth':>7} {'bytes per token':>16}")
     for row in rows:
