@@ -5,6 +5,7 @@ would take ``L<pad>Us`` for ``LUs`` and never see a ``</answer>``; one without a
 none at all.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,9 @@ import numpy as np
 from peergrad.data import Rollout
 from peergrad.rollout.engine import Engine, Sampling
 
+THREAD_TOKENS = 1024
+"""Tokens from which on a group is decoded beside the loop that reads answers: half of what a large
+step's tokens cost here is decoding, and tokenizers do it without holding Python's lock."""
 Decode = Callable[[list[list[int]]], list[str]]
 """The texts of token sequences, special tokens and all."""
 
@@ -31,7 +35,11 @@ class Decoding:
     ) -> list[Rollout]:
         """See ``Engine``."""
         rollouts = await self._engine.generate(prompt_tokens, sampling, request_id=request_id)
-        texts = self._decode([self._said(rollout) for rollout in rollouts])
+        said = [self._said(rollout) for rollout in rollouts]
+        if sum(map(len, said)) < THREAD_TOKENS:
+            texts = self._decode(said)
+        else:
+            texts = await asyncio.to_thread(self._decode, said)
         return [replace(r, text=text) for r, text in zip(rollouts, texts, strict=True)]
 
     def _said(self, rollout: Rollout) -> list[int]:

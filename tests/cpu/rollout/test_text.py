@@ -8,7 +8,7 @@ import pytest
 from peergrad.data import Rollout
 from peergrad.inputs import answer_decoder
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.text import Decoding
+from peergrad.rollout.text import THREAD_TOKENS, Decoding
 from tests.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -54,3 +54,10 @@ def test_text(tokens: list[int], finish: str, text: str) -> None:
     rollouts = asyncio.run(engine.generate([5], sampling, request_id="0/p"))
     assert [rollout.text for rollout in rollouts] == [text] * 2
     assert rollouts[0].tokens.tolist() == tokens
+
+
+def test_long_groups_are_decoded_beside_and_alike() -> None:
+    engine = Decoding(Given([*ids("42" * 9), EOS], "stop"), answer_decoder(TOKENIZER), [EOS])
+    sampling = Sampling(n=THREAD_TOKENS // 18 + 1, max_new_tokens=19)
+    rollouts = asyncio.run(engine.generate([5], sampling, request_id="0/p"))
+    assert {rollout.text for rollout in rollouts} == {"42" * 9}
