@@ -46,6 +46,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
         ALLOC_MEMORY_FUNCS["cpu"] = _plain_buffer
+        # Under SGLang's own name: its lists of what runs without Triton know no other.
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        register_attention_backend("torch_native")(_attention)
+
+
+def _attention(runner: Any) -> Any:
+    from peergrad.rollout.cpu_backend import CpuAttentionBackend
+
+    return CpuAttentionBackend(runner)
 
 
 def _plain_buffer(dims: Any, dtype: Any, device: Any, *_: Any, **__: Any) -> torch.Tensor:
