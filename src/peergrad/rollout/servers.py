@@ -27,8 +27,15 @@ from peergrad.rollout.errors import quote
 
 log = logging.getLogger(__name__)
 
-# Without them the KV cache takes most of the memory, and an idle server a whole core.
-CPU_OPTIONS = {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
+CPU_OPTIONS = {
+    "max-total-tokens": 32768,  # without it the KV cache takes most of the memory
+    "sleep-on-idle": True,  # without it an idle server takes a whole core
+    "disable-cuda-graph": True,
+    # There is no second device whose work the schedule could overlap with, and overlapping draws
+    # one token past the end of every answer: a quarter of the steps if answers have three.
+    "disable-overlap-schedule": True,
+    "radix-cache-backend": "peergrad",  # registered in cpu_platform.py
+}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
