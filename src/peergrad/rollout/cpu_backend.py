@@ -110,8 +110,8 @@ def _is_causal(layer: Any) -> bool:
     what SGLang's own backend would leave out without a word."""
     if layer.logit_cap:
         raise RuntimeError(
-            f"rollout.servers = CPU: this model caps attention logits at {layer.logit_cap:g}, which "
-            "the CPU's attention does not; serve it on a GPU"
+            f"logit_cap = {layer.logit_cap:g}: attention on a CPU does not cap its logits; serve this "
+            "model on a GPU"
         )
     window = layer.sliding_window_size
     whole = window is None or window < 0
