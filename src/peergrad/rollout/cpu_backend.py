@@ -43,7 +43,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         if self._blocks is None or not _is_causal(layer):
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            native: torch.Tensor = super().forward_extend(
+                q, k, v, layer, forward_batch, save_kv_cache
+            )
+            return native
         return self._forward(self._blocks, q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_decode(
@@ -56,7 +59,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         if self._blocks is None or not _is_causal(layer):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+            native: torch.Tensor = super().forward_decode(
+                q, k, v, layer, forward_batch, save_kv_cache
+            )
+            return native
         return self._forward(self._blocks, q, k, v, layer, forward_batch, save_kv_cache)
 
     def _lay_out(self, batch: Any) -> list[Block]:
@@ -110,8 +116,8 @@ def _is_causal(layer: Any) -> bool:
     what SGLang's own backend would leave out without a word."""
     if layer.logit_cap:
         raise RuntimeError(
-            f"logit_cap = {layer.logit_cap:g}: attention on a CPU does not cap its logits; serve this "
-            "model on a GPU"
+            f"logit_cap = {layer.logit_cap:g}: attention on a CPU does not cap its logits; serve "
+            "this model on a GPU"
         )
     window = layer.sliding_window_size
     whole = window is None or window < 0
