@@ -46,6 +46,24 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
         ALLOC_MEMORY_FUNCS["cpu"] = _plain_buffer
+        # Under SGLang's own name: its lists of what runs without Triton know no other.
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+        register_attention_backend("torch_native")(_attention)
+        register_radix_cache_backend("peergrad", _prefix_cache)
+
+
+def _attention(runner: Any) -> Any:
+    from peergrad.rollout.cpu_backend import CpuAttentionBackend
+
+    return CpuAttentionBackend(runner)
+
+
+def _prefix_cache(context: Any) -> Any:
+    from peergrad.rollout.cpu_cache import build
+
+    return build(context)
 
 
 def _plain_buffer(dims: Any, dtype: Any, device: Any, *_: Any, **__: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """SGLang servers that live and die with this process."""
 
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -27,8 +28,19 @@ from peergrad.rollout.errors import quote
 
 log = logging.getLogger(__name__)
 
-# Without them the KV cache takes most of the memory, and an idle server a whole core.
-CPU_OPTIONS = {"max-total-tokens": 32768, "sleep-on-idle": True, "disable-cuda-graph": True}
+CPU_OPTIONS = {
+    "sleep-on-idle": True,  # without it an idle server takes a whole core
+    "disable-cuda-graph": True,
+    # There is no second device whose work the schedule could overlap with, and overlapping draws
+    # one token past the end of every answer: a quarter of the steps if answers have three.
+    "disable-overlap-schedule": True,
+    "radix-cache-backend": "peergrad",  # registered in cpu_platform.py
+    "skip-server-warmup": True,  # a second of start-up; there are no kernels to compile
+}
+# Tokens of a CPU server's KV cache. Without a number it takes most of the memory; with too small a
+# one a small model, which could answer a thousand prompts at once, does so in several rounds.
+CPU_TOKENS = (32_768, 262_144)
+CPU_CACHE_BYTES = 512 << 20
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
@@ -71,6 +83,7 @@ class ManagedServers:
             "weight-version": weight_version,
         }
         self._seed = seed
+        self._cpu_tokens = _cpu_tokens(Path(model_path), dtype)
         ports = _free_ports(config.count)
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
 
@@ -116,7 +129,7 @@ class ManagedServers:
         """The command line of server ``index``; ``rollout.servers.args`` wins over our defaults."""
         options: dict[str, Any] = {"random-seed": self._seed + index}
         if not torch.cuda.is_available():
-            options |= CPU_OPTIONS
+            options |= CPU_OPTIONS | {"max-total-tokens": self._cpu_tokens}
         options |= {flag(key): value for key, value in self._config.args.items()}
         if torch.cuda.is_available():
             # Behind the GPUs of this node's trainer ranks, unless told otherwise.
@@ -199,6 +212,21 @@ def _flags(options: dict[str, Any]) -> list[str]:
         values = [] if value is True else value if isinstance(value, list | tuple) else [value]
         flags += [f"--{key}", *map(str, values)]
     return flags
+
+
+def _cpu_tokens(model: Path, dtype: Dtype) -> int:
+    """As many tokens as ``CPU_CACHE_BYTES`` hold, within ``CPU_TOKENS``; the least of them for a
+    model whose configuration does not tell, as one of another architecture may."""
+    least, most = CPU_TOKENS
+    try:
+        shape = json.loads((model / "config.json").read_text())
+        heads = shape["num_attention_heads"]
+        width = shape.get("head_dim") or shape["hidden_size"] // heads
+        per_layer = 2 * width * (shape.get("num_key_value_heads") or heads)
+        bytes_each = shape["num_hidden_layers"] * per_layer * (4 if dtype is Dtype.float32 else 2)
+        return int(min(most, max(least, CPU_CACHE_BYTES // bytes_each)))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return least
 
 
 def _environment(index: int, tensor: int) -> dict[str, str]:

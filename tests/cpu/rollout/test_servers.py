@@ -1,5 +1,6 @@
 """Managed servers with stand-ins for SGLang: start, failure, stop, command line."""
 
+import json
 import os
 import re
 import signal
@@ -180,9 +181,42 @@ def test_the_users_options_win(managed):
         "--weight-version 0",
         "--random-seed 1",
         "--disable-cuda-graph",
+        "--radix-cache-backend peergrad",
     ):
         assert option in command
     assert "sleep-on-idle" not in command and "32768" not in command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the defaults of a machine without a GPU")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tokens"),
+    [
+        # 2 x 4 layers x 4 heads x 16 x 4 bytes = 2 KiB a token
+        ({"layers": 4, "heads": 8, "kv": 4, "width": 16}, Dtype.float32, 262_144),
+        # 2 x 8 x 4 x 64 x 2 = 8 KiB; no head_dim: 512 / 8
+        ({"layers": 8, "heads": 8, "kv": 4, "hidden": 512}, Dtype.bfloat16, 65_536),
+        # 2 x 28 x 8 x 128 x 4 = 224 KiB
+        ({"layers": 28, "heads": 16, "kv": 8, "width": 128}, Dtype.float32, 32_768),
+        ({"layers": 1, "heads": 1, "kv": 1, "width": 1}, Dtype.float32, 262_144),
+        ({"text_config": {}}, Dtype.float32, 32_768),
+        (None, Dtype.float32, 32_768),
+    ],
+)
+def test_the_cache_of_a_cpu_server_suits_the_model(tmp_path, shape, dtype, tokens):
+    names = {
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv": "num_key_value_heads",
+        "width": "head_dim",
+        "hidden": "hidden_size",
+    }
+    if shape is not None:
+        config = {names.get(key, key): value for key, value in shape.items()}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    servers = ManagedServers(
+        ServersConfig(), model_path=str(tmp_path), dtype=dtype, log_dir=tmp_path
+    )
+    assert f"--max-total-tokens {tokens} " in " ".join(servers.command(0))
 
 
 def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
