@@ -25,6 +25,7 @@ class MicroBatch:
     tokens: Int[Tensor, " T"]  # int64
     positions: Int[Tensor, " T"]  # int64, restart at 0 for every sequence
     cu_seqlens: Int[Tensor, " N1"]  # int32, N + 1 boundaries
+    lengths: tuple[int, ...]  # of the N sequences
     max_seqlen: int
     rows: Int[Tensor, " S"]  # int64
     targets: Int[Tensor, " S"]  # int64
@@ -120,6 +121,7 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
         tokens=torch.from_numpy(np.concatenate(sequences)).long(),
         positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).long(),
         cu_seqlens=torch.from_numpy(starts).int(),
+        lengths=tuple(lengths),
         max_seqlen=max(lengths),
         rows=scored(
             lambda i, s: starts[i] + np.arange(s.prompt_length, s.tokens.size) - 1, torch.int64
