@@ -159,10 +159,7 @@ class PackedAttention(MegatronModule):
             query, key = (Rotation.apply(x, cos, sin) for x in (query, key))  # type: ignore[no-untyped-call]
         batches = packed_seq_params.batches
         splits = [torch.split(x, [b.tokens for b in batches]) for x in (query, key, value)]
-        found = [
-            self._batched(batch, *part)
-            for batch, *part in zip(batches, *splits, strict=True)
-        ]
+        found = [self._batched(batch, *part) for batch, *part in zip(batches, *splits, strict=True)]
         return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1)
 
     def _batched(self, batch: Batch, *packed: Tensor) -> Tensor:
