@@ -144,7 +144,8 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
 def ranges(lengths: np.ndarray) -> np.ndarray:
     """``0, 1, ..., n - 1`` for every n of ``lengths``, one after the other."""
     ends = np.cumsum(lengths)
-    return np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    found: np.ndarray = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    return found
 
 
 def _flat(values: Iterable[np.ndarray]) -> np.ndarray:

@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 PADDING = 64
 """Tokens of padding that are cheaper than one more call of the attention kernel, and no more are
@@ -102,6 +103,7 @@ class Rotation(torch.autograd.Function):
         return _rotated(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grads[0], cos, -sin), None, None
@@ -165,13 +167,13 @@ class PackedAttention(MegatronModule):
     def _batched(self, batch: Batch, *packed: Tensor) -> Tensor:
         """Sequences as one batch, padded on the right: under a causal mask no real token sees the
         padding, so the result is exact."""
-        size, slots = (batch.sequences, batch.width), batch.slots
+        slots = batch.slots
 
         def spread(x: Tensor) -> Tensor:
             if slots is not None:
                 empty = x.new_zeros(batch.sequences * batch.width, *x.shape[1:])
                 x = empty.index_copy(0, slots, x)
-            return x.unflatten(0, size).transpose(1, 2)
+            return x.view(batch.sequences, batch.width, *x.shape[1:]).transpose(1, 2)
 
         out = self._attend(*(spread(x) for x in packed)).transpose(1, 2).flatten(0, 1)
         return out if slots is None else out.index_select(0, slots)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -40,9 +41,11 @@ class _Norm(torch.autograd.Function):
         inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+        scaled: Tensor = normed * weight
+        return scaled
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, inverse, weight = ctx.saved_tensors
         product = (grads[0] * normed).view(-1, weight.numel())
