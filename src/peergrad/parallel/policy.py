@@ -90,11 +90,12 @@ class Scorer:
 
     def canary_gap(self, group: Group) -> float:
         """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
-        temperature 1 (one rollout per server). Collective; equal on every rank."""
+        temperature 1 (one rollout per server, all of the same tokens, scored here once).
+        Collective; equal on every rank."""
         samples = make_samples([group])
-        own = self.score(samples, temperature=1.0).logp
-        gaps = [np.abs(x - s.logp_engine) for x, s in zip(own, samples, strict=True)]
-        return float(np.max(np.concatenate(gaps)))  # keeps NaN
+        assert all(np.array_equal(s.tokens, samples[0].tokens) for s in samples)
+        own = self.score(samples[:1], temperature=1.0).logp[0]
+        return float(np.max([np.abs(own - s.logp_engine) for s in samples]))  # keeps NaN
 
     @torch.no_grad()
     def become(self, other: "Scorer") -> None:
