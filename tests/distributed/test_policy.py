@@ -201,7 +201,8 @@ def found(models: tuple[str, str], request: pytest.FixtureRequest) -> Any:
 
 
 def tolerance(layout: Layout) -> float:
-    return 1e-5 if layout[3] == "float32" else 0.05
+    # Rounding of 0.02 nats a token, convex as the KL is, moves the loss by 5 to 12 %.
+    return 1e-5 if layout[3] == "float32" else 0.15
 
 
 @pytest.mark.distributed
@@ -252,6 +253,39 @@ def test_a_refused_update_leaves_the_weights_alone(found: Any) -> None:
             finite, refusal, untouched = rank["refused"]["far"]
             assert finite and untouched
             assert refusal == "mean ratio 2.72 > max_mean_ratio 2.5"
+
+
+def canary_gaps(path: str) -> tuple[float, list[int]]:
+    """The gap of three servers, the last of which is off by half a nat at one token, and how many
+    rows were scored for it."""
+    from peergrad.algo.samples import Sample
+    from peergrad.data import Group, Prompt, Rollout
+
+    policy, _ = make(path, (1, 1, 1000, "float32", False))
+    tokens = np.arange(3, 40, dtype=np.int32)
+    prompt, answer = Prompt("canary", tokens[:1], text="", answer=""), tokens[1:]
+    size, zero = answer.size, np.zeros(answer.size, np.float32)
+    row = Sample(tokens, 1, zero, zero, zero + 1, zero.astype(np.int32))
+    engine = policy.score([row], temperature=1.0).logp[0]
+    wrong = engine - 0.5 * (np.arange(size) == 7)
+    scored, score = [], policy.score
+
+    def counted(samples: Any, **options: Any) -> Any:
+        scored.append(len(samples))
+        return score(samples, **options)
+
+    policy.score = counted  # type: ignore[method-assign]
+    servers = tuple(
+        Rollout(answer, logp.astype(np.float32), ((0, 0, size),), finish="length", text="")
+        for logp in (engine, engine, wrong)
+    )
+    return policy.canary_gap(Group("canary", prompt, servers)), scored
+
+
+@pytest.mark.distributed
+def test_canary_is_scored_once_for_all_servers(models: tuple[str, str]) -> None:
+    for gap, scored in run_ranks(2, canary_gaps, models[0]):
+        assert gap == pytest.approx(0.5, abs=1e-5) and scored == [1]
 
 
 def checkpoint_rounds(

@@ -68,9 +68,9 @@ def grade(
     per_token = _whiten(per_token, of, lengths, keep, algo)
     if algo.advantage.clip is not None:
         per_token = adv.clip_advantage(per_token, algo.advantage.clip)
-    rows = (_split(x.float(), lengths) for x in (per_token, keep))
+    rows = (_split(x, lengths) for x in (per_token, keep))
     graded = [
-        replace(s, advantage=advantage.numpy(), weight=weight.numpy())
+        replace(s, advantage=advantage, weight=weight)
         for s, advantage, weight in zip(samples, *rows, strict=True)
     ]
     metrics = {"reward/shaped": float(shaped.mean()), "sampling/kept": _mean(keep)}
@@ -219,8 +219,9 @@ def _whiten(
     return torch.zeros_like(value).masked_scatter(keep, white)
 
 
-def _split(values: Tensor, lengths: Tensor) -> Sequence[Tensor]:
-    return torch.split(values, lengths.tolist())
+def _split(values: Tensor, lengths: Tensor) -> Sequence[np.ndarray]:
+    """Float32, a part for each length. In NumPy: a thousand tensors take five times as long."""
+    return np.split(values.float().numpy(), lengths.cumsum(0).numpy())[:-1]
 
 
 def _mean(values: Tensor) -> float:

@@ -1,6 +1,6 @@
 """From samples to packed micro-batches: every rank computes the same division of the work."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,15 +16,17 @@ class MicroBatch:
     """Several sequences in one row. Only scored tokens have targets, advantages and logprobs.
 
     ``rows[s]`` is the packed position whose output predicts scored token ``s``: the position just
-    before it. Prompt and padding rows never reach the vocabulary projection.
+    before it. Prompt and padding rows never reach the vocabulary projection, and what no scored
+    token is predicted from (the last token above all) is not there at all.
 
     Example:
-        prompt (5, 3), answer (7, 1): tokens (5, 3, 7, 1), rows (1, 2), targets (7, 1).
+        prompt (5, 3), answer (7, 1): tokens (5, 3, 7), rows (1, 2), targets (7, 1).
     """
 
     tokens: Int[Tensor, " T"]  # int64
     positions: Int[Tensor, " T"]  # int64, restart at 0 for every sequence
     cu_seqlens: Int[Tensor, " N1"]  # int32, N + 1 boundaries
+    lengths: tuple[int, ...]  # of the N sequences
     max_seqlen: int
     rows: Int[Tensor, " S"]  # int64
     targets: Int[Tensor, " S"]  # int64
@@ -86,8 +88,8 @@ def divide(samples: Sequence[Sample], *, ranks: int, budget: int) -> list[list[l
     because schedules and expert-parallel layers need every rank to take part in every collective.
     Samples that bring nothing to the loss are left out.
     """
-    active = [i for i, sample in enumerate(samples) if sample.scored.size]
-    sizes = [sample.tokens.size for sample in samples]
+    sizes = [sample.context for sample in samples]
+    active = [i for i, size in enumerate(sizes) if size]
     shares = balance([sizes[i] for i in active], ranks)
     bins = [fill(sizes, [active[i] for i in share], budget) for share in shares]
     count = max(1, *(len(part) for part in bins))
@@ -100,37 +102,53 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
     Sequence parallelism divides the row over the tensor ranks, hence ``multiple``. No samples give
     a row of padding without scored tokens.
     """
-    sequences = [s.tokens for s in samples]
+    sequences = [s.tokens[: s.context] for s in samples]
     total = sum(s.size for s in sequences)
     padding = -total % multiple if total else multiple
     if padding:
         sequences.append(np.zeros(padding, np.int32))
-    lengths = [s.size for s in sequences]
+    lengths = np.array([s.size for s in sequences])
     starts = np.cumsum([0, *lengths])
+    answers = np.array([s.weight.size for s in samples], np.int64)
+    sequence = np.repeat(np.arange(len(samples)), answers)
+    place = ranges(answers)  # of every answer token in its answer
+    before = starts[: len(samples)] + np.array([s.prompt_length - 1 for s in samples], np.int64)
+    kept = np.flatnonzero(_flat(s.weight for s in samples))
 
-    def scored(values: Callable[[int, Sample], np.ndarray], dtype: torch.dtype) -> Tensor:
-        parts = [values(i, s)[s.scored] for i, s in enumerate(samples)]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0)).to(dtype)
+    def scored(values: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(_flat(values)[kept]).to(dtype)
 
     def optional(field: str) -> Tensor | None:
-        missing = any(getattr(s, field) is None for s in samples)
-        return None if missing else scored(lambda _, s: getattr(s, field), torch.float32)
+        values = [getattr(s, field) for s in samples]
+        return None if any(v is None for v in values) else scored(values, torch.float32)
 
     return MicroBatch(
         tokens=torch.from_numpy(np.concatenate(sequences)).long(),
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).long(),
+        positions=torch.from_numpy(ranges(lengths)),
         cu_seqlens=torch.from_numpy(starts).int(),
-        max_seqlen=max(lengths),
-        rows=scored(
-            lambda i, s: starts[i] + np.arange(s.prompt_length, s.tokens.size) - 1, torch.int64
-        ),
-        targets=scored(lambda _, s: s.tokens[s.prompt_length :], torch.int64),
-        sequence=scored(lambda i, s: np.full(s.weight.size, i), torch.int64),
+        lengths=tuple(lengths.tolist()),
+        max_seqlen=int(lengths.max()),
+        rows=torch.from_numpy((before[sequence] + place)[kept]),
+        targets=scored((s.tokens[s.prompt_length :] for s in samples), torch.int64),
+        sequence=torch.from_numpy(sequence[kept]),
         sequences=len(samples),
-        advantage=scored(lambda _, s: s.advantage, torch.float32),
-        weight=scored(lambda _, s: s.weight, torch.float32),
-        logp_engine=scored(lambda _, s: s.logp_engine, torch.float32),
+        advantage=scored((s.advantage for s in samples), torch.float32),
+        weight=scored((s.weight for s in samples), torch.float32),
+        logp_engine=scored((s.logp_engine for s in samples), torch.float32),
         logp_old=optional("logp_old"),
         logp_ref=optional("logp_ref"),
         proximal=optional("proximal"),
     )
+
+
+def ranges(lengths: np.ndarray) -> np.ndarray:
+    """``0, 1, ..., n - 1`` for every n of ``lengths``, one after the other."""
+    ends = np.cumsum(lengths)
+    found: np.ndarray = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    return found
+
+
+def _flat(values: Iterable[np.ndarray]) -> np.ndarray:
+    """In one row; of nothing an empty one."""
+    parts = list(values)
+    return np.concatenate(parts) if parts else np.zeros(0)

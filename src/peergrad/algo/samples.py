@@ -7,6 +7,7 @@ denominator.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,10 +43,16 @@ class Sample:
         """The old policy's logprobs, the engine's where there are no others."""
         return self.logp_engine if self.logp_old is None else self.logp_old
 
-    @property
+    @cached_property
     def scored(self) -> np.ndarray:
         """Indices of the answer tokens that take part."""
-        return np.flatnonzero(self.weight)
+        return self.weight.nonzero()[0]
+
+    @property
+    def context(self) -> int:
+        """How many tokens of the row the scored ones are predicted from, 0 without any: nothing
+        behind them, not even the last one itself, is ever computed."""
+        return self.prompt_length + int(self.scored[-1]) if self.scored.size else 0
 
 
 def make_samples(groups: Sequence[Group]) -> list[Sample]:

@@ -10,7 +10,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from peergrad.algo.packing import MicroBatch
 from peergrad.config import Dtype, ParallelConfig, Spec
-from peergrad.parallel.attention import PackedAttention, RMSNorm
+from peergrad.parallel.attention import PackedAttention, PackedRow, take_angles
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.norm import RMSNorm
 from peergrad.parallel.options import choose_spec, with_users_fields
 
 
@@ -62,12 +62,14 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
     Returns hidden states ``[T, 1, H]``, ``[T / tp, 1, H]`` if sequence parallel.
     """
-    packed = PackedSeqParams(
+    packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        lengths=batch.lengths,
+        positions=batch.positions,
     )
     hidden: Tensor = model(
         batch.tokens[None], batch.positions[None], None, packed_seq_params=packed
@@ -154,5 +156,7 @@ def build_model(
         rope_scaling_factor=shape.rope_factor or 1.0,
         parallel_output=True,
     )
+    if spec is Spec.torch:
+        model.decoder.register_forward_pre_hook(take_angles, with_kwargs=True)
     model.to(device=groups.device, dtype=config.params_dtype)
     return model

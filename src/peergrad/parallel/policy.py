@@ -90,11 +90,12 @@ class Scorer:
 
     def canary_gap(self, group: Group) -> float:
         """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
-        temperature 1 (one rollout per server). Collective; equal on every rank."""
+        temperature 1 (one rollout per server, all of the same tokens, scored here once).
+        Collective; equal on every rank."""
         samples = make_samples([group])
-        own = self.score(samples, temperature=1.0).logp
-        gaps = [np.abs(x - s.logp_engine) for x, s in zip(own, samples, strict=True)]
-        return float(np.max(np.concatenate(gaps)))  # keeps NaN
+        assert all(np.array_equal(s.tokens, samples[0].tokens) for s in samples)
+        own = self.score(samples[:1], temperature=1.0).logp[0]
+        return float(np.max([np.abs(own - s.logp_engine) for s in samples]))  # keeps NaN
 
     @torch.no_grad()
     def become(self, other: "Scorer") -> None:
@@ -132,15 +133,15 @@ class Scorer:
         if self.groups.reports:
             columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
             mine = (self.groups.data.rank(), columns, extra)
-        logp, entropy = ([np.full_like(s.logp_engine, np.nan) for s in samples] for _ in range(2))
         gathered = [part for part in self.groups.gather(mine) if part is not None]
+        ends = np.cumsum([s.logp_engine.size for s in samples])
+        whole = np.full((2, ends[-1] if len(samples) else 0), np.nan, np.float32)
+        none = np.zeros(0, np.int64)
         for rank, columns, _ in gathered:
-            at = 0
-            for i in (i for part in bins[rank] for i in part):
-                scored = samples[i].scored
-                for values, column in zip((logp, entropy), columns, strict=True):
-                    values[i][scored] = column[at : at + scored.size]
-                at += scored.size
+            order = [i for part in bins[rank] for i in part]
+            place = [ends[i] - samples[i].logp_engine.size + samples[i].scored for i in order]
+            whole[:, np.concatenate([none, *place])] = columns
+        logp, entropy = (np.split(row, ends)[:-1] for row in whole)
         return Scores(samples, logp, entropy), [part[2] for part in gathered]
 
     def _schedule(

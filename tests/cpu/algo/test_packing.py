@@ -49,25 +49,31 @@ def scored_tokens(samples: Sequence[Sample]) -> list[int]:
     return [int(t) for a, s in zip(answers, samples, strict=True) for t in a[s.weight != 0]]
 
 
+def context(sample: Sample) -> list[int]:
+    """Everything before the last scored token."""
+    scored = [i for i, w in enumerate(sample.weight) if w != 0]
+    return sample.tokens[: sample.prompt_length + scored[-1]].tolist() if scored else []
+
+
 def test_one_sample_as_documented() -> None:
     batch = pack([new_sample([5, 3], [7, 1])])
-    assert batch.tokens.tolist() == [5, 3, 7, 1]
+    assert batch.tokens.tolist() == [5, 3, 7]  # 1 predicts nothing
     assert batch.rows.tolist() == [1, 2]  # 3 predicts 7, 7 predicts 1
     assert batch.targets.tolist() == [7, 1]
-    assert batch.cu_seqlens.tolist() == [0, 4]
-    assert batch.max_seqlen == 4
+    assert batch.cu_seqlens.tolist() == [0, 3]
+    assert batch.lengths == (3,) and batch.max_seqlen == 3
 
 
 def test_two_samples_and_padding() -> None:
     """Of the second only the tokens of weight other than 0 are scored."""
     first = new_sample([5, 3], [7, 1], 0.25)
     second = new_sample([8], [2, 4, 9], [0.5, 0.0, -1.0])
-    batch = pack([first, second], multiple=6)
-    assert batch.tokens.tolist() == [5, 3, 7, 1, 8, 2, 4, 9, 0, 0, 0, 0]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12]
-    assert batch.max_seqlen == 4
-    assert batch.rows.tolist() == [1, 2, 4, 6]
+    batch = pack([first, second], multiple=12)
+    assert batch.tokens.tolist() == [5, 3, 7, 8, 2, 4, 0, 0, 0, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4, 5]
+    assert batch.cu_seqlens.tolist() == [0, 3, 6, 12]
+    assert batch.lengths == (3, 3, 6) and batch.max_seqlen == 6
+    assert batch.rows.tolist() == [1, 2, 3, 5]
     assert batch.targets.tolist() == [7, 1, 2, 9]
     assert batch.sequence.tolist() == [0, 0, 1, 1]
     assert batch.sequences == 2  # the padding is none
@@ -113,9 +119,19 @@ def test_no_samples_are_a_row_of_padding(multiple: int) -> None:
 
 def test_an_answer_without_tokens_is_a_sequence_without_scores() -> None:
     batch = pack([new_sample([5, 3], []), new_sample([8], [2])])
-    assert batch.tokens.tolist() == [5, 3, 8, 2]
-    assert batch.rows.tolist() == [2] and batch.sequence.tolist() == [1]
+    assert batch.tokens.tolist() == [8]
+    assert batch.rows.tolist() == [0] and batch.sequence.tolist() == [1]
     assert batch.sequences == 2
+
+
+def test_what_nothing_scored_is_predicted_from_takes_no_room() -> None:
+    """All behind the last scored token, and that token itself: no computation, no budget."""
+    cut = new_sample([5, 3], [7, 1, 6, 4], [0.5, 0.5, 0.0, 0.0])
+    batch = pack([cut, new_sample([8], [2], 0.0)])
+    assert batch.tokens.tolist() == [5, 3, 7] and batch.targets.tolist() == [7, 1]
+    assert batch.lengths == (3, 0) and batch.cu_seqlens.tolist() == [0, 3, 3]
+    assert divide([cut, cut], ranks=1, budget=6) == [[[0, 1]]]
+    assert divide([cut, cut], ranks=1, budget=5) == [[[0], [1]]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,15 +140,19 @@ def test_every_scored_token_is_predicted_from_the_position_before(seed: int, mul
     samples = random_samples(9, seed)
     batch = pack(samples, multiple=multiple)
     assert batch.tokens.numel() % multiple == 0
-    assert batch.tokens.numel() - sum(s.tokens.size for s in samples) < multiple
-    assert torch.equal(batch.tokens[batch.rows + 1], batch.targets)
-    # Row and target lie in the same sequence: the target is no sequence's first token.
-    assert not set((batch.rows + 1).tolist()) & set(batch.cu_seqlens.tolist())
+    contexts = [context(s) for s in samples]
+    assert batch.tokens.numel() - sum(map(len, contexts)) < multiple
+    starts = batch.cu_seqlens.long()
+    for i, tokens in enumerate(contexts):
+        assert batch.tokens[starts[i] : starts[i + 1]].tolist() == tokens
+    # Each row's token is followed by the target: in the row, or the row is the sequence's last.
+    for row, target, i in zip(batch.rows, batch.targets, batch.sequence, strict=True):
+        at, sample = int(row - starts[i]), samples[int(i)]
+        assert sample.tokens[at + 1] == target and at >= sample.prompt_length - 1
     assert batch.targets.tolist() == scored_tokens(samples)
     # The sequence that is named is the one that the row lies in.
     ends = batch.cu_seqlens[1:].long()
     assert torch.equal(torch.bucketize(batch.rows, ends, right=True), batch.sequence)
-    starts = batch.cu_seqlens.long()
     counted = [torch.arange(int(n)) for n in starts.diff()]
     assert torch.equal(batch.positions, torch.cat(counted))
     assert starts[-1] == batch.tokens.numel() and batch.max_seqlen == starts.diff().max()

@@ -2,16 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from peergrad.parallel.attention import PADDING_WASTE, PackedAttention
+from peergrad.parallel.attention import PackedAttention, PackedRow, alike, take_angles
 
 HEADS, GROUPS, DIM = 4, 2, 8
 
@@ -29,21 +29,48 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
 
 
-# The first two are padded to one batch; the third would waste more than PADDING_WASTE and is split.
-@pytest.mark.parametrize("lengths", [(5,), (7, 1, 6, 7), (40, 1, 1, 1, 1, 1, 1, 1)])
+def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Pairs ``(x_i, x_{i + d/2})`` of one sequence ``[n, heads, d]`` as complex numbers, times
+    ``e^(i angle)``; ``angles`` ``[n, d / 2]``."""
+    a, b = x.chunk(2, -1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def new_row(lengths: tuple[int, ...], angles: torch.Tensor) -> PackedRow:
+    """As ``parallel.model.run`` and the decoder's hook make it; ``angles`` ``[longest, d / 2]``."""
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    row = PackedRow("thd", cu, cu, lengths=lengths, positions=positions)
+    megatrons = torch.cat((angles, angles), -1)[:, None, None]
+    given = {"packed_seq_params": row, "rotary_pos_emb": megatrons}
+    assert take_angles(torch.nn.Module(), (), given)[1]["rotary_pos_emb"] is None
+    return row
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (5,),
+        (6, 6, 6),  # one batch as it lies
+        (7, 1, 6, 7),  # one batch, padded
+        (3, 0, 5),
+        (90, 25, 25, 25, 3, 1, 1, 2),  # several batches of both kinds
+    ],
+)
 def test_packed_equals_one_by_one(lengths: tuple[int, ...]) -> None:
-    assert (len(lengths) * max(lengths) > PADDING_WASTE * sum(lengths)) == (lengths[0] == 40)
     torch.manual_seed(0)
     q = torch.randn(sum(lengths), HEADS, DIM, dtype=torch.float64, requires_grad=True)
     k, v = (
         torch.randn(sum(lengths), GROUPS, DIM, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
     )
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    packed = PackedSeqParams("thd", cu, cu, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
-    ours = attention()(q, k, v, None, packed_seq_params=packed)
+    angles = torch.randn(max(lengths), DIM // 2, dtype=torch.float64)
+    ours = attention()(q, k, v, None, packed_seq_params=new_row(lengths, angles))
     rows = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    wanted = torch.cat([naive(*row) for row in rows])
+    wanted = torch.cat(
+        [naive(*(rotated(x, angles[: len(x)]) for x in (a, b)), c) for a, b, c in rows]
+    )
     torch.testing.assert_close(ours, wanted)
     weight = torch.randn_like(wanted)
     for mine, theirs in zip(
@@ -52,6 +79,18 @@ def test_packed_equals_one_by_one(lengths: tuple[int, ...]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_batches_are_few_and_pad_little() -> None:
+    assert alike([3, 2, 2, 90, 3]) == [[3, 2, 2], [90], [3]]  # as documented
+    assert alike([]) == [] and alike([4] * 1000) == [[4] * 1000]
+    lengths = sorted(np.random.default_rng(0).integers(64, 256, 1024).tolist(), reverse=True)
+    runs = alike(lengths)
+    assert [n for run in runs for n in run] == lengths
+    assert len(runs) < 32 and all(run[0] == max(run) for run in runs)
+    assert sum(run[0] * len(run) for run in runs) < 1.1 * sum(lengths)
+    # Long ones are taken one by one rather than padded.
+    assert alike([4096, 4000, 3900]) == [[4096], [4000], [3900]]
 
 
 def test_batched_input_is_causal_too() -> None:
