@@ -33,7 +33,6 @@ train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(
 .PHONY: train test test-all test-alone test-together check bench clean
 
 train: $(READY) $(MODEL)
-	@WORLD_SIZE=$(RANKS) $(BIN)/python -m peergrad.main --check $(RUN)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
 # Every area, with one whole run; the rest is in test-all. Two halves at a time, as most tests keep

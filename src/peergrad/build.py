@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from peergrad.algo.grading import AlgoState
-from peergrad.config import Config, ServerMode, require
+from peergrad.config import Config, require
 from peergrad.inputs import collector_parts
 from peergrad.loop import train
 from peergrad.observing.curve import CurveSink
@@ -42,11 +42,14 @@ class Build:
         config: Config,
         directory: RunDir,
         attempt: Path | None,
+        servers: ManagedServers | None,
         screen: Screen,
         stack: ExitStack,
     ) -> None:
-        """``attempt``: the log folder of this start, on rank 0."""
+        """On rank 0 ``attempt`` is the log folder of this start, and ``servers`` are those of our
+        own, if there are any, that have been started."""
         self.config, self.directory, self.attempt = config, directory, attempt
+        self.servers = servers
         self.screen, self.stack = screen, stack
         self.times = {"start/libraries": _age()}
 
@@ -148,16 +151,16 @@ class Build:
             return ReplayRollouts(Path(rollout.replay))
 
         def start_engine() -> tuple[Collector, WeightSync]:
-            managed = self.servers()
+            managed = self.servers
             urls = managed.urls if managed else rollout.servers.urls
-            # Before the servers, which take longer to start than a mistake in them to show.
             identity = self.directory.identity()
             dead = managed.dead if managed else (lambda wait: None)
+            if managed:  # again: they end while this process still waits for nobody
+                self.stack.callback(managed.stop)
             collector = self.start_collector(urls, state, identity, dead)
             if managed:
                 with self.stage("servers", f"SGLang to start ({managed.log(0)})"):
-                    self.stack.enter_context(managed)
-                self.stack.callback(collector.close)  # again: it goes before its servers do
+                    managed.ready()
             sync = WeightSync(
                 urls,
                 vocab_size=policy.shape.vocab,
@@ -180,20 +183,6 @@ class Build:
         )
         self.stack.callback(rollouts.close)
         return rollouts
-
-    def servers(self) -> ManagedServers | None:
-        """Servers of our own, yet to be started; None if others have started them."""
-        config, servers = self.config, self.config.rollout.servers
-        if servers.mode is ServerMode.external:
-            return None
-        assert self.attempt is not None
-        return ManagedServers(
-            servers,
-            model_path=config.model.path,
-            dtype=config.model.dtype,
-            log_dir=self.attempt,
-            seed=config.run.seed,
-        )
 
     def start_collector(
         self,

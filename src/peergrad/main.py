@@ -17,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peergrad.algo.explain import explain
 from peergrad.algo.knobs import refuse as refuse_knobs
-from peergrad.checks import Inputs, check, check_inputs, settled, summary, warnings_of
+from peergrad.checks import Inputs, check, check_inputs, plan, settled, summary, warnings_of
 from peergrad.checks.place import check_folder, resumed_step
 from peergrad.config import Config
+from peergrad.early import start_servers
 from peergrad.observing.curve import draw_curve
 from peergrad.observing.metrics import read_metrics
 from peergrad.observing.screen import Screen
@@ -35,6 +37,9 @@ from peergrad.running.logs import log_to
 from peergrad.running.place import Place, find_place, require_launcher
 from peergrad.running.rundir import RunDir, check_run_dir
 from peergrad.storage import writing
+
+if TYPE_CHECKING:
+    from peergrad.rollout.servers import ManagedServers
 
 log = logging.getLogger(__name__)
 
@@ -129,20 +134,26 @@ def run(chosen: Chosen, directory: RunDir, place: Place, ending: Ending) -> None
         shown = place.rank == 0 and config.logger.console
         screen = outer.enter_context(Screen(config.run.steps, shown=shown))
         with ExitStack() as stack, ending.noted():
-            attempt = None
+            attempt = servers = None
             if place.rank == 0:
-                config, attempt = open_folder(chosen, directory, ending, screen, outer)
-            train(config, directory, attempt, ending, screen, stack)
+                config, attempt = open_folder(chosen, directory, place, ending, screen, outer)
+                servers = start_servers(config, attempt, stack)
+            train(config, directory, attempt, servers, ending, screen, stack)
         screen.stop()
         if place.rank == 0:
             finish(config, directory, time.monotonic() - began)
 
 
 def open_folder(
-    chosen: Chosen, directory: RunDir, ending: Ending, screen: Screen, stack: ExitStack
+    chosen: Chosen,
+    directory: RunDir,
+    place: Place,
+    ending: Ending,
+    screen: Screen,
+    stack: ExitStack,
 ) -> tuple[Config, Path]:
-    """Hold the run's folder from here on, open the log of this attempt and read what the run reads;
-    the configuration with all that this tells, and the folder of the log."""
+    """Hold the run's folder from here on, open the log of this attempt, read what the run reads and
+    say what will run; the configuration with all that this tells, and the folder of the log."""
     config = chosen.config
     what = f"run.name = {config.run.name!r}"
     with screen.waiting("the run's folder"), writing("run folder", directory.path):
@@ -150,14 +161,15 @@ def open_folder(
         check_run_dir(config.run)  # again: another start may have come and gone in between
         attempt = directory.new_attempt()
         ending.log = log_to(attempt, "rank_00000", screen=True)
-    screen.say(f"run        {directory.path}")
-    screen.say(f"objective  {objective_line(config)}")
-    screen.say(f"log        {attempt}")
+    screen.say(f"run            {directory.path}")
+    screen.say(f"log            {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
         inputs = read_inputs(config, directory, screen)
     chosen = chosen.in_steps(inputs.steps)
     config = chosen.config
     screen.steps = config.run.steps
+    for line in plan(config, place.world, inputs).splitlines():
+        screen.say(line)
     for warning in warnings_of(config, inputs):
         log.warning("%s", warning)
     with writing("run folder", directory.path):
@@ -169,15 +181,11 @@ def open_folder(
     return config, attempt
 
 
-def objective_line(config: Config) -> str:
-    """Whose objective it is; all of it is in ``objective.txt``."""
-    return f"{config.algo.title} (objective.txt)"
-
-
 def train(
     config: Config,
     directory: RunDir,
     attempt: Path | None,
+    servers: "ManagedServers | None",
     ending: Ending,
     screen: Screen,
     stack: ExitStack,
@@ -186,7 +194,7 @@ def train(
     with screen.waiting("PyTorch, Megatron and SGLang to load", announce=True):
         # Imported here: an error of the configuration should not have to wait for Megatron.
         from peergrad.build import Build
-    Build(config, directory, attempt, screen, stack).train(ending)
+    Build(config, directory, attempt, servers, screen, stack).train(ending)
 
 
 def finish(config: Config, directory: RunDir, seconds: float) -> None:

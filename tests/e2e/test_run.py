@@ -70,7 +70,7 @@ def test_its_time_is_accounted_for(whole: Run) -> None:
 def test_its_screen_and_logs_tell_its_story(whole: Run) -> None:
     """A wait is named before it is over, the objective is a file, and every line is whole."""
     lines = whole.printed.splitlines()
-    assert lines[0] == f"run        {whole.path}"
+    assert lines[0] == f"run            {whole.path}"
     assert sum("waiting for SGLang to start" in line for line in lines) >= 1
     assert sum(line.startswith("step ") for line in lines) == 4
     assert not any(word in whole.printed for word in ("Traceback", "Warning", "effective ("))

@@ -1,7 +1,7 @@
 """What will run, on a few lines for a person."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,9 +36,19 @@ REWARDS = {
 
 
 def summary(config: Config, world: int, inputs: Inputs) -> str:
-    """At most about 16 lines of 80 columns: what ``check`` and ``check_inputs`` have let pass."""
-    rows = [*_model(config, world, inputs), *_work(config, inputs), *_results(config, inputs)]
-    rows += [("warning", text) for text in warnings_of(config, inputs)]
+    """``plan`` with its warnings: what ``check`` and ``check_inputs`` have let pass."""
+    warnings = [("warning", text) for text in warnings_of(config, inputs)]
+    return plan(config, world, inputs) + _table(warnings)
+
+
+def plan(config: Config, world: int, inputs: Inputs) -> str:
+    """What will run, in about 13 lines of 80 columns."""
+    return _table(
+        [*_model(config, world, inputs), *_work(config, inputs), *_results(config, inputs)]
+    )
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "".join(line for label, text in rows for line in _lines(label, text))
 
 

@@ -41,6 +41,7 @@ CPU_OPTIONS = {
 # one a small model, which could answer a thousand prompts at once, does so in several rounds.
 CPU_TOKENS = (32_768, 262_144)
 CPU_CACHE_BYTES = 512 << 20
+CPU_SERVER = "peergrad.rollout.cpu_server"
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
@@ -55,7 +56,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ManagedServers:
-    """``with ManagedServers(...) as servers:`` yields healthy servers at ``servers.urls``.
+    """``with ManagedServers(...) as servers:`` yields healthy servers at ``servers.urls``; so do
+    ``start`` and ``ready``, with time between them for something else, if ``stop`` comes after.
 
     Each runs in a session of its own, so that Ctrl-C in the terminal reaches only the trainer,
     which then stops them in order; if the trainer is killed, the kernel kills them (``launch``).
@@ -75,6 +77,7 @@ class ManagedServers:
         self._config = config
         self._log_dir = log_dir
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._began = 0.0
         self._fixed = {
             "model-path": model_path,
             "host": "127.0.0.1",
@@ -88,16 +91,21 @@ class ManagedServers:
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
 
     def __enter__(self) -> Self:
-        _check_installed()
-        self._log_dir.mkdir(parents=True, exist_ok=True)
         try:
-            for index in range(self._config.count):
-                self._start(index)
-            self._wait_healthy()
+            self.start()
+            self.ready()
         except BaseException:  # an interrupt too: nobody else knows of these processes yet
             self.stop()
             raise
         return self
+
+    def start(self) -> None:
+        """Start the processes, and return at once."""
+        _check_installed()
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic()
+        for index in range(self._config.count):
+            self._start(index)
 
     def __exit__(
         self,
@@ -138,7 +146,8 @@ class ManagedServers:
         fixed = self._fixed | {"port": self.urls[index].rpartition(":")[2]}
         assert fixed.keys() <= OURS.keys(), "what is set here must be refused there"
         options |= fixed
-        return [sys.executable, "-m", "sglang.launch_server", *_flags(options)]
+        module = "sglang.launch_server" if torch.cuda.is_available() else CPU_SERVER
+        return [sys.executable, "-m", module, *_flags(options)]
 
     def _start(self, index: int) -> None:
         launch = [sys.executable, "-m", "peergrad.rollout.launch", str(os.getpid())]
@@ -154,13 +163,16 @@ class ManagedServers:
         self._processes.append(process)
         log.info("server %d starts at %s, log %s", index, self.urls[index], self.log(index))
 
-    def _wait_healthy(self) -> None:
-        began = time.monotonic()
-        limit = self._config.start_timeout
+    def ready(self) -> None:
+        """Wait until all are healthy. Raises RuntimeError if one ends before, or if they take more
+        than ``rollout.servers.start_timeout`` from their start; ValueError if one ends because
+        SGLang refuses ``rollout.servers.args``."""
+        began, limit = self._began, self._config.start_timeout
         with httpx.Client(timeout=5.0, trust_env=False) as http:
             for index, url in enumerate(self.urls):
                 while not _is_healthy(http, url):
                     if (dead := self.dead()) is not None:
+                        check_args(self._config.args)  # says better what it is
                         raise RuntimeError(dead)
                     if time.monotonic() > began + limit:
                         raise RuntimeError(
@@ -298,15 +310,17 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """SIGTERM to each server, SIGKILL to what its tree still holds after the grace, and wait.
 
     SIGTERM goes to the launcher alone: it ends its workers, and would take it for a crash if they
-    ended by themselves.
+    ended by themselves. It looks every five seconds whether it has been told, so that the memory of
+    GPUs is freed in order; without a GPU there is nothing that the kernel would not free.
     """
+    grace = GRACE_SECONDS if torch.cuda.is_available() else 0.0
     tree: list[psutil.Process] = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             root = psutil.Process(process.pid)
             tree += [root, *root.children(recursive=True)]
             root.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=GRACE_SECONDS)
+    _, alive = psutil.wait_procs(tree, timeout=grace)
     for member in alive:
         with suppress(psutil.NoSuchProcess):
             member.kill()

@@ -125,6 +125,36 @@ def test_a_server_that_is_late_is_stopped(managed):
     assert set(children()) == before
 
 
+def test_something_else_is_done_while_they_start(managed):
+    before = set(children())
+    servers = managed(HEALTHY)
+    try:
+        servers.start()
+        assert len(set(children()) - before) >= 1 and servers.dead() is None
+        servers.ready()
+    finally:
+        servers.stop()
+    assert set(children()) == before
+
+
+def test_arguments_that_sglang_refuses_are_said_as_such(managed):
+    """The server finds them, and ends; its parser is asked what it is that it does not like."""
+    servers = managed("exit(2)", args={"max-total-tokns": 9})
+    with pytest.raises(ValueError, match=r"args = {'max-total-tokns': 9}: .* did you mean max-"):
+        servers.__enter__()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a server on GPUs is waited for")
+def test_a_server_that_would_take_its_time_to_end_is_not_waited_for(managed, monkeypatch):
+    """SGLang looks every five seconds whether it has been told to."""
+    monkeypatch.setattr(module, "GRACE_SECONDS", 60.0)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HEALTHY
+    before = set(children())
+    with managed(deaf):
+        began = time.monotonic()
+    assert set(children()) == before and time.monotonic() - began < module.GRACE_SECONDS
+
+
 def test_an_interrupt_while_waiting_leaves_nothing_behind(managed, monkeypatch):
     before = set(children())
 
@@ -172,7 +202,7 @@ def test_the_users_options_win(managed):
         "lora": [1, 2],
     }
     command = " ".join(managed(args=args, count=2, tensor=2).command(1))
-    assert "-m sglang.launch_server" in command
+    assert "-m peergrad.rollout.cpu_server" in command
     for option in (
         "--max-total-tokens 99",
         "--enable-metrics --lora 1 2",

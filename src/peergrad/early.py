@@ -1,0 +1,31 @@
+"""What a run starts before it loads its libraries: servers take longest to be there."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peergrad.config import Config, ServerMode
+
+if TYPE_CHECKING:
+    from peergrad.rollout.servers import ManagedServers
+
+
+def start_servers(config: Config, attempt: Path, stack: ExitStack) -> "ManagedServers | None":
+    """Servers of our own that are on their way, logs in ``attempt``; ``stack`` ends them. None if
+    the run has none. They load beside the trainer; ``ready`` waits for them."""
+    rollout = config.rollout
+    if rollout.replay is not None or rollout.servers.mode is ServerMode.external:
+        return None
+    # Imported here: it loads PyTorch, which has to wait for what rank 0 reads.
+    from peergrad.rollout.servers import ManagedServers
+
+    servers = ManagedServers(
+        rollout.servers,
+        model_path=config.model.path,
+        dtype=config.model.dtype,
+        log_dir=attempt,
+        seed=config.run.seed,
+    )
+    stack.callback(servers.stop)
+    servers.start()
+    return servers
