@@ -4,12 +4,16 @@ machine, and which process computes for how long.
     python benchmarks/step.py
     python benchmarks/step.py --steps 20 --layouts tp2,dp2,tp1 --out result.json optim.lr=1e-4
 
-Runs the real program (trainer under torchrun, SGLang server, reward process) once per layout in a
-temporary folder, without evaluation and without checkpoints before the end. The first steps are
-left out: they compile, fill caches and start the server's batches. Everything after the options is
-a Hydra override of ``experiment=quickstart_cpu``. Needs ``models/tiny`` (see
+Runs the real program (trainer under peergrad.launch, SGLang server, reward process) once per layout
+in a temporary folder, without evaluation and without checkpoints before the end. The first steps
+are left out: they compile, fill caches and start the server's batches. Everything after the options
+is a Hydra override of ``experiment=quickstart_cpu``. Needs ``models/tiny`` (see
 ``tools/make_tiny_model.py``). A layout is a product of ``tp`` (tensor), ``pp`` (pipeline) and
 ``dp`` (data): ``tp2``, ``dp2``, ``tp1``, ``tp2pp2``.
+
+The first table divides the step into phases and these into the parts that the program timed
+(``time/<phase>/<part>``), each with what is left over. The second says how long every kind of
+process computed: one that is busy all the time is what the others wait for.
 """
 
 import argparse
@@ -190,9 +194,9 @@ def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) ->
         "evaluation.every=0",
         "checkpoint.every=0",
     ]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes)]
-    program = ["-m", "peergrad.main", "experiment=quickstart_cpu"]
-    return [sys.executable, "-m", *torchrun, *program, *overrides, *layout.overrides, *own]
+    launch = ["-m", "peergrad.launch", "--standalone", "--nproc-per-node", str(layout.processes)]
+    experiment = "experiment=quickstart_cpu"
+    return [sys.executable, *launch, experiment, *overrides, *layout.overrides, *own]
 
 
 def quantities(row: dict[str, Any]) -> dict[str, float]:

@@ -34,13 +34,16 @@ class Clock(TrainerCallback):
         self.rows: list[dict[str, float]] = []
         self._end = end  # token
         self._row: dict[str, float] = {}
-        self._began = self._phase_began = 0.0
+        self._began = self._phase_began = self._cpu = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._began = self._phase_began = time.perf_counter()
+        self._cpu = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         now = self._ended("update")
+        cpu, self._cpu = self._cpu, time.process_time()
+        self._row["cpu"] = self._cpu - cpu  # what a busy machine does not change
         self.rows.append({**self._row, "step": now - self._began, "timestamp": time.time()})
         self._row, self._began = {}, now
 

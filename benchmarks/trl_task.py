@@ -153,5 +153,6 @@ def read_rows(files: Sequence[Path]) -> tuple[list[dict[str, float]], list[float
         row = {key: step[0][key] for key in ("generate", "reference", "update", "step")}
         row["answer_tokens"] = sum(rank["answer_tokens"] for rank in step)
         row["reward"] = sum(rank["reward"] for rank in step) / len(step)
+        row["cpu"] = sum(rank["cpu"] for rank in step)
         rows.append(row)
     return rows, [row["timestamp"] for row in ranks[0]]

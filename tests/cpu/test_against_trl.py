@@ -117,13 +117,14 @@ def test_what_trl_is_not_told_must_stay(override: str) -> None:
 
 
 def test_rows_of_several_processes_are_one(tmp_path: Path) -> None:
-    row = {"generate": 1.0, "reference": 0.5, "update": 0.5, "step": 2.0, "answers": 4}
+    row = {"generate": 1.0, "reference": 0.5, "update": 0.5, "step": 2.0, "cpu": 1.5}
     for name, reward, tokens, end in (("out.json", 0.5, 30, 7.0), ("out.json.1", 1.0, 20, 7.1)):
         rank = [{**row, "reward": reward, "answer_tokens": tokens, "timestamp": end}]
         (tmp_path / name).write_text(json.dumps(rank))
     rows, ends = trl_task.read_rows(sorted(tmp_path.glob("out.json*")))
     [found] = rows
     assert (found["reward"], found["answer_tokens"], found["step"]) == (0.75, 50, 2.0)
+    assert found["cpu"] == 3.0  # of all processes together
     assert ends == [7.0]
 
 
