@@ -59,6 +59,7 @@ CASES = {
             f"model.path={LONG_MODEL}",
             "rollout.batch_size=256",
             "rollout.max_new_tokens=256",
+            "optim.warmup_steps=2",
             "rollout.servers.args={max-total-tokens: 73728}",  # room for all, as TRL has it
         ),
         warmup=2,
@@ -108,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     if options.tiny:
         options.cases, options.ours, options.theirs = "short", "dp2", "trl-2threads"
         options.rounds, options.steps, options.warmup = 1, 3, 1
-        options.overrides = ["rollout.batch_size=64", *options.overrides]
+        options.overrides = ["rollout.batch_size=64", "optim.warmup_steps=2", *options.overrides]
     return options
 
 
@@ -157,10 +158,10 @@ def chosen_case(name: str, options: argparse.Namespace) -> Case:
     if not (ROOT / LONG_MODEL).exists() and f"model.path={LONG_MODEL}" in overrides:
         remedy = "make it with `python benchmarks/against_trl.py --setup`"
         raise ValueError(f"model.path = {LONG_MODEL!r}: there is no model; {remedy}")
-    check_model(overrides)
     steps = case.steps if options.steps is None else options.steps
     warmup = case.warmup if options.warmup is None else options.warmup
     check_sizes(steps, warmup)
+    check_model(overrides)
     return Case(name, overrides, warmup, steps, options.micro_batch or case.micro_batch)
 
 
@@ -236,9 +237,10 @@ def show(case: Case, ways: dict[str, list[Measured]]) -> None:
         f"{case.name}: {len(ways)} ways, {case.steps} steps a run after {case.warmup}; seconds are "
         "medians (p10-p90), of phases medians; ratio: TRL's fastest step to this one"
     )
-    table = Table("way", "step", "ratio", "per 1,000 tokens", box=SIMPLE)
-    for head in (*COLUMNS, "answer tokens", "pass rate", "GiB"):
-        table.add_column(head, justify="right")
+    table = Table(box=SIMPLE)
+    heads = ("way", "step", "ratio", "s/1,000 tokens", *COLUMNS, "tokens", "pass rate", "GiB")
+    for head in heads:
+        table.add_column(head, justify="left" if head in heads[:2] else "right", no_wrap=True)
     for name, of in found.items():
         quantities = of["quantities"]
         step, rate = quantities["step"], quantities["seconds_per_thousand"]["median"]
@@ -255,7 +257,7 @@ def show(case: Case, ways: dict[str, list[Measured]]) -> None:
             f"{of['pass_rate']:.3f}",
             f"{of['memory_gib']:.1f}",
         )
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(160, Console().width)).print(table)
 
 
 if __name__ == "__main__":
