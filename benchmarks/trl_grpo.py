@@ -135,6 +135,7 @@ def arguments(task: dict[str, Any], out: Path) -> Any:
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,
         dataloader_num_workers=0,
         logging_strategy="no",
         save_strategy="no",
