@@ -275,7 +275,7 @@ def show(
         table.add_column("", justify="right")
     for label, key in labels:
         table.add_row(label, *(cell for run in runs for cell in cells(run, key)))
-    Console().print(table)
+    Console(width=max(Console().width, 40 + 40 * len(runs))).print(table)  # in a file, too
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import against_trl
 import processes
 import pytest
 import trl_task
-from step import Layout, Measured, measured
+from step import Layout, Measured, measured, show_cpu, show_parts
 
 from peergrad.inputs import collector_parts
 from peergrad.running.compose import compose_config
@@ -154,3 +154,16 @@ def test_missing_environment_says_how_to_make_it(capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert said.startswith("error: --env = '/nowhere/trl': there is no environment; make it with")
     assert said.count("\n") == 1
+
+
+def test_parts_stand_indented_below_their_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs, one of them without parts: what it lacks is left empty."""
+    parts = {"sync": 1.0, "sync/pause": 0.25, "sync/other": 0.75, "step": 1.0, "reward": 0.5}
+    runs = [run_of("tp2", {"sync": 2.0, "step": 2.0, "reward": 0.5}), run_of("dp2", parts)]
+    show_parts(runs, warmup=5)
+    show_cpu(runs)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sync", "2.000", "2.000", "(2.000-2.000)", "1.000", "1.000", "(1.000-1.000)"] in lines
+    assert ["pause", "0.250", "0.250", "(0.250-0.250)"] in lines
+    # 2 s, from second 9 on: 1 of the look's; 1 s from second 10 to 11: 1, too.
+    assert ["ranks", "1.00", "50%", "1.00", "100%"] in lines
