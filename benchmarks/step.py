@@ -1,14 +1,19 @@
-"""Seconds per phase and tokens per second of the quickstart's training step on this machine.
+"""Seconds per phase and part and tokens per second of the quickstart's training step on this
+machine, and which process computes for how long.
 
     python benchmarks/step.py
     python benchmarks/step.py --steps 20 --layouts tp2,dp2,tp1 --out result.json optim.lr=1e-4
 
-Runs the real program (trainer under torchrun, SGLang server, reward process) once per layout in a
-temporary folder, without evaluation and without checkpoints before the end. The first steps are
-left out: they compile, fill caches and start the server's batches. Everything after the options is
-a Hydra override of ``experiment=quickstart_cpu``. Needs ``models/tiny`` (see
+Runs the real program (trainer under peergrad.launch, SGLang server, reward process) once per layout
+in a temporary folder, without evaluation and without checkpoints before the end. The first steps
+are left out: they compile, fill caches and start the server's batches. Everything after the options
+is a Hydra override of ``experiment=quickstart_cpu``. Needs ``models/tiny`` (see
 ``tools/make_tiny_model.py``). A layout is a product of ``tp`` (tensor), ``pp`` (pipeline) and
 ``dp`` (data): ``tp2``, ``dp2``, ``tp1``, ``tp2pp2``.
+
+The first table divides the step into phases and these into the parts that the program timed
+(``time/<phase>/<part>``), each with what is left over. The second says how long every kind of
+process computed: one that is busy all the time is what the others wait for.
 """
 
 import argparse
@@ -16,21 +21,29 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from machine import ROOT, describe, load_average, result_path, title
+from processes import Watched, run_watched
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from summary import Spread, as_json, phase_seconds, summarise, write_result
+from summary import (
+    Spread,
+    aligned,
+    all_keys,
+    as_json,
+    middle,
+    phase_seconds,
+    summarise,
+    write_result,
+)
 
 from peergrad.observing.metrics import read_metrics
 from peergrad.running.compose import compose_config
@@ -69,17 +82,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class Measured:
-    """One layout's run."""
+    """One run: a layout of ours, or what it is compared with."""
 
-    layout: Layout
+    name: str
     load_before: float  # load average of the machine; well above 0 if others use it
     load_highest: float  # the same while the run goes on, its own part included
-    rows: list[dict[str, float]]  # per measured step: seconds per phase, tokens, tokens per second
+    memory_gib: float  # highest sum over its processes
+    cpu: dict[str, float]  # CPU seconds per measured step, by kind of process
+    rows: list[dict[str, float]]  # per measured step: seconds per phase, tokens, reward, ...
     spreads: dict[str, Spread]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The quickstart's training step, in parts")
     parser.add_argument("--steps", type=int, default=20, help="measured steps per layout")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them, left out")
     parser.add_argument("--layouts", default="tp2", help="comma-separated: tp2,dp2,tp1")
@@ -113,7 +128,9 @@ def measure_all(layouts: Sequence[Layout], options: argparse.Namespace) -> None:
         runs.append(measure(layout, options.steps, options.warmup, options.overrides))
         done = {"layouts": [to_json(run) for run in runs]}
         write_result(options.out, {"benchmark": "step", **described, **settings, **done})
-    show(runs, title(described), options.warmup)
+    print(f"\nquickstart step on {title(described)}")
+    show_parts(runs, options.warmup)
+    show_cpu(runs)
 
 
 def check_sizes(steps: int, warmup: int) -> None:
@@ -140,16 +157,33 @@ def measure(layout: Layout, steps: int, warmup: int, overrides: Sequence[str]) -
     load = load_average()
     print(f"{layout.name}: {warmup} + {steps} steps, load average before {load}", flush=True)
     try:
-        status, highest = run(command(layout, warmup + steps, root, overrides))
+        watched = run_watched(command(layout, warmup + steps, root, overrides), cwd=ROOT)
     except KeyboardInterrupt:
         shutil.rmtree(root)
         raise
-    if status != 0:
-        raise RuntimeError(f"{layout.name}: the run ended with status {status}; see {root}")
+    if watched.status != 0:
+        raise RuntimeError(f"{layout.name}: the run ended with status {watched.status}; see {root}")
     rows = [r for r in read_metrics(root / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    measured = [quantities(row) for row in rows[warmup:]]
     shutil.rmtree(root)
-    return Measured(layout, load, highest, measured, summarise(measured))
+    ends = [row["timestamp"] for row in rows]
+    return measured(layout.name, load, watched, [quantities(row) for row in rows], ends, warmup)
+
+
+def measured(
+    name: str,
+    load: float,
+    watched: Watched,
+    rows: Sequence[dict[str, float]],
+    ends: Sequence[float],
+    warmup: int,
+) -> Measured:
+    """``rows`` without the first ``warmup``; step i ended at ``ends[i]``, seconds since 1970."""
+    kept = aligned(rows[warmup:])
+    cpu = watched.cpu_between(ends[warmup] - rows[warmup]["step"], ends[-1])
+    per_step = {kind: seconds / len(kept) for kind, seconds in cpu.items()}
+    return Measured(
+        name, load, watched.load_highest, watched.memory_gib, per_step, kept, summarise(kept)
+    )
 
 
 def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) -> list[str]:
@@ -160,29 +194,9 @@ def command(layout: Layout, steps: int, root: Path, overrides: Sequence[str]) ->
         "evaluation.every=0",
         "checkpoint.every=0",
     ]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes)]
-    program = ["-m", "peergrad.main", "experiment=quickstart_cpu"]
-    return [sys.executable, "-m", *torchrun, *program, *overrides, *layout.overrides, *own]
-
-
-def run(arguments: Sequence[str]) -> tuple[int, float]:
-    """The exit status, and the highest load average on the way.
-
-    An interrupted benchmark asks the run to end and waits for its clean-up.
-    The session of its own keeps a Ctrl-C from reaching torchrun a second time, which would end it
-    before its workers.
-    """
-    with subprocess.Popen(arguments, cwd=ROOT, start_new_session=True) as process:
-        highest = 0.0
-        try:
-            while process.poll() is None:
-                highest = max(highest, load_average())
-                time.sleep(1)
-            return process.returncode, highest
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    launch = ["-m", "peergrad.launch", "--standalone", "--nproc-per-node", str(layout.processes)]
+    experiment = "experiment=quickstart_cpu"
+    return [sys.executable, *launch, experiment, *overrides, *layout.overrides, *own]
 
 
 def quantities(row: dict[str, Any]) -> dict[str, float]:
@@ -190,33 +204,78 @@ def quantities(row: dict[str, Any]) -> dict[str, float]:
         **phase_seconds(row),
         "tokens": row["tokens/total"],
         "tokens_per_second": row["tokens/per_second"],
+        "answer_tokens": row["tokens/response"],
+        "reward": row["reward/mean"],
     }
 
 
 def to_json(run: Measured) -> dict[str, Any]:
     return {
-        "layout": run.layout.name,
-        "processes": run.layout.processes,
+        "layout": run.name,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),  # null: torchrun decides
         "load_average_before": run.load_before,
         "load_average_highest": run.load_highest,
+        "memory_gib": run.memory_gib,
+        "cpu_seconds_per_step": run.cpu,
         "summary": as_json(run.spreads),
+        "middle": middle(run.rows),
         "steps": run.rows,
     }
 
 
-def show(runs: Sequence[Measured], machine: str, warmup: int) -> None:
-    """One table: seconds as median (10th-90th percentile)."""
-    print(f"\nquickstart step on {machine}")
-    print(f"seconds: median (p10-p90) of {len(runs[0].rows)} steps, the first {warmup} left out")
-    table = Table("phase", box=SIMPLE)
+def show_parts(runs: Sequence[Measured], warmup: int) -> None:
+    """Seconds of phases and, indented below each, of its parts; and the other quantities."""
+    print(
+        f"of {len(runs[0].rows)} steps, the first {warmup} left out: means over the middle half of "
+        "them, which\nadd up (parts to the phase above them, phases and rest to the step), and "
+        "medians (p10-p90)"
+    )
+
+    def cells(run: Measured, key: str) -> list[str]:
+        if key not in run.spreads:
+            return ["", ""]
+        form = FORMS.get(key, ".3f")
+        return [f"{middle(run.rows)[key]:{form}}", run.spreads[key].text(form)]
+
+    keys = all_keys([run.spreads for run in runs])
+    show(runs, [("   " * key.count("/") + _label(key), key) for key in keys], cells, "seconds")
+
+
+FORMS = {"tokens": ".0f", "tokens_per_second": ".0f", "answer_tokens": ".0f"}
+
+
+def _label(key: str) -> str:
+    return key.rpartition("/")[2].replace("_per_", " per ").replace("_", " ")
+
+
+def show_cpu(runs: Sequence[Measured]) -> None:
+    """CPU seconds of a step by kind of process, and how much of one core that keeps busy."""
+    print("CPU seconds per step by process; a kind near 100 % of a core holds the others up")
+
+    def cells(run: Measured, kind: str) -> list[str]:
+        if kind not in run.cpu:
+            return ["", ""]
+        seconds = float(sum(row["step"] for row in run.rows)) / len(run.rows)
+        return [f"{run.cpu[kind]:.2f}", f"{run.cpu[kind] / seconds:.0%}"]
+
+    kinds = all_keys([run.cpu for run in runs])
+    show(runs, [(kind, kind) for kind in kinds], cells, "process")
+
+
+def show(
+    runs: Sequence[Measured],
+    labels: Sequence[tuple[str, str]],
+    cells: Callable[[Measured, str], list[str]],
+    head: str,
+) -> None:
+    """One line a label, two columns a run."""
+    table = Table(head, box=SIMPLE)
     for run in runs:
-        table.add_column(run.layout.name, justify="right")
-    for key in runs[0].spreads:
-        form = ".0f" if key.startswith("tokens") else ".3f"
-        cells = [run.spreads[key].text(form) for run in runs]
-        table.add_row(key.replace("_per_", " per "), *cells)
-    Console().print(table)
+        table.add_column(run.name, justify="right")
+        table.add_column("", justify="right")
+    for label, key in labels:
+        table.add_row(label, *(cell for run in runs for cell in cells(run, key)))
+    Console(width=max(Console().width, 40 + 40 * len(runs))).print(table)  # in a file, too
 
 
 if __name__ == "__main__":

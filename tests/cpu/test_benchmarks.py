@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.flops import forward_flops, layer_weights, mfu, peak_tflops
-from benchmarks.summary import Spread, phase_seconds, spread, summarise
+from benchmarks.summary import (
+    Spread,
+    aligned,
+    all_keys,
+    middle,
+    phase_seconds,
+    spread,
+    summarise,
+)
 from peergrad.parallel.hf.config import Shape
 
 SHAPE = Shape(
@@ -51,6 +59,55 @@ def test_phases_and_rest_add_up_to_the_step() -> None:
     found = phase_seconds(row)
     assert found == {"rollout": 2.0, "update": 0.5, "rest": 0.25, "step": 2.75}
     assert list(found)[-2:] == ["rest", "step"]
+
+
+def test_parts_and_other_add_up_to_their_phase_and_phases_to_the_step() -> None:
+    # A part's block ends before its phase's, so that it is the earlier key.
+    row = {
+        "time/rollout": 2.0,
+        "time/sync/pause": 0.125,
+        "time/sync/load/send": 0.25,
+        "time/sync/load": 0.5,
+        "time/sync": 1.0,
+        "time/step": 3.5,
+    }
+    found = phase_seconds(row)
+    assert found == {
+        "rollout": 2.0,
+        "sync": 1.0,
+        "sync/pause": 0.125,
+        "sync/load": 0.5,
+        "sync/load/send": 0.25,
+        "sync/load/other": 0.25,
+        "sync/other": 0.375,
+        "rest": 0.5,
+        "step": 3.5,
+    }
+    assert list(found)[:3] == ["rollout", "sync", "sync/pause"]
+    assert list(found)[-3:] == ["sync/other", "rest", "step"]
+
+
+def test_a_phase_without_a_time_of_its_own_is_its_parts() -> None:
+    found = phase_seconds({"time/sync/pause": 0.25, "time/sync/load": 0.5, "time/step": 1.0})
+    assert (found["sync"], found["sync/other"], found["rest"]) == (0.75, 0.0, 0.25)
+
+
+def test_what_only_some_steps_have_keeps_its_place_and_is_zero_elsewhere() -> None:
+    rows = [{"rollout": 1.0, "step": 2.0}, {"rollout": 1.0, "old": 0.5, "step": 3.0}]
+    assert all_keys(rows) == ["rollout", "old", "step"]
+    assert aligned(rows) == [{"rollout": 1.0, "old": 0.0, "step": 2.0}, rows[1]]
+
+
+def test_the_middle_half_adds_up_and_a_slow_step_leaves_it_alone() -> None:
+    # Of four steps the second and the third are kept, in order of their seconds.
+    rows = [
+        {"update": 90.0, "rest": 10.0, "step": 100.0},
+        {"update": 1.0, "rest": 0.0, "step": 1.0},
+        {"update": 2.0, "rest": 1.0, "step": 3.0},
+        {"update": 1.0, "rest": 1.0, "step": 2.0},
+    ]
+    assert middle(rows) == {"update": 1.5, "rest": 1.0, "step": 2.5}
+    assert middle(rows[:1]) == rows[0]
 
 
 def test_summarise_goes_by_quantity() -> None:
