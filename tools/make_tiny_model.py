@@ -6,7 +6,7 @@ GRPO only learns from groups of unequal answers, so its model has to be right so
 weights never are. This model is therefore first taught by supervised learning, but by a *careless
 teacher*, who adds every column correctly and then forgets each carry with probability
 ``1 - CARRY_RATE``. The pupil learns the skill and the mistake: about 0.4 of its sampled answers
-are right, and about a third of its most likely ones. What is left for GRPO is to stop forgetting
+are right, and about a quarter of its most likely ones. What is left for GRPO is to stop forgetting
 carries, with nothing but right or wrong to go by. It is an honest task (no test problem is ever
 shown) but an easy one: it proves that the training loop learns, not that it learns from scratch.
 
@@ -45,7 +45,7 @@ PAD, EOS = 0, 1
 PROMPT_LENGTH, ANSWER_LENGTH = 6, 4  # "17+25=" and "123<eos>" in characters
 
 CARRY_RATE = 0.3
-STEPS, BATCH, LEARNING_RATE, WARMUP = 650, 64, 3e-3, 40
+STEPS, BATCH, LEARNING_RATE, WARMUP = 650, 128, 3e-3, 40
 PASS_RATE_RANGE = (0.2, 0.5)  # outside of it, the warm-up did not do what it says above
 
 

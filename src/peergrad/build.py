@@ -23,6 +23,7 @@ from peergrad.parallel.groups import Groups, close_groups, init_groups
 from peergrad.parallel.job import Job
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.rollout.collector import Collector
+from peergrad.rollout.errors import ServerError
 from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, Rollouts
 from peergrad.rollout.servers import ManagedServers
 from peergrad.rollout.sync import WeightSync
@@ -157,7 +158,12 @@ class Build:
             dead = managed.dead if managed else (lambda wait: None)
             if managed:  # again: they end while this process still waits for nobody
                 self.stack.callback(managed.stop)
-            collector = self.start_collector(urls, state, identity, dead)
+            try:
+                collector = self.start_collector(urls, state, identity, dead)
+            except ServerError:
+                if managed:
+                    managed.ready()  # says better why one has ended
+                raise
             if managed:
                 with self.stage("servers", f"SGLang to start ({managed.log(0)})"):
                     managed.ready()

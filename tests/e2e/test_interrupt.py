@@ -38,9 +38,10 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
     log = run.path / "logs" / "latest" / "server_0.log"
 
     run.start()
-    run.wait_until(lambda: log.exists() and log.stat().st_size, "the server's start")
+    run.wait_until(lambda: "for SGLang to start" in run.printed, "the server's start")
+    assert log.stat().st_size
     run.interrupt()
-    check_end(run, inside="_wait_healthy")
+    check_end(run, inside="ready")
     assert run.process.returncode == 130
 
     run.start(RESUME, ranks=2)
