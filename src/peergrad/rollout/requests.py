@@ -15,7 +15,7 @@ from peergrad.rollout.engine import Sampling
 
 Json = dict[str, Any]
 
-SHARED_TOKENS = 1024
+SHARED_TOKENS = 8192
 """Answer tokens that the groups of one request may come to. All of them wait for the last, so it
 must be soon done: this is a few seconds of one server."""
 SHORT_PROMPT = 32
