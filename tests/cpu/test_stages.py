@@ -17,6 +17,7 @@ from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.observing.metrics import Metrics
 from peergrad.rollout.evaluation import EvaluationResult
+from peergrad.rollout.proof import Proof
 from peergrad.stages import (
     check_gap,
     evaluate,
@@ -158,8 +159,8 @@ class Trainer:
         return self.gap
 
 
-def sync(config: Config, gap: float, canary: str | None = "canary") -> dict[str, float]:
-    engine = Engine(SimpleNamespace(verified=12, unverified=3, canary=canary))
+def sync(config: Config, gap: float, canary: Any = "canary") -> dict[str, float]:
+    engine = Engine(Proof(7, verified=12, unverified=3, canary=canary, seconds={"send": 0.5}))
     numbers = sync_weights(config, engine, Trainer(gap), version=4)  # type: ignore[arg-type]
     assert engine.loaded == ([("w", 1)], 4)
     return numbers
@@ -178,8 +179,11 @@ def test_sync_without_an_engine_says_nothing() -> None:
 
 def test_sync_reports_its_proof() -> None:
     proved = {"version/engine": 4.0, "sync/verified": 12.0, "sync/unverified": 3.0}
+    proved["time/sync/send"] = 0.5
     assert sync(Config(), math.nan, canary=None) == proved
-    assert sync(Config(), 1e-5) == {**proved, "sync/canary_gap": 1e-5}
+    numbers = sync(Config(), 1e-5)
+    assert numbers.pop("time/sync/trainer_canary") >= 0
+    assert numbers == {**proved, "sync/canary_gap": 1e-5}
 
 
 @pytest.mark.parametrize("gap", [2e-4, math.nan])

@@ -15,12 +15,14 @@ from peergrad.rollout.engine import Sampling
 
 Json = dict[str, Any]
 
-SHARED_TOKENS = 8192
-"""Answer tokens that the groups of one request may come to. All of them wait for the last, so it
-must be soon done: this is a few seconds of one server."""
 SHORT_PROMPT = 32
 """Tokens of a prompt up to which it costs less to compute it for each answer than to have the
 server compute it first, alone, and then the answers."""
+SHORT_ANSWER = 64
+"""Tokens up to which an answer may share a request, where all wait for the longest."""
+SHARED_TOKENS = 8192
+"""Answer tokens that the groups of one request may come to: a server has other ones to begin with
+while a request of thousands of answers is written and read."""
 
 PLAIN = {
     "top_p": 1.0,
@@ -50,7 +52,8 @@ class Draw:
 
     @property
     def short(self) -> bool:
-        return len(self.prompt) <= SHORT_PROMPT and self.most <= SHARED_TOKENS
+        answer = self.sampling.max_new_tokens
+        return len(self.prompt) <= SHORT_PROMPT and answer <= SHORT_ANSWER
 
     @property
     def most(self) -> int:

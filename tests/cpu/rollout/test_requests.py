@@ -1,9 +1,16 @@
 """Which groups share a request."""
 
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.requests import SHARED_TOKENS, SHORT_PROMPT, Draw, generate_payload, together
+from peergrad.rollout.requests import (
+    SHARED_TOKENS,
+    SHORT_ANSWER,
+    SHORT_PROMPT,
+    Draw,
+    generate_payload,
+    together,
+)
 
-FOUR = Sampling(n=4, max_new_tokens=8)  # 32 tokens at most
+FOUR = Sampling(n=4, max_new_tokens=64)  # 256 tokens at most
 
 
 def draws(count, sampling=FOUR, tokens=3):
@@ -17,7 +24,7 @@ def sizes(draws, **options):
 
 
 def test_short_groups_fill_a_request():
-    assert SHARED_TOKENS == 1024
+    assert SHARED_TOKENS == 8192
     assert sizes(draws(70)) == [32, 32, 6]
     assert sizes(draws(1)) == [1]
     assert sizes([]) == []
@@ -33,14 +40,15 @@ def test_no_server_is_left_without():
 def test_a_long_prompt_or_long_answers_go_alone():
     assert sizes(draws(3, tokens=SHORT_PROMPT)) == [3]
     assert sizes(draws(3, tokens=SHORT_PROMPT + 1)) == [1, 1, 1]
-    assert sizes(draws(3, Sampling(n=2, max_new_tokens=512))) == [1, 1, 1]
+    for answer, found in ((SHORT_ANSWER, [3]), (SHORT_ANSWER + 1, [1, 1, 1])):
+        assert sizes(draws(3, Sampling(n=2, max_new_tokens=answer))) == found
     mixed = [*draws(2), *draws(1, tokens=99), *draws(2)]
     assert sizes(mixed) == [2, 1, 2]
 
 
 def test_only_what_is_sampled_alike_shares_a_request():
     """But for the number of answers: an aborted one is asked for again alone."""
-    hot, cold = Sampling(n=1, max_new_tokens=8), Sampling(n=1, max_new_tokens=8, temperature=0.0)
+    hot, cold = (Sampling(n=1, max_new_tokens=64, temperature=t) for t in (1.0, 0.0))
     assert sizes([*draws(2), *draws(2, hot), *draws(2, cold)]) == [4, 2]
 
 

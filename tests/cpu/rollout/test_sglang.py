@@ -53,9 +53,9 @@ def test_a_group_is_one_request():
 
 
 def test_short_groups_share_a_request():
-    """40 of 24 tokens each are two requests; every group gets its own prompt's answers."""
+    """43 of 192 tokens each are two requests; every group gets its own prompt's answers."""
     with FakeServer() as server:
-        groups = generate(server.url, prompts=43)
+        groups = generate(server.url, prompts=43, sampling=replace(THREE, max_new_tokens=64))
     assert [len(body["input_ids"]) for _, body in server.requests] in ([126, 3], [3, 126])
     for index, rollouts in enumerate(groups):
         assert [rollout.tokens.tolist() for rollout in rollouts] == [[5, index, 1]] * 3
