@@ -94,7 +94,8 @@ def measure_gaps(path: str, url: str) -> dict[str, float]:
 
     def measure(name: str) -> list[Group]:
         groups = generate(url, n=4)
-        gaps[name] = max(policy.canary_gap(group) for group in groups)
+        single = (replace(g, rollouts=(rollout,)) for g in groups for rollout in g.rollouts)
+        gaps[name] = max(map(policy.canary_gap, single))
         return groups
 
     def push(version: int, names: dict[str, str], weights: Iterable[tuple[str, Any]]) -> float:
