@@ -8,30 +8,24 @@ and the arguments of the test that started it, and a port of its own to meet its
 import multiprocessing as mp
 import os
 import pickle
-import secrets
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
+from peergrad.running.ports import free_ports
+
 JOIN_SECONDS = 10
 
 
 def free_port() -> int:
-    """One that is free, and that the kernel gives to no connection in the meantime: those have
-    ports from 32768 on."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with suppress(OSError), socket.socket() as s:
-            s.bind(("127.0.0.1", port))
-            return port
+    (port,) = free_ports(1)
+    return port
 
 
 @cache

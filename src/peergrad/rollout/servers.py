@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from peergrad.config import Dtype, ServersConfig, require
 from peergrad.config.rollout import OURS, flag
 from peergrad.rollout.arguments import REFUSED_STATUS
 from peergrad.rollout.errors import quote
+from peergrad.running.ports import free_ports
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ManagedServers:
         }
         self._seed = seed
         self._cpu_tokens = _cpu_tokens(Path(model_path), dtype)
-        ports = _free_ports(config.count)
+        ports = free_ports(config.count)
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
 
     def __enter__(self) -> Self:
@@ -288,15 +288,6 @@ def _check_installed() -> None:
             "rollout.servers.mode = managed: SGLang does not start without a GPU unless it finds "
             "peergrad's platform plugin; install peergrad as a package (pip install -e .)"
         )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Distinct local ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _is_healthy(http: httpx.Client, url: str) -> bool:
