@@ -3,6 +3,7 @@
 Only SGLang imports this module.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +43,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        if self._blocks is None or not _is_causal(layer):
-            native: torch.Tensor = super().forward_extend(
-                q, k, v, layer, forward_batch, save_kv_cache
-            )
-            return native
-        return self._forward(self._blocks, q, k, v, layer, forward_batch, save_kv_cache)
+        native = super().forward_extend
+        return self._forward(native, q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_decode(
         self,
@@ -58,12 +55,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        if self._blocks is None or not _is_causal(layer):
-            native: torch.Tensor = super().forward_decode(
-                q, k, v, layer, forward_batch, save_kv_cache
-            )
-            return native
-        return self._forward(self._blocks, q, k, v, layer, forward_batch, save_kv_cache)
+        native = super().forward_decode
+        return self._forward(native, q, k, v, layer, forward_batch, save_kv_cache)
 
     def _lay_out(self, batch: Any) -> list[Block]:
         ends = batch.seq_lens.numpy()
@@ -82,7 +75,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
     def _forward(
         self,
-        blocks: list[Block],
+        native: Callable[..., torch.Tensor],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -90,6 +83,9 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         batch: Any,
         save: bool,
     ) -> torch.Tensor:
+        """By blocks; by SGLang's ``native`` what these leave out."""
+        if self._blocks is None or not _is_causal(layer):
+            return native(q, k, v, layer, batch, save)
         pool, heads = self.token_to_kv_pool, layer.tp_q_head_num
         if save and k is not None and v is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
@@ -99,7 +95,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             q,
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
-            blocks,
+            self._blocks,
             self._scratch,
             scale=layer.scaling,
             out=out,

@@ -78,7 +78,7 @@ class ManagedServers:
         self._log_dir = log_dir
         self._processes: list[subprocess.Popen[bytes]] = []
         self._began = 0.0
-        self._fixed = {
+        self._fixed: dict[str, Any] = {
             "model-path": model_path,
             "host": "127.0.0.1",
             "dtype": dtype.name,
@@ -86,7 +86,6 @@ class ManagedServers:
             "weight-version": weight_version,
         }
         self._seed = seed
-        self._cpu_tokens = _cpu_tokens(Path(model_path), dtype)
         ports = free_ports(config.count)
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
 
@@ -137,7 +136,8 @@ class ManagedServers:
         """The command line of server ``index``; ``rollout.servers.args`` wins over our defaults."""
         options: dict[str, Any] = {"random-seed": self._seed + index}
         if not torch.cuda.is_available():
-            options |= CPU_OPTIONS | {"max-total-tokens": self._cpu_tokens}
+            model, dtype = Path(self._fixed["model-path"]), Dtype[self._fixed["dtype"]]
+            options |= CPU_OPTIONS | {"max-total-tokens": _cpu_tokens(model, dtype)}
         options |= {flag(key): value for key, value in self._config.args.items()}
         if torch.cuda.is_available():
             # Behind the GPUs of this node's trainer ranks, unless told otherwise.
