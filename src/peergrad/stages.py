@@ -52,13 +52,11 @@ def sync_weights(
         "version/engine": float(version),
         "sync/verified": float(proof.verified),
         "sync/unverified": float(proof.unverified),
-        **{f"time/sync/{part}": seconds for part, seconds in proof.seconds.items()},
     }
+    parts = Parts(proof.seconds)
     if proof.canary is not None:
-        parts = Parts()
         with parts.time("trainer_canary"):
             gap = numbers["sync/canary_gap"] = policy.canary_gap(proof.canary)
-        numbers |= parts.row("sync")
         message = f"trainer and engine differ by {gap:.2e} nats on the canary text (step {version})"
         limit = config.rollout.max_canary_gap
         if limit is not None and not gap <= limit:
@@ -68,7 +66,7 @@ def sync_weights(
             )
         if not gap <= USUAL_CANARY_GAP[config.model.dtype]:
             log.warning("%s", message)
-    return numbers
+    return numbers | parts.row("sync")
 
 
 def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:

@@ -1,7 +1,7 @@
 """Seconds of the parts of a phase: where each tenth of a second of it goes."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,8 +19,9 @@ class Parts:
         ['time/sync/pause']
     """
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """``seconds``: what was taken elsewhere."""
+        self.seconds = dict(seconds or {})
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
