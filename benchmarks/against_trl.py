@@ -14,7 +14,6 @@ to 256 tokens (``long_model.py``). A *way* is how a trainer uses the cores: a la
 
 import argparse
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ def set_up(env: Path) -> None:
     if not (ROOT / LONG_MODEL).exists():
         script = ROOT / "benchmarks" / "long_model.py"
         paths = [f"--tiny={ROOT / TINY_MODEL}", f"--out={ROOT / LONG_MODEL}"]
-        subprocess.run([sys.executable, str(script), *paths], check=True)
+        trl_environment.run([sys.executable, str(script), *paths])
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import httpx
+import msgspec
 from json_lines import parse_one_by_one
 
 from peergrad.rollout.engine import Sampling
@@ -26,24 +28,25 @@ LONG = (256, 576, 1024)
 Sizes = tuple[int, int, int]
 
 
-def sample(tokens: int) -> bytes:
-    """One answer as SGLang writes it."""
-    return json.dumps(
-        {
-            "text": "x" * tokens,
-            "output_ids": [17 + k % 1000 for k in range(tokens)],
-            "meta_info": {
-                "id": "0" * 32,
-                "finish_reason": {"type": "stop", "matched": 17 + (tokens - 1) % 1000},
-                "weight_version": "run:0",
-                "output_token_logprobs": [
-                    [-0.1234567 * (1 + k % 7), 17 + k % 1000, None] for k in range(tokens)
-                ],
-                "weight_versions": [{"version": "run:0", "start": 0, "end": tokens}],
-            },
+def as_sglang(text: str, tokens: list[int], logprobs: list[float]) -> dict[str, Any]:
+    """One answer as SGLang gives it."""
+    scored = [[logprob, token, None] for logprob, token in zip(logprobs, tokens, strict=True)]
+    return {
+        "text": text,
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": "stop", "matched": tokens[-1]},
+            "output_token_logprobs": scored,
+            "weight_versions": [{"version": "run:0", "start": 0, "end": len(tokens)}],
         },
-        separators=(",", ":"),
-    ).encode()
+    }
+
+
+def sample(size: int) -> bytes:
+    """One answer of ``size`` tokens, as it travels."""
+    tokens = [17 + k % 1000 for k in range(size)]
+    logprobs = [-0.1234567 * (1 + k % 7) for k in range(size)]
+    return msgspec.json.encode(as_sglang("x" * size, tokens, logprobs))
 
 
 async def answer(one: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

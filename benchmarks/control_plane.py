@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch.distributed as dist
-from client import GROUP, LONG, SHORT, cpu_seconds
+from client import GROUP, LONG, SHORT, as_sglang, cpu_seconds
 from json_lines import parse_one_by_one, read_lines, write_lines
 from machine import describe, load_average, result_path, title
 from summary import spread, write_result
@@ -81,18 +81,7 @@ def answer_body(group: Group) -> bytes:
     """As SGLang answers /generate."""
     return msgspec.json.encode(
         [
-            {
-                "text": one.text,
-                "output_ids": one.tokens.tolist(),
-                "meta_info": {
-                    "finish_reason": {"type": "stop", "matched": int(one.tokens[-1])},
-                    "output_token_logprobs": [
-                        [float(str(logprob)), token, None]
-                        for logprob, token in zip(one.logprobs, one.tokens.tolist(), strict=True)
-                    ],
-                    "weight_versions": [{"version": "run:0", "start": 0, "end": one.tokens.size}],
-                },
-            }
+            as_sglang(one.text, one.tokens.tolist(), [float(str(x)) for x in one.logprobs])
             for one in group.rollouts
         ]
     )

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peergrad.prompts.arithmetic import careless_answer, problems
+from peergrad.storage import partial_of, put_in_place
 
 PAD, EOS = 0, 1
 PAUSES = " \n"
@@ -49,11 +50,10 @@ def make(tiny: Path, out: Path, steps: int = STEPS) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     train(model, AutoTokenizer.from_pretrained(tiny), steps)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(out)
     shutil.copytree(tiny, partial)
     model.save_pretrained(partial)
-    partial.rename(out)
+    put_in_place(partial, out, replace=False)
 
 
 def train(model: Any, tokenizer: Any, steps: int) -> None:

@@ -21,7 +21,7 @@ COST = 0.01  # share of the time that reading memory may take: it walks all page
 KINDS = {
     "server: scheduler": r"sglang::scheduler",
     "server: detokenizer": r"sglang::detokenizer",
-    "server: tokenizer manager": r"sglang[. ]",
+    "server: tokenizer manager": r"sglang[. ]|peergrad\.rollout\.cpu_server",
     "collector": r"multiprocessing.spawn",
     "launcher": r"torch\.distributed\.run|peergrad\.launch",
     "ranks": r"peergrad\.main|trl_grpo",

@@ -44,6 +44,7 @@ def test_warm_up_steps_count_neither_in_seconds_nor_in_cpu_time() -> None:
         ("python -c from multiprocessing.spawn import spawn_main; spawn_main()", "collector"),
         ("python -c from multiprocessing.resource_tracker import main", "other"),
         ("python -m sglang.launch_server --model x", "server: tokenizer manager"),
+        ("python -m peergrad.rollout.cpu_server --port 1", "server: tokenizer manager"),
         ("sglang::scheduler", "server: scheduler"),
         ("sglang::detokenizer", "server: detokenizer"),
         ("python trl_grpo.py task.json out.json", "ranks"),
