@@ -1,5 +1,6 @@
 """The parts of a run, put together: the only file that knows them all."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ class Build:
         with self.stage("sync", "the first weight sync"):
             sync_weights(config, rollouts, policy, version=start)
         metrics.write("start", start, self.start_row())
+        gc.freeze()  # all of this stays: Megatron looks for garbage in every save
         train(
             config,
             start=start,

@@ -7,6 +7,7 @@
 checks all that needs no start, and says what would run.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -192,8 +193,11 @@ def train(
 ) -> None:
     """Load the libraries, build the parts, train."""
     with screen.waiting("PyTorch, Megatron and SGLang to load", announce=True):
+        gc.disable()  # what is imported stays: looking through it for garbage takes a second
         # Imported here: an error of the configuration should not have to wait for Megatron.
         from peergrad.build import Build
+
+        gc.enable()
     Build(config, directory, attempt, servers, screen, stack).train(ending)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from tests.disk import small_disk
@@ -75,6 +76,7 @@ def try_folders(root: Path, policy: Any) -> dict[str, Any]:
 
     for step in (2, 4, 5):
         checkpoints.save(policy, b"state", {}, None, step=step)
+    seen["left running"] = [child.name() for child in psutil.Process().children(recursive=True)]
     seen["kept"] = sorted(p.name for p in folder.iterdir())
     seen["whole"] = damage(folder / "step_000005")
     checkpoints.save(policy, b"again", {}, None, step=5)  # a resumed run may save a step again
@@ -275,6 +277,7 @@ def test_checkpoint_folders(found: tuple[Path, dict[str, Any]]) -> None:
     root, seen = found
     assert seen["fresh"] == 0
     assert seen["due"] == [2, 4, 5]
+    assert seen["left running"] == []
     assert seen["kept"] == ["latest", "step_000004", "step_000005"]
     assert seen["whole"] is None
     assert seen["again"] == b"again"

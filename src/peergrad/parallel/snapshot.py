@@ -9,15 +9,13 @@ whole.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -42,7 +40,6 @@ from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.model import PolicyModel
 from peergrad.parallel.resume import describe_optimizer, require_same_model
-from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
 from peergrad.storage import flush, partial_of, put_in_place, writing
 
 log = logging.getLogger(__name__)
@@ -187,7 +184,7 @@ def _sharded(
 
 
 def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
-    _start_result_queue()
+    _use_plain_queue()
     described = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
     state = _sharded(model, optimizer, loading=False)
     try:
@@ -199,14 +196,12 @@ def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer |
         raise OtherRankFailed(f"a rank could not write {path}") from error
 
 
-def _start_result_queue() -> None:
-    """Megatron's first save starts a process that holds the queue of the writers' results, and that
-    would live on for ever if this rank were killed. Started here, it ends with this rank."""
+def _use_plain_queue() -> None:
+    """The writers' results come back to this process through a queue. Megatron's own stands in a
+    process of its own, for saves that go on beside the training, which spends seconds on importing
+    what it only hands on, and would live on for ever if this rank were killed."""
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        with deaf_to_interrupts():
-            manager.start(die_with_parent, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
+        filesystem_async._results_queue = Queue()
 
 
 def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
