@@ -2,11 +2,13 @@
 
 Only what the mathematics of the model asks for is counted: logits that the head computes a second
 time in its backward pass, padding and recomputed activations are not, and lower the result as they
-should. ``N`` weights in a layer's matrices, ``T`` tokens in sequences of lengths ``L``, ``S``
-scored tokens, ``H`` hidden size, ``V`` vocabulary, ``A`` = heads * head_dim:
+should. Answers to one prompt share it: its tokens count once. ``N`` weights in a layer's matrices,
+``T`` tokens in prompts of lengths ``P`` and answers of lengths ``R``, ``S`` scored tokens, ``H``
+hidden size, ``V`` vocabulary, ``A`` = heads * head_dim:
 
     N         = H * A (query) + 2 * H * kv_heads * head_dim + A * H (output) + 3 * H * ffn
-    attention = 4 * A * sum of L (L + 1) / 2      (Q K^T and P V, lower triangle only)
+    pairs     = sum of P (P + 1) / 2 + sum of (R P + R (R + 1) / 2)      (lower triangles only)
+    attention = 4 * A * pairs                     (of queries with keys, and with values)
     forward   = layers * (2 * N * T + attention) + 2 * H * V * S
     update    = 3 * forward                       (the backward pass is two more)
     reference = forward
@@ -44,11 +46,17 @@ def layer_weights(shape: "Shape") -> int:
     return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
 
 
-def forward_flops(shape: "Shape", lengths: Sequence[int], scored: int) -> int:
-    """FLOPs of one forward pass over sequences of ``lengths`` tokens, ``scored`` of which are
-    projected to the vocabulary."""
-    attention = 4 * shape.heads * shape.head_dim * sum(n * (n + 1) // 2 for n in lengths)
-    layers = shape.layers * (2 * layer_weights(shape) * sum(lengths) + attention)
+def forward_flops(shape: "Shape", families: Sequence[Sequence[int]], scored: int) -> int:
+    """FLOPs of one forward pass over ``families``, each the tokens of a prompt and of its answers,
+    with ``scored`` tokens projected to the vocabulary."""
+    pairs = sum(
+        n * (n + 1) // 2 + (n * family[0] if i else 0)
+        for family in families
+        for i, n in enumerate(family)
+    )
+    attention = 4 * shape.heads * shape.head_dim * pairs
+    tokens = sum(map(sum, families))
+    layers = shape.layers * (2 * layer_weights(shape) * tokens + attention)
     return layers + 2 * shape.hidden * shape.vocab * scored
 
 

@@ -45,9 +45,10 @@ from rich.table import Table
 from summary import Spread, as_json, phase_seconds, summarise, write_result
 from synthetic import QWEN3_0P6B, TINY, TINY_WORK, Work, make_groups, write_model
 
+from peergrad.algo.division import divide
 from peergrad.algo.grading import AlgoState, grade
 from peergrad.algo.objective import Objective
-from peergrad.algo.packing import divide
+from peergrad.algo.packing import by_prompt
 from peergrad.algo.samples import Sample, make_samples, weigh, with_logp
 from peergrad.config import (
     AlgoConfig,
@@ -201,18 +202,28 @@ class Trainer:
         shape, lengths = self.policy.shape, [sample.tokens.size for sample in self.samples]
         scored = sum(sample.logp_engine.size for sample in self.samples)
         budget = self.policy.config.parallel.micro_batch_tokens
-        forward = forward_flops(shape, lengths, scored)
+        forward = forward_flops(shape, families(self.samples), scored)
+        share = self.policy.model.shares_prompts
         return {
             "model": asdict(shape),
             "tokens": sum(lengths),
             "scored_tokens": scored,
-            "micro_batches": len(divide(self.samples, ranks=1, budget=budget)[0]),
+            "micro_batches": len(divide(self.samples, ranks=1, budget=budget, share=share)[0]),
             "forward_flops": forward,
             "peak_tflops": peak,
             "peak_memory_gib": peak_memory(),
             "summary": summarise([rates(row, sum(lengths), forward, peak) for row in rows]),
             "steps": rows,
         }
+
+
+def families(samples: Sequence[Sample]) -> list[list[int]]:
+    """Tokens of every prompt and of the answers to it."""
+    found = []
+    for members in by_prompt(samples, range(len(samples))):
+        prompt = samples[members[0]].prompt_length
+        found.append([prompt, *(samples[i].tokens.size - prompt for i in members)])
+    return found
 
 
 def peak_memory() -> dict[str, float]:

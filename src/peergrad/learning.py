@@ -73,7 +73,7 @@ def drop(
     for sample, kept in zip(samples, np.split(keep, ends), strict=True):
         weight = sample.weight.copy()
         weight[sample.scored] *= kept
-        found.append(replace(sample, weight=weight))
+        found.append(sample.having(weight=weight))
     return found
 
 

@@ -121,7 +121,9 @@ def test_forward_flops_by_hand() -> None:
     # Sequences of 3 and 2 tokens: 6 + 3 pairs of query and key, 4 FLOPs in each of 6 channels.
     matrices, attention, head = 2 * 160 * 5, 4 * 6 * 9, 2 * 4 * 10 * 4
     assert (matrices, attention, head) == (1600, 216, 320)
-    assert forward_flops(SHAPE, [3, 2], scored=4) == 2 * (1600 + 216) + 320 == 3952
+    assert forward_flops(SHAPE, [[3], [2]], scored=4) == 2 * (1600 + 216) + 320 == 3952
+    # An answer of 2 to a prompt of 3: 6 pairs of the prompt, 4 + 5 of the answer.
+    assert forward_flops(SHAPE, [[3, 2]], scored=4) == 2 * (1600 + 4 * 6 * 15) + 320
 
 
 def test_mfu_is_achieved_over_peak() -> None:

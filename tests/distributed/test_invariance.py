@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gradients import distance, exported_gradient
 from tests.models import make_hf_model
 from tests.oracle import losses
 from tests.spawn import run_ranks
@@ -135,18 +136,6 @@ def oracle(
     ]
 
 
-def exported_gradient(policy: Any) -> dict[str, torch.Tensor]:
-    """The reduced gradients under their HF names: they travel as the weights do."""
-    kept = [parameter.detach().clone() for parameter in policy.model.parameters()]
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.copy_(parameter.main_grad)
-        found = {name: tensor.clone() for name, tensor in policy.weights()}
-        for parameter, value in zip(policy.model.parameters(), kept, strict=True):
-            parameter.copy_(value)
-    return found
-
-
 def gradients(
     reference: str, configs: dict[str, Any], layouts: list[Layout], recorded: Any, broken: bool
 ) -> dict[tuple[str, Layout], list[dict[str, torch.Tensor]]]:
@@ -218,13 +207,6 @@ def spy(update: Any, policy: Any, steps: list[Any], part: Any, objective: Any) -
 
 def turned(values: list[Any], by: int) -> list[Any]:
     return values[by:] + values[:by]
-
-
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """``|found - expected| / |expected|`` over all parameters."""
-    assert found.keys() >= expected.keys()
-    error = sum(((found[k].double() - v) ** 2).sum() for k, v in expected.items())
-    return float((error / sum((v**2).sum() for v in expected.values())) ** 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -83,11 +83,11 @@ def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[s
             head = torch.cat(shards)[: scorer.shape.vocab]
             rows = torch.cat(
                 [
-                    scorer.model.head_input(h)[: sum(s.context for s in part)]
+                    scorer.model.head_input(h)[: sum(s.tokens.size - 1 for s in part)]
                     for h, part in zip(hidden, parts, strict=True)
                 ]
             )
-            out["logits"][name] = (rows @ head.t()).split([s.context for s in samples])
+            out["logits"][name] = (rows @ head.t()).split([s.tokens.size - 1 for s in samples])
     out["logp"] = np.concatenate(scorer.score(samples).logp)
     for key, value in scorer.weights():
         out["weights"][key] = value.clone()

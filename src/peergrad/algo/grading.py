@@ -10,7 +10,7 @@ from torch import Tensor
 from peergrad.algo import advantage as adv
 from peergrad.algo.correction import m2po_keep
 from peergrad.algo.kl import estimate_kl
-from peergrad.algo.samples import Sample
+from peergrad.algo.samples import Sample, pieces
 from peergrad.algo.sampling import selects
 from peergrad.algo.shaping import (
     Moments,
@@ -70,7 +70,7 @@ def grade(
         per_token = adv.clip_advantage(per_token, algo.advantage.clip)
     rows = (_split(x, lengths) for x in (per_token, keep))
     graded = [
-        replace(s, advantage=advantage, weight=weight)
+        s.having(advantage=advantage, weight=weight)
         for s, advantage, weight in zip(samples, *rows, strict=True)
     ]
     metrics = {"reward/shaped": float(shaped.mean()), "sampling/kept": _mean(keep)}
@@ -220,8 +220,8 @@ def _whiten(
 
 
 def _split(values: Tensor, lengths: Tensor) -> Sequence[np.ndarray]:
-    """Float32, a part for each length. In NumPy: a thousand tensors take five times as long."""
-    return np.split(values.float().numpy(), lengths.cumsum(0).numpy())[:-1]
+    """Float32, a part for each length. In NumPy: a thousand tensors take far longer."""
+    return pieces(values.float().numpy(), lengths.tolist())
 
 
 def _mean(values: Tensor) -> float:

@@ -1,4 +1,8 @@
-"""From samples to packed micro-batches: every rank computes the same division of the work."""
+"""From samples to packed micro-batches, where answers to one prompt may share it.
+
+Attention to a prompt's tokens and all that is computed for them is the same before every answer:
+once is enough, and the gradients of its copies add up in it.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,30 +12,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peergrad.algo.samples import Sample
+from peergrad.algo.samples import Sample, contexts
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Several sequences in one row. Only scored tokens have targets, advantages and logprobs.
 
-    ``rows[s]`` is the packed position whose output predicts scored token ``s``: the position just
-    before it. Prompt and padding rows never reach the vocabulary projection, and what no scored
-    token is predicted from (the last token above all) is not there at all.
+    A family ``(P, R1, R2, ...)`` is a prompt of ``P`` tokens with the answers that continue it, one
+    behind the other; none of them sees another. ``(n,)`` is a whole sequence.
+
+    ``rows[s]`` is the packed position whose output predicts scored token ``s``: that of the token
+    before it, for the first tokens of answers that share a prompt the prompt's last. Prompt and
+    padding rows never reach the vocabulary projection, and what no scored token is predicted from
+    (the last token above all) is not there at all.
 
     Example:
-        prompt (5, 3), answer (7, 1): tokens (5, 3, 7), rows (1, 2), targets (7, 1).
+        prompt (5, 3), answer (7, 1): tokens (5, 3, 7), rows (1, 2), targets (7, 1), families
+        ((3,),). With the answer (2, 4) beside, sharing: tokens (5, 3, 7, 2), positions (0, 1, 2,
+        2), rows (1, 2, 1, 3), targets (7, 1, 2, 4), families ((2, 1, 1),).
     """
 
     tokens: Int[Tensor, " T"]  # int64
-    positions: Int[Tensor, " T"]  # int64, restart at 0 for every sequence
-    cu_seqlens: Int[Tensor, " N1"]  # int32, N + 1 boundaries
-    lengths: tuple[int, ...]  # of the N sequences
-    max_seqlen: int
+    positions: Int[Tensor, " T"]  # int64, of each token in prompt and answer
+    cu_seqlens: Int[Tensor, " N1"]  # int32, N + 1 boundaries of the families
+    families: tuple[tuple[int, ...], ...]  # lengths; together T
+    max_seqlen: int  # of prompt and answer together
     rows: Int[Tensor, " S"]  # int64
     targets: Int[Tensor, " S"]  # int64
-    sequence: Int[Tensor, " S"]  # int64, which of the row's sequences
-    sequences: int
+    sequence: Int[Tensor, " S"]  # int64, whose answer of those packed
+    sequences: int  # answers packed, those without scored tokens, too
     advantage: Float[Tensor, " S"]
     weight: Float[Tensor, " S"]
     logp_engine: Float[Tensor, " S"]
@@ -52,67 +62,18 @@ _PER_SCORED_TOKEN = (
 )
 
 
-def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:
-    """Divide samples over ``parts`` ranks with near-equal token counts: longest first, each to the
-    part with the fewest tokens. Indices into ``sizes``; deterministic; parts may be empty."""
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        target = loads.index(min(loads))
-        shares[target].append(i)
-        loads[target] += sizes[i]
-    return shares
-
-
-def fill(sizes: Sequence[int], share: Sequence[int], budget: int) -> list[list[int]]:
-    """Divide the samples of ``share`` into bins of at most ``budget`` tokens: longest first, each
-    into the first bin with room. A sample beyond the budget gets a bin of its own."""
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for i in sorted(share, key=lambda i: -sizes[i]):
-        size = sizes[i]
-        target = next((b for b, load in enumerate(loads) if load + size <= budget), None)
-        if target is None:
-            bins.append([i])
-            loads.append(size)
-        else:
-            bins[target].append(i)
-            loads[target] += size
-    return bins
-
-
-def divide(samples: Sequence[Sample], *, ranks: int, budget: int) -> list[list[list[int]]]:
-    """Which samples each data-parallel rank puts into each of its micro-batches, as indices.
-
-    All ranks get the same number of micro-batches: those with less work end with empty ones,
-    because schedules and expert-parallel layers need every rank to take part in every collective.
-    Samples that bring nothing to the loss are left out.
-    """
-    sizes = [sample.context for sample in samples]
-    active = [i for i, size in enumerate(sizes) if size]
-    shares = balance([sizes[i] for i in active], ranks)
-    bins = [fill(sizes, [active[i] for i in share], budget) for share in shares]
-    count = max(1, *(len(part) for part in bins))
-    return [part + [[]] * (count - len(part)) for part in bins]
-
-
-def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
-    """Put samples into one row, padded with one sequence of zeros to a ``multiple`` of tokens.
+def pack(samples: Sequence[Sample], *, share: bool = False, multiple: int = 1) -> MicroBatch:
+    """Put samples into one row, padded with one sequence of zeros to a ``multiple`` of tokens; if
+    ``share``, with each prompt once.
 
     Sequence parallelism divides the row over the tensor ranks, hence ``multiple``. No samples give
     a row of padding without scored tokens.
     """
-    sequences = [s.tokens[: s.context] for s in samples]
-    total = sum(s.size for s in sequences)
-    padding = -total % multiple if total else multiple
-    if padding:
-        sequences.append(np.zeros(padding, np.int32))
-    lengths = np.array([s.size for s in sequences])
-    starts = np.cumsum([0, *lengths])
+    row = _lay_out(samples, share=share, multiple=multiple)
     answers = np.array([s.weight.size for s in samples], np.int64)
     sequence = np.repeat(np.arange(len(samples)), answers)
     place = ranges(answers)  # of every answer token in its answer
-    before = starts[: len(samples)] + np.array([s.prompt_length - 1 for s in samples], np.int64)
+    before = np.where(place == 0, row.ends[sequence], row.answers[sequence] + place - 1)
     kept = np.flatnonzero(_flat(s.weight for s in samples))
 
     def scored(values: Iterable[np.ndarray], dtype: torch.dtype) -> Tensor:
@@ -123,12 +84,12 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
         return None if any(v is None for v in values) else scored(values, torch.float32)
 
     return MicroBatch(
-        tokens=torch.from_numpy(np.concatenate(sequences)).long(),
-        positions=torch.from_numpy(ranges(lengths)),
-        cu_seqlens=torch.from_numpy(starts).int(),
-        lengths=tuple(lengths.tolist()),
-        max_seqlen=int(lengths.max()),
-        rows=torch.from_numpy((before[sequence] + place)[kept]),
+        tokens=torch.from_numpy(np.concatenate(row.pieces)).long(),
+        positions=torch.from_numpy(row.positions),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(sum, row.families)])).int(),
+        families=row.families,
+        max_seqlen=int(row.positions.max()) + 1,
+        rows=torch.from_numpy(before[kept]),
         targets=scored((s.tokens[s.prompt_length :] for s in samples), torch.int64),
         sequence=torch.from_numpy(sequence[kept]),
         sequences=len(samples),
@@ -139,6 +100,66 @@ def pack(samples: Sequence[Sample], *, multiple: int = 1) -> MicroBatch:
         logp_ref=optional("logp_ref"),
         proximal=optional("proximal"),
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where every token lies.
+
+    Example:
+        prompt (5, 3) with answers (7, 1) and (2, 4): pieces (5, 3), (7), (2); ends (1, 1), answers
+        (2, 3).
+    """
+
+    pieces: list[np.ndarray]  # in order, T tokens together
+    positions: np.ndarray  # [T] int64
+    families: tuple[tuple[int, ...], ...]
+    ends: np.ndarray  # [samples] int64, where each one's prompt ends
+    answers: np.ndarray  # [samples] int64, where each one's answer begins, or would
+
+
+def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int) -> _Row:
+    ends, answers, total = [0] * len(samples), [0] * len(samples), 0
+    pieces: list[np.ndarray] = []
+    begins: list[int] = []  # the position of each piece's first token
+    families: list[tuple[int, ...]] = []
+    context = contexts(samples).tolist()
+    active = [i for i, tokens in enumerate(context) if tokens]
+    for members in by_prompt(samples, active) if share else [[i] for i in active]:
+        prompt = samples[members[0]].prompt_length
+        longest = max(members, key=lambda i: context[i])
+        # A prompt and the only answer that needs more than it are a plain sequence.
+        apart = sum(context[i] > prompt for i in members) > 1
+        parts = [samples[longest].tokens[: prompt if apart else context[longest]]]
+        at = total + prompt
+        for i in members:
+            ends[i], answers[i] = total + prompt - 1, at
+            if apart and context[i] > prompt:
+                parts.append(samples[i].tokens[prompt : context[i]])
+                at += context[i] - prompt
+        pieces += parts
+        begins += [0] + [prompt] * (len(parts) - 1)
+        families.append(tuple(part.size for part in parts))
+        total += sum(families[-1])
+    padding = -total % multiple if total else multiple
+    if padding:
+        pieces.append(np.zeros(padding, np.int32))
+        begins.append(0)
+        families.append((padding,))
+    sizes = np.array([piece.size for piece in pieces])
+    positions = ranges(sizes) + np.repeat(begins, sizes)
+    places = (np.array(place, np.int64) for place in (ends, answers))
+    return _Row(pieces, positions, tuple(families), *places)
+
+
+def by_prompt(samples: Sequence[Sample], which: Iterable[int]) -> list[list[int]]:
+    """The indices ``which``, those of one prompt together, in order of appearance. What counts are
+    the prompt's tokens, not whose group it is."""
+    found: dict[bytes, list[int]] = {}
+    for i in which:
+        sample = samples[i]
+        found.setdefault(sample.tokens[: sample.prompt_length].tobytes(), []).append(i)
+    return list(found.values())
 
 
 def ranges(lengths: np.ndarray) -> np.ndarray:

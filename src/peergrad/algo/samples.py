@@ -6,7 +6,7 @@ denominator.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -48,22 +48,40 @@ class Sample:
         """Indices of the answer tokens that take part."""
         return self.weight.nonzero()[0]
 
-    @property
-    def context(self) -> int:
-        """How many tokens of the row the scored ones are predicted from, 0 without any: nothing
-        behind them, not even the last one itself, is ever computed."""
-        return self.prompt_length + int(self.scored[-1]) if self.scored.size else 0
+    def having(self, **changed: np.ndarray) -> "Sample":
+        """As ``dataclasses.replace``, in a tenth of its time: a step asks for it several times for
+        every answer."""
+        other = object.__new__(Sample)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("scored", None)
+        other.__dict__.update(changed)
+        return other
+
+
+def contexts(samples: Sequence[Sample]) -> np.ndarray:
+    """How many tokens of each row the scored ones are predicted from, 0 without any: nothing behind
+    them, not even the last one itself, is ever computed. [samples] int64."""
+    sizes = np.array([s.weight.size for s in samples], np.int64)
+    prompts = np.array([s.prompt_length for s in samples], np.int64)
+    ends = np.cumsum(sizes)
+    scored = np.flatnonzero(np.concatenate([[1], *(s.weight for s in samples)])) - 1
+    last = scored[np.searchsorted(scored, ends) - 1]  # before each end, of whichever sample
+    found: np.ndarray = np.where(last < ends - sizes, 0, prompts + last - ends + sizes)
+    return found
 
 
 def make_samples(groups: Sequence[Group]) -> list[Sample]:
     """All rollouts of ``groups`` in order, ungraded: advantage 0, every token of weight 1."""
+    sizes = [rollout.tokens.size for group in groups for rollout in group.rollouts]
+    rows = [pieces(np.full(sum(sizes), x, np.float32), sizes) for x in (0, 1)]
+    advantages, weights = map(iter, rows)
     return [
         Sample(
             tokens=np.concatenate([group.prompt.tokens, rollout.tokens]),
             prompt_length=group.prompt.tokens.size,
             logp_engine=rollout.logprobs,
-            advantage=np.zeros_like(rollout.logprobs),
-            weight=np.ones_like(rollout.logprobs),
+            advantage=next(advantages),
+            weight=next(weights),
             version=rollout.token_versions,
             group=index,
         )
@@ -74,8 +92,7 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
 
 def with_logp(samples: Sequence[Sample], field: str, values: Sequence[np.ndarray]) -> list[Sample]:
     """The samples with ``logp_old`` or ``logp_ref`` filled in."""
-    pairs = zip(samples, values, strict=True)
-    return [replace(s, **{field: value}) for s, value in pairs]  # type: ignore[arg-type]
+    return [s.having(**{field: value}) for s, value in zip(samples, values, strict=True)]
 
 
 def with_proximal(samples: Sequence[Sample], *, version: int) -> list[Sample]:
@@ -89,7 +106,7 @@ def with_proximal(samples: Sequence[Sample], *, version: int) -> list[Sample]:
     """
     lags = [version - s.version for s in samples]
     return [
-        replace(s, proximal=(lag / (lag + 1)).astype(np.float32))
+        s.having(proximal=(lag / (lag + 1)).astype(np.float32))
         for s, lag in zip(samples, lags, strict=True)
     ]
 
@@ -100,21 +117,27 @@ def weigh(samples: Sequence[Sample], algo: AlgoConfig, *, max_tokens: int) -> li
     ``samples`` must be everything that the optimizer step sees, over all ranks: denominators are
     taken from it.
     """
-    sampled = torch.tensor([s.weight.size for s in samples])
-    kept = torch.tensor([np.count_nonzero(s.weight) for s in samples])
+    sizes = [s.weight.size for s in samples]
+    takes_part = np.concatenate([np.zeros(0), *(s.weight for s in samples)]) != 0
+    kept = [np.count_nonzero(part) for part in pieces(takes_part, sizes)]
     _, group = torch.unique(torch.tensor([s.group for s in samples]), return_inverse=True)
     weights = token_weights(
-        sampled,
-        kept,
+        torch.tensor(sizes),
+        torch.tensor(kept),
         group,
         mode=algo.aggregation,
         denominator=algo.denominator,
         max_tokens=max_tokens,
     )
-    return [
-        replace(s, weight=((s.weight != 0) * w).astype(np.float32))
-        for s, w in zip(samples, weights.tolist(), strict=True)
-    ]
+    found = np.where(takes_part, np.repeat(weights.float().numpy(), sizes), np.float32(0))
+    pairs = zip(samples, pieces(found, sizes), strict=True)
+    return [s.having(weight=weight) for s, weight in pairs]
+
+
+def pieces(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """``values`` in pieces of ``sizes``, as ``np.split``, which takes 2 us for each of them."""
+    ends = np.cumsum(sizes).tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def mini_batches(samples: Sequence[Sample], parts: int, order: Sequence[int]) -> list[list[Sample]]:

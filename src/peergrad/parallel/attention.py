@@ -2,13 +2,11 @@
 
 Megatron's own core attention refuses packed rows without Transformer Engine, and its rotary
 embedding of packed rows loops over the sequences in every layer. Both are done here, for all
-sequences of about one length at once, on a CPU or a GPU.
+sequences of about one length at once, on a CPU or a GPU; answers may share their prompt.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,64 +16,34 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
 
-PADDING = 64
-"""Tokens of padding that are cheaper than one more call of the attention kernel, and no more are
-ever added for one length."""
+from peergrad.parallel.batches import Batch, Families, Layout, lay_out
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive sequences that are attended to as one batch ``[sequences, width]``.
-
-    Example:
-        lengths 3, 2: ``Batch(sequences=2, width=3, tokens=5, slots=tensor([0, 1, 2, 3, 4]))``.
-    """
-
-    sequences: int
-    width: int
-    tokens: int
-    slots: Tensor | None  # [tokens] int64, of each token in the batch; None: all are as wide
+BLOCK = 256
+"""Queries that attend under one mask, on a CPU: it is this high, and as wide as all keys."""
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, with what this spec needs beside."""
 
-    lengths: Sequence[int] = ()  # of the sequences, on the host
+    families: Families = ()  # lengths of prompts with the answers that share them, on the host
     positions: Tensor | None = None  # [T] int64
     angles: tuple[Tensor, Tensor] | None = None  # cos, sin [T, 1, d / 2], of each token's position
 
     @cached_property
-    def batches(self) -> list[Batch]:
-        """All sequences in order, as few batches as ``PADDING`` allows; once for all layers."""
+    def layout(self) -> Layout:
+        """Once for all layers."""
         assert self.positions is not None
-        device = self.positions.device
-        return [_batch(lengths, device) for lengths in alike(self.lengths)]
+        return lay_out(self.families, self.positions.device)
 
-
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Divide consecutive lengths into runs whose first is the longest and none much shorter.
-
-    Example:
-        3, 2, 2, 90, 3: runs (3, 2, 2) and (90,) and (3,), for 87 are more than PADDING.
-    """
-    runs: list[list[int]] = []
-    for length, same in groupby(lengths):
-        run = list(same)
-        if runs and 0 <= (runs[-1][0] - length) * len(run) <= PADDING:
-            runs[-1] += run
-        else:
-            runs.append(run)
-    return runs
-
-
-def _batch(lengths: list[int], device: torch.device) -> Batch:
-    tokens, width = sum(lengths), lengths[0]
-    if tokens == len(lengths) * width:
-        return Batch(len(lengths), width, tokens, None)
-    real = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return Batch(len(lengths), width, tokens, real.flatten().nonzero()[:, 0].to(device))
+    @cached_property
+    def triangle(self) -> Tensor:
+        """``[BLOCK, widest batch]`` float32 on the host, 0 up to the diagonal that ends in the
+        lower right corner, -inf above: its last rows and columns mask any block of queries."""
+        widest = max(batch.width for batch in self.layout.batches)
+        return torch.full((BLOCK, widest), -torch.inf).triu(1 + widest - BLOCK)
 
 
 def take_angles(
@@ -159,26 +127,58 @@ class PackedAttention(MegatronModule):
         if packed_seq_params.angles is not None:
             cos, sin = (x.to(query.dtype) for x in packed_seq_params.angles)
             query, key = (Rotation.apply(x, cos, sin) for x in (query, key))  # type: ignore[no-untyped-call]
-        batches = packed_seq_params.batches
-        splits = [torch.split(x, [b.tokens for b in batches]) for x in (query, key, value)]
-        found = [self._batched(batch, *part) for batch, *part in zip(batches, *splits, strict=True)]
-        return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1)
+        layout = packed_seq_params.layout
+        query = _taken(query, layout.queries)
+        key, value = _taken(key, layout.keys), _taken(value, layout.keys)
+        asked = torch.split(query, [b.sequences * (b.width - b.first) for b in layout.batches])
+        seen = [b.sequences * b.width for b in layout.batches]
+        parts = zip(asked, torch.split(key, seen), torch.split(value, seen), strict=True)
+        found = [
+            self._batch(packed_seq_params, batch, *part)
+            for batch, part in zip(layout.batches, parts, strict=True)
+        ]
+        return _taken(found[0] if len(found) == 1 else torch.cat(found), layout.slots).flatten(1)
 
-    def _batched(self, batch: Batch, *packed: Tensor) -> Tensor:
-        """Sequences as one batch, padded on the right: under a causal mask no real token sees the
-        padding, so the result is exact."""
-        slots = batch.slots
+    def _batch(self, row: PackedRow, batch: Batch, *packed: Tensor) -> Tensor:
+        """``[queries, heads, d]`` of a batch. Padding is seen by no token of the row, so the
+        result is exact."""
+        shape = batch.sequences, -1
+        query, key, value = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in packed)
+        if batch.mask is not None:
+            out = self._attend(query, key, value, batch.mask.to(query.dtype))
+        elif batch.first == 0:
+            out = self._attend(query, key, value)
+        elif query.is_cuda:  # knows the lower right corner, and needs no mask
+            out = self._attend(query, key, value, causal_lower_right(query.shape[2], batch.width))
+        else:
+            out = self._in_blocks(row.triangle.to(query.dtype), query, key, value)
+        return out.transpose(1, 2).flatten(0, 1)
 
-        def spread(x: Tensor) -> Tensor:
-            if slots is not None:
-                empty = x.new_zeros(batch.sequences * batch.width, *x.shape[1:])
-                x = empty.index_copy(0, slots, x)
-            return x.view(batch.sequences, batch.width, *x.shape[1:]).transpose(1, 2)
+    def _in_blocks(self, triangle: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last query sees all keys, each before it one less; no more are looked at than a
+        block may see."""
+        found, end = [], key.shape[2] - query.shape[2]
+        for block in torch.split(query, BLOCK, 2):
+            rows = block.shape[2]
+            end += rows
+            mask = triangle[-rows:, -end:]
+            found.append(self._attend(block, key[:, :, :end], value[:, :, :end], mask))
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
 
-        out = self._attend(*(spread(x) for x in packed)).transpose(1, 2).flatten(0, 1)
-        return out if slots is None else out.index_select(0, slots)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """``[b, heads, s, d]``, causal without a mask."""
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
+
+
+def _taken(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)

@@ -33,6 +33,9 @@ class PolicyModel(GPTModel):
     micro-batch need never exist.
     """
 
+    shares_prompts = False
+    """Whether its attention knows answers that share a prompt, see ``MicroBatch``."""
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The one private method overridden: its stock form projects every row to the vocabulary.
         return hidden_states
@@ -68,7 +71,7 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        lengths=batch.lengths,
+        families=batch.families,
         positions=batch.positions,
     )
     hidden: Tensor = model(
@@ -158,5 +161,6 @@ def build_model(
     )
     if spec is Spec.torch:
         model.decoder.register_forward_pre_hook(take_angles, with_kwargs=True)
+        model.shares_prompts = True
     model.to(device=groups.device, dtype=config.params_dtype)
     return model

@@ -13,9 +13,10 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from peergrad.algo.division import divide
 from peergrad.algo.objective import Metrics
-from peergrad.algo.packing import MicroBatch, divide, pack
-from peergrad.algo.samples import Sample, make_samples
+from peergrad.algo.packing import MicroBatch, pack
+from peergrad.algo.samples import Sample, make_samples, pieces
 from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.groups import Groups
@@ -110,14 +111,16 @@ class Scorer:
 
     def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
         budget = self.config.parallel.micro_batch_tokens
-        return divide(samples, ranks=self.groups.data.size(), budget=budget)
+        share = self.model.shares_prompts
+        return divide(samples, ranks=self.groups.data.size(), budget=budget, share=share)
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel = self.config.parallel
         multiple = parallel.tensor if parallel.sequence else 1
-        mine = bins[self.groups.data.rank()]
-        packed = [pack([samples[i] for i in part], multiple=multiple) for part in mine]
+        share, mine = self.model.shares_prompts, bins[self.groups.data.rank()]
+        rows = ([samples[i] for i in part] for part in mine)
+        packed = [pack(row, share=share, multiple=multiple) for row in rows]
         return [_to_device(batch, self.groups.device) for batch in packed]
 
     def _collect(
@@ -134,14 +137,15 @@ class Scorer:
             columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
             mine = (self.groups.data.rank(), columns, extra)
         gathered = [part for part in self.groups.gather(mine) if part is not None]
-        ends = np.cumsum([s.logp_engine.size for s in samples])
-        whole = np.full((2, ends[-1] if len(samples) else 0), np.nan, np.float32)
+        sizes = [s.logp_engine.size for s in samples]
+        starts = np.cumsum([0, *sizes])
+        whole = np.full((2, starts[-1]), np.nan, np.float32)
         none = np.zeros(0, np.int64)
         for rank, columns, _ in gathered:
             order = [i for part in bins[rank] for i in part]
-            place = [ends[i] - samples[i].logp_engine.size + samples[i].scored for i in order]
+            place = [starts[i] + samples[i].scored for i in order]
             whole[:, np.concatenate([none, *place])] = columns
-        logp, entropy = (np.split(row, ends)[:-1] for row in whole)
+        logp, entropy = (pieces(row, sizes) for row in whole)
         return Scores(samples, logp, entropy), [part[2] for part in gathered]
 
     def _schedule(

@@ -2,16 +2,17 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from peergrad.parallel.attention import PackedAttention, PackedRow, alike, take_angles
+from peergrad.parallel.attention import BLOCK, PackedAttention, PackedRow, take_angles
+from peergrad.parallel.batches import Families
 
 HEADS, GROUPS, DIM = 4, 2, 8
 
@@ -37,40 +38,64 @@ def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def new_row(lengths: tuple[int, ...], angles: torch.Tensor) -> PackedRow:
+def new_row(families: Families, angles: torch.Tensor) -> PackedRow:
     """As ``parallel.model.run`` and the decoder's hook make it; ``angles`` ``[longest, d / 2]``."""
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    row = PackedRow("thd", cu, cu, lengths=lengths, positions=positions)
+    sizes = torch.tensor([sum(family) for family in families])
+    cu = torch.cat((torch.zeros(1), sizes.cumsum(0))).int()
+    begins = [
+        (n, i and prompt) for prompt, *more in families for i, n in enumerate([prompt, *more])
+    ]
+    positions = torch.cat([torch.arange(first, first + n) for n, first in begins])
+    row = PackedRow("thd", cu, cu, families=families, positions=positions)
     megatrons = torch.cat((angles, angles), -1)[:, None, None]
     given = {"packed_seq_params": row, "rotary_pos_emb": megatrons}
     assert take_angles(torch.nn.Module(), (), given)[1]["rotary_pos_emb"] is None
     return row
 
 
+def one_by_one(families: Families, angles: torch.Tensor, *qkv: torch.Tensor) -> torch.Tensor:
+    """Every answer behind a copy of its prompt, as a sequence of its own."""
+
+    def sequence(rows: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x[rows] for x in qkv)
+        return naive(*(rotated(x, angles[: len(x)]) for x in (q, k)), v)
+
+    found, start = [], 0
+    for prompt, *answers in families:
+        lead, at = torch.arange(start, start + prompt), start + prompt
+        found.append(sequence(lead))
+        for tokens in answers:
+            found.append(sequence(torch.cat((lead, torch.arange(at, at + tokens))))[prompt:])
+            at += tokens
+        start = at
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize(
-    "lengths",
+    "families",
     [
-        (5,),
-        (6, 6, 6),  # one batch as it lies
-        (7, 1, 6, 7),  # one batch, padded
-        (3, 0, 5),
-        (90, 25, 25, 25, 3, 1, 1, 2),  # several batches of both kinds
+        ((5,),),
+        ((6,), (6,), (6,)),  # one batch as it lies
+        ((7,), (1,), (6,), (7,)),  # one batch, padded
+        ((7,), (6,), (6,)),  # the same, and as it lies but for the end
+        ((90,), (25,), (25,), (25,), (3,), (1,), (1,), (2,)),  # several batches of both kinds
+        ((2, 1, 1), (3, 2, 4, 1), (5,), (1, 3, 3)),  # small families of several widths
+        ((64, 1, 2), (70, 5, 5), (69, 1, 8, 5), (4,)),  # answers alike to prompts alike
+        ((1, *[2] * 80), (90, 90, 3, 200)),
+        ((40, BLOCK + 7, 2 * BLOCK, 2), (BLOCK + 3, 1, 80)),  # more than a block
     ],
 )
-def test_packed_equals_one_by_one(lengths: tuple[int, ...]) -> None:
+def test_packed_equals_one_by_one(families: Families) -> None:
     torch.manual_seed(0)
-    q = torch.randn(sum(lengths), HEADS, DIM, dtype=torch.float64, requires_grad=True)
+    total = sum(map(sum, families))
+    longest = max(family[0] + max(family[1:], default=0) for family in families)
+    q = torch.randn(total, HEADS, DIM, dtype=torch.float64, requires_grad=True)
     k, v = (
-        torch.randn(sum(lengths), GROUPS, DIM, dtype=torch.float64, requires_grad=True)
-        for _ in range(2)
+        torch.randn(total, GROUPS, DIM, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    angles = torch.randn(max(lengths), DIM // 2, dtype=torch.float64)
-    ours = attention()(q, k, v, None, packed_seq_params=new_row(lengths, angles))
-    rows = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    wanted = torch.cat(
-        [naive(*(rotated(x, angles[: len(x)]) for x in (a, b)), c) for a, b, c in rows]
-    )
+    angles = torch.randn(longest, DIM // 2, dtype=torch.float64)
+    ours = attention()(q, k, v, None, packed_seq_params=new_row(families, angles))
+    wanted = one_by_one(families, angles, q, k, v)
     torch.testing.assert_close(ours, wanted)
     weight = torch.randn_like(wanted)
     for mine, theirs in zip(
@@ -81,16 +106,16 @@ def test_packed_equals_one_by_one(lengths: tuple[int, ...]) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_batches_are_few_and_pad_little() -> None:
-    assert alike([3, 2, 2, 90, 3]) == [[3, 2, 2], [90], [3]]  # as documented
-    assert alike([]) == [] and alike([4] * 1000) == [[4] * 1000]
-    lengths = sorted(np.random.default_rng(0).integers(64, 256, 1024).tolist(), reverse=True)
-    runs = alike(lengths)
-    assert [n for run in runs for n in run] == lengths
-    assert len(runs) < 32 and all(run[0] == max(run) for run in runs)
-    assert sum(run[0] * len(run) for run in runs) < 1.1 * sum(lengths)
-    # Long ones are taken one by one rather than padded.
-    assert alike([4096, 4000, 3900]) == [[4096], [4000], [3900]]
+def test_both_ways_to_the_lower_right_corner() -> None:
+    """What a GPU is told is what the host's blocks compute."""
+    torch.manual_seed(0)
+    answers, prompt = BLOCK + 30, 41
+    row = new_row(((prompt, answers, answers),), torch.zeros(prompt + answers, DIM // 2))
+    q = torch.randn(2, HEADS, answers, DIM)
+    k, v = (torch.randn(2, GROUPS, prompt + answers, DIM) for _ in range(2))
+    blocks = attention()._in_blocks(row.triangle, q, k, v)
+    at_once = attention()._attend(q, k, v, causal_lower_right(answers, prompt + answers))
+    torch.testing.assert_close(blocks, at_once)
 
 
 def test_batched_input_is_causal_too() -> None:

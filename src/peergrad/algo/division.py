@@ -1,0 +1,139 @@
+"""Who computes what: every rank finds the same division of a step's work without asking."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import heapreplace
+from math import ceil, inf
+
+from peergrad.algo.packing import by_prompt
+from peergrad.algo.samples import Sample, contexts
+
+KEYS = 4
+"""How many keys may be attended to per packed token. Every answer of a family attends to a copy of
+the prompt's, which each layer keeps for the backward pass."""
+
+GRAINS = (1, 2, 4, 8)
+"""Parts of a rank's share that large families are tried to be cut down to."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Answers to one prompt that are computed together, with the prompt once.
+
+    Example:
+        ``Family(prompt=8, members=(3, 5), longer=(2, 4))`` takes 14 tokens.
+    """
+
+    prompt: int  # tokens
+    members: tuple[int, ...]  # indices of the samples
+    longer: tuple[int, ...]  # tokens of each that are needed beside the prompt
+
+    @cached_property
+    def size(self) -> int:
+        """Its tokens, or those that may bring as many keys as it attends to, where they are more.
+
+        Example:
+            a prompt of 8 with four answers of 1: 12, and 36 keys; with forty: 90 for 360 keys.
+        """
+        keys = sum(self.prompt + n for n in self.longer if n)
+        return max(self.prompt + sum(self.longer), ceil(keys / KEYS))
+
+    def cut(self, limit: float, budget: int) -> list["Family"]:
+        """In as many near-equal parts as ``limit`` goes into its size, and at least so many that
+        each is within the budget, if a single answer is."""
+        if self.size <= min(limit, budget):
+            return [self]
+        most = len(self.members)
+        room = budget - self.prompt  # of a part, for answers
+        fewest = max(self.size / limit, sum(self.longer) / room) if limit and room > 0 else most
+        for count in range(ceil(fewest), most):
+            parts = [self._part(one) for one in balance(self.longer, count) if one]
+            if max(part.size for part in parts) <= budget:
+                return parts
+        return [self._part([i]) for i in range(most)]
+
+    def _part(self, which: Sequence[int]) -> "Family":
+        members = tuple(self.members[i] for i in which)
+        return Family(self.prompt, members, tuple(self.longer[i] for i in which))
+
+
+def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Divide the work over ``parts`` ranks with near-equal token counts: largest first, each to the
+    part with the fewest tokens. Indices into ``sizes``; deterministic; parts may be empty."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    loads = [(0, part) for part in range(parts)]  # a heap
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, part = loads[0]
+        shares[part].append(i)
+        heapreplace(loads, (load + sizes[i], part))
+    return shares
+
+
+def fill(sizes: Sequence[int], share: Sequence[int], budget: int) -> list[list[int]]:
+    """Divide the work of ``share`` into bins of at most ``budget`` tokens: largest first, each
+    into the first bin with room. What is beyond the budget gets a bin of its own."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for i in sorted(share, key=lambda i: -sizes[i]):
+        size = sizes[i]
+        target = next((b for b, load in enumerate(loads) if load + size <= budget), None)
+        if target is None:
+            bins.append([i])
+            loads.append(size)
+        else:
+            bins[target].append(i)
+            loads[target] += size
+    return bins
+
+
+def divide(
+    samples: Sequence[Sample], *, ranks: int, budget: int, share: bool = False
+) -> list[list[list[int]]]:
+    """Which samples each data-parallel rank puts into each of its micro-batches, as indices. With
+    ``share`` answers to one prompt stay together, as far as that makes less work.
+
+    All ranks get the same number of micro-batches: those with less work end with empty ones,
+    because schedules and expert-parallel layers need every rank to take part in every collective.
+    Samples that bring nothing to the loss are left out.
+    """
+    context = contexts(samples).tolist()
+    active = [i for i, tokens in enumerate(context) if tokens]
+    if share:
+        families = _families(samples, active, context, ranks=ranks, budget=budget)
+    else:
+        families = [Family(context[i], (i,), (0,)) for i in active]
+    sizes = [family.size for family in families]
+    bins = [fill(sizes, part, budget) for part in balance(sizes, ranks)]
+    count = max(1, *(len(part) for part in bins))
+    flat = [[[i for f in one for i in families[f].members] for one in part] for part in bins]
+    return [part + [[]] * (count - len(part)) for part in flat]
+
+
+def _families(
+    samples: Sequence[Sample],
+    active: Sequence[int],
+    context: Sequence[int],
+    *,
+    ranks: int,
+    budget: int,
+) -> list[Family]:
+    """One for each prompt, or several where one is beyond the budget or too large a part of a
+    rank's share: of some ways to cut them that whose busiest rank has the least to do."""
+    whole = []
+    for members in by_prompt(samples, active):
+        prompt = samples[members[0]].prompt_length
+        whole.append(Family(prompt, tuple(members), tuple(context[i] - prompt for i in members)))
+    largest = max((family.size for family in whole), default=0)
+    share = sum(family.size for family in whole) / ranks
+    limits = [share / grain for grain in GRAINS if largest > share / grain]
+    ways = [
+        [part for family in whole for part in family.cut(limit, budget)]
+        for limit in (inf, *limits, *([0.0] if limits else []))
+    ]
+    return min(ways, key=lambda way: _busiest([family.size for family in way], ranks))
+
+
+def _busiest(sizes: Sequence[int], ranks: int) -> int:
+    """Tokens of the rank that has most."""
+    return max(sum(sizes[i] for i in part) for part in balance(sizes, ranks))

@@ -1,0 +1,148 @@
+"""Division of the work: every sample once, within the budget, near-equal over ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from peergrad.algo.division import KEYS, Family, balance, divide, fill
+from peergrad.algo.packing import pack
+from peergrad.algo.samples import Sample
+from tests.samples import new_sample, random_samples, scored_tokens
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 50])
+def test_balance(seed: int, parts: int) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 25, 30).tolist()
+    shares = balance(sizes, parts)
+    assert len(shares) == parts
+    assert sorted(i for share in shares for i in share) == list(range(30))
+    loads = [sum(sizes[i] for i in share) for share in shares]
+    # Longest first to the least loaded: no two loads differ by more than the longest sample.
+    assert max(loads) - min(loads) <= max(sizes)
+    assert balance(sizes, parts) == shares
+
+
+def test_balance_by_hand() -> None:
+    # 9 to the first, 6 to the second, 5 to the second (11), 4 to the first (13), 3 to the second
+    assert balance([4, 9, 3, 6, 5], 2) == [[1, 0], [3, 4, 2]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [1, 10, 24, 100, 10**6])
+def test_fill(seed: int, budget: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes, share = rng.integers(1, 25, 40).tolist(), rng.permutation(40)[:30].tolist()
+    bins = fill(sizes, share, budget)
+    assert sorted(i for part in bins for i in part) == sorted(share)
+    loads = [sum(sizes[i] for i in part) for part in bins]
+    assert all(load <= budget or len(part) == 1 for load, part in zip(loads, bins, strict=True))
+    # First fit: no two bins would fit into one.
+    assert all(a + b > budget for a, b in itertools.combinations(loads, 2))
+
+
+def test_fill_by_hand() -> None:
+    sizes = [3, 9, 4, 6, 12, 1, 10]  # budget 10, without the last -> 12 | 9, 1 | 6, 4 | 3
+    assert fill(sizes, [0, 1, 2, 3, 4, 5], 10) == [[4], [1, 5], [3, 2], [0]]
+
+
+@pytest.mark.parametrize(("count", "ranks", "budget"), [(13, 4, 16), (3, 4, 100), (40, 3, 30)])
+def test_ranks_have_equal_counts_and_each_sample_once(count: int, ranks: int, budget: int) -> None:
+    samples = random_samples(count, seed=count)
+    divided = divide(samples, ranks=ranks, budget=budget)
+    assert len(divided) == ranks and len({len(bins) for bins in divided}) == 1
+    parts = [part for bins in divided for part in bins]
+    active = [i for i, s in enumerate(samples) if s.weight.any()]
+    assert sorted(i for part in parts for i in part) == active
+    batches = [pack([samples[i] for i in part], multiple=2) for part in parts]
+    found = sorted(t for batch in batches for t in batch.targets.tolist())
+    assert found == sorted(scored_tokens(samples))
+    longest = max(s.tokens.size for s in samples)
+    assert all(batch.tokens.numel() <= max(budget, longest) + 1 for batch in batches)
+
+
+def test_samples_without_weight_are_left_out() -> None:
+    samples = [new_sample([1], [2, 3], 0.0), new_sample([1], [4]), new_sample([1], [])]
+    assert divide(samples, ranks=1, budget=100) == [[[1]]]
+    # and take no room: with budget 2 a rank has one micro-batch, the other an empty one
+    assert divide(samples, ranks=2, budget=2) == [[[1]], [[]]]
+
+
+@pytest.mark.parametrize("samples", [[], [new_sample([1], [2], 0.0)]])
+def test_nothing_to_learn_from_is_one_empty_micro_batch(samples: list[Sample]) -> None:
+    assert divide(samples, ranks=2, budget=8) == [[[]], [[]]]
+
+
+def tokens(samples: list[Sample], division: list[list[list[int]]], *, share: bool) -> list[int]:
+    """Of each rank."""
+    rows = [[[samples[i] for i in part] for part in bins if part] for bins in division]
+    return [sum(pack(row, share=share).tokens.numel() for row in part) for part in rows]
+
+
+def test_the_size_of_a_family_by_hand() -> None:
+    assert Family(prompt=8, members=(3, 5), longer=(2, 4)).size == 14  # as documented
+    assert Family(8, tuple(range(4)), (1,) * 4).size == 12  # 36 keys are fewer than 4 * 12
+    assert Family(8, tuple(range(40)), (1,) * 40).size == 90  # 360 keys, not 4 * 48
+    assert Family(8, tuple(range(40)), (0,) * 40).size == 8  # only the prompt attends
+
+
+def test_cutting_a_family_by_hand() -> None:
+    family = Family(10, (4, 5, 6, 7), (6, 9, 2, 7))  # 34 tokens
+    assert family.cut(34.0, budget=34) == [family]
+    # in two, longest first to the emptier part: 9, then 7 and 6, then 2 beside the 9
+    halves = [Family(10, (5, 6), (9, 2)), Family(10, (7, 4), (7, 6))]
+    assert family.cut(33.0, budget=34) == halves
+    assert family.cut(34.0, budget=23) == halves  # of 21 and 23 tokens
+    thirds = [Family(10, (5,), (9,)), Family(10, (7,), (7,)), Family(10, (4, 6), (6, 2))]
+    assert family.cut(34.0, budget=22) == thirds
+    assert [part.members for part in family.cut(34.0, budget=10)] == [(4,), (5,), (6,), (7,)]
+
+
+def test_answers_to_one_prompt_stay_together_where_that_is_less_work() -> None:
+    """Three prompts with four answers of 4, of which 3 are needed, on two ranks."""
+
+    def samples(prompt: int) -> list[Sample]:
+        return [new_sample([p] * prompt, [1, 2, 3, 4]) for p in (5, 6, 7) for _ in range(4)]
+
+    # 22 each: 44 and 22. In halves of 16: 48 and 48.
+    whole = divide(samples(10), ranks=2, budget=100, share=True)
+    assert whole == [[[0, 1, 2, 3, 8, 9, 10, 11]], [[4, 5, 6, 7]]]
+    # 15 each: 30 and 15. In halves of 9: 27 and 27; in quarters of 6: 36 and 36.
+    halves = divide(samples(3), ranks=2, budget=100, share=True)
+    assert halves == [[[0, 2, 4, 6, 8, 10]], [[1, 3, 5, 7, 9, 11]]]
+    assert tokens(samples(3), halves, share=True) == [27, 27]
+
+
+def test_one_long_prompt_is_divided_among_the_ranks() -> None:
+    """Together 400 + 8 * 9 tokens on one rank; in two parts 400 + 4 * 9 on each."""
+    samples = [new_sample([5] * 400, [1] * 10) for _ in range(8)]
+    divided = divide(samples, ranks=2, budget=1000, share=True)
+    assert divided == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
+    assert divide(samples, ranks=1, budget=1000, share=True) == [[list(range(8))]]
+    # 3 * 409 keys are within four times the budget, 4 * 409 are not
+    bins = divide(samples, ranks=1, budget=430, share=True)[0]
+    assert sorted(map(len, bins)) == [2, 3, 3]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sharing_divides_as_well_and_leaves_less_to_do(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    peers, ranks, budget = (int(rng.integers(*x)) for x in ((1, 40), (1, 5), (10, 200)))
+    samples = random_samples(120, seed, longest=int(rng.integers(3, 40)), peers=peers)
+    divided = divide(samples, ranks=ranks, budget=budget, share=True)
+    assert len(divided) == ranks and len({len(bins) for bins in divided}) == 1
+    parts = [part for bins in divided for part in bins]
+    active = [i for i, s in enumerate(samples) if s.weight.any()]
+    assert sorted(i for part in parts for i in part) == active
+    assert divided == divide(samples, ranks=ranks, budget=budget, share=True)
+    for part in filter(None, parts):
+        batch = pack([samples[i] for i in part], share=True)
+        assert batch.tokens.numel() <= budget or len(part) == 1
+        keys = sum(p * max(1, len(more)) + sum(more) for p, *more in batch.families)
+        assert keys <= KEYS * budget or len(part) == 1
+    alone = tokens(samples, divide(samples, ranks=ranks, budget=budget), share=False)
+    together = tokens(samples, divided, share=True)
+    assert max(together) <= max(alone) and sum(together) <= sum(alone)
+    if peers > 8 and budget > 100:
+        assert max(together) < 0.9 * max(alone)
