@@ -64,12 +64,16 @@ class Build:
         policy, checkpoints, start = self.load_policy(groups)
         state = restore_state(config, checkpoints.algo_state(start))
         reference = self.load_reference(groups, checkpoints, state, start)
-        rollouts = self.start_rollouts(groups, checkpoints.collector_state(start), policy)
+        rollouts = self.start_rollouts(
+            groups, checkpoints.collector_state(start), policy, ending.stop.reason
+        )
         metrics = self.start_metrics(groups, start)
         with self.stage("sync", "the first weight sync"):
             sync_weights(config, rollouts, policy, version=start)
         metrics.write("start", start, self.start_row())
         gc.freeze()  # all of this stays: Megatron looks for garbage in every save
+        job, stop = groups.job, ending.stop
+        stop.listen(job.ask_to_stop, job.asked_to_stop)
         train(
             config,
             start=start,
@@ -79,6 +83,7 @@ class Build:
             reference=reference,
             checkpoints=checkpoints,
             metrics=metrics,
+            stop=lambda: groups.share(stop.between_steps),
         )
         with metrics.event("export", last):
             policy.export(self.directory.hf)
@@ -147,7 +152,13 @@ class Build:
                 checkpoints.restore_reference(reference, start)
         return reference
 
-    def start_rollouts(self, groups: Groups, state: bytes | None, policy: Policy) -> Rollouts:
+    def start_rollouts(
+        self,
+        groups: Groups,
+        state: bytes | None,
+        policy: Policy,
+        stop: Callable[[], str | None],
+    ) -> Rollouts:
         """Recorded groups, or on rank 0 servers, collector and weight sync."""
         rollout = self.config.rollout
         if rollout.replay is not None:
@@ -188,6 +199,7 @@ class Build:
             sync=sync,
             run_dir=self.directory.path,
             dump=rollout.dump,
+            stop=stop,
         )
         self.stack.callback(rollouts.close)
         return rollouts

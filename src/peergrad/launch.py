@@ -12,13 +12,16 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from peergrad.running.commandline import FLAGS
 from peergrad.running.ending import INTERRUPTED, WRONG, one_line
+from peergrad.running.stopping import SIGNALS
 
 MODULE = "peergrad.main"
 HINTS = {
@@ -30,6 +33,8 @@ HINTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the ranks and wait for them; the exit status of the one that failed first."""
     options = read(sys.argv[1:] if arguments is None else arguments)
+    for number in SIGNALS:
+        signal.signal(number, hand_on)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # its agent would tell it all again
     if options.nproc_per_node != "1":  # as torchrun does, with five lines of warning
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def hand_on(number: int, _: object) -> None:
+    """Tell the ranks, and wait for them as ever: torchrun would give them half a minute."""
+    for rank in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
 def read(arguments: Sequence[str]) -> Namespace:
     """torchrun's options with peergrad as the program; peergrad's own flags may stand anywhere."""
     flags = [argument for argument in arguments if argument in FLAGS]
@@ -60,6 +72,7 @@ def read(arguments: Sequence[str]) -> Namespace:
     overrides = [options.training_script, *options.training_script_args][:-1]
     options.training_script_args = [*overrides, *flags]
     options.training_script, options.module = MODULE, True
+    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # and not those that are handed on
     if options.nnodes in ("1", "1:1") and options.local_addr is None:
         options.local_addr = "127.0.0.1"  # a laptop's host name need not resolve
     return options

@@ -3,11 +3,13 @@
 Step s trains on groups sampled under weight version s - 1 (at most ``rollout.max_staleness``
 versions older) and makes version s. The order that must not change: weights reach the engine
 before the next groups are asked for, and a checkpoint is taken after that, when trainer, engine
-and collector stand at the same version.
+and collector stand at the same version. A run that is asked to stop does so there, too, or while
+it waits for groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peergrad.algo.grading import AlgoState, grade
@@ -19,6 +21,7 @@ from peergrad.config import Config
 from peergrad.learning import learn, old_policy, renew_reference
 from peergrad.observing.metrics import Metrics
 from peergrad.stages import (
+    Keep,
     check_gap,
     evaluate,
     mean_metrics,
@@ -43,17 +46,24 @@ def train(
     reference: Scorer | None,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    stop: Callable[[], str | None],
 ) -> None:
     """Run steps ``start + 1`` to ``run.steps``. ``reference`` is there iff ``algo.kl.coef > 0``;
-    the engine holds the policy's weights as version ``start``."""
+    the engine holds the policy's weights as version ``start``. ``stop``: why to end early, if at
+    all; collective. Raises Stopped if so, once everything is saved."""
     algo, last = config.algo, config.run.steps
     plan, objective = make_plan(config), Objective(algo)
+    keep = Keep(checkpoints, policy, reference, rollouts, metrics, start=start, last=last)
     if start == 0 and config.evaluates:
         evaluate(rollouts, metrics, step=0)
     for step in range(start + 1, last + 1):
+        if (why := stop()) is not None:
+            keep.and_stop(state, step - 1, why)
         with metrics.step(step):
             with metrics.time("rollout"):
                 taken = rollouts.take(step - 1)
+            if taken is None:
+                keep.and_stop(state, step - 1, stop())
             groups = taken.groups
             metrics.log(
                 numbers := {
@@ -84,7 +94,4 @@ def train(
                 metrics.log(sync_weights(config, rollouts, policy, version=step))
         if config.evaluates and (step % config.evaluation.every == 0 or step == last):
             evaluate(rollouts, metrics, step=step)
-        if checkpoints.due(step, last):
-            renewed = reference if state.reference_step else None
-            with metrics.event("checkpoint", step):
-                checkpoints.save(policy, rollouts.state(), state.to_json(), renewed, step=step)
+        keep.if_due(state, step)

@@ -37,6 +37,7 @@ from peergrad.running.lock import FolderLock
 from peergrad.running.logs import log_to
 from peergrad.running.place import Place, find_place, require_launcher
 from peergrad.running.rundir import RunDir, check_run_dir
+from peergrad.running.stopping import stop_before
 from peergrad.storage import writing
 
 if TYPE_CHECKING:
@@ -78,11 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if place.rank == 0:
             check_folder(config)
         directory = check_run_dir(config.run)
+        stop = stop_before(config.run.until, config.checkpoint.before)
         if not options.check:
             require_launcher(place)
     except (ValueError, OSError) as error:
         return refuse(error, place)
     ending = Ending(place)
+    ending.stop = stop
     if not options.check:
         ending.how_to_resume = directory.how_to_resume
     with ending.signals():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from peergrad.algo.grading import AlgoState
 from peergrad.algo.mismatch import (
     FEWEST,
     USUAL_NOISE,
@@ -20,9 +22,11 @@ from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.observing.metrics import Metrics
 from peergrad.observing.parts import Parts
+from peergrad.running.stopping import Stopped
 
 if TYPE_CHECKING:
-    from peergrad.parallel.policy import Policy, Scores, Update
+    from peergrad.parallel.checkpoint import Checkpoints
+    from peergrad.parallel.policy import Policy, Scorer, Scores, Update
     from peergrad.rollout.rollouts import Rollouts
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,45 @@ USUAL_LAGGED_GAP = 0.1
 """The same where too few tokens are of the present weights: what updates change is in it."""
 WORST = 32
 """Tokens recorded of a step whose gap is too large."""
+
+
+class Keep:
+    """Checkpoints of a run, by schedule or because it is to stop."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        policy: Policy,
+        reference: Scorer | None,
+        rollouts: Rollouts,
+        metrics: Metrics,
+        *,
+        start: int,
+        last: int,
+    ) -> None:
+        """``start``: the step that the run goes on from; ``last``: its last one."""
+        self._checkpoints, self._policy, self._reference = checkpoints, policy, reference
+        self._rollouts, self._metrics = rollouts, metrics
+        self._saved, self._last = start, last
+
+    def if_due(self, state: AlgoState, step: int) -> None:
+        """The checkpoint after ``step``, if there is to be one. Collective."""
+        if self._checkpoints.due(step, self._last):
+            self._save(state, step)
+
+    def and_stop(self, state: AlgoState, step: int, why: str | None) -> NoReturn:
+        """Raise Stopped, with a checkpoint after ``step``, the last one trained. Collective."""
+        if self._saved < step:
+            self._save(state, step)
+        raise Stopped(why or "a signal")
+
+    def _save(self, state: AlgoState, step: int) -> None:
+        renewed = self._reference if state.reference_step else None
+        with self._metrics.event("checkpoint", step):
+            self._checkpoints.save(
+                self._policy, self._rollouts.state(), state.to_json(), renewed, step=step
+            )
+        self._saved = step
 
 
 def sync_weights(
@@ -70,10 +113,13 @@ def sync_weights(
 
 
 def evaluate(rollouts: Rollouts, metrics: Metrics, *, step: int) -> None:
-    """Answer the held-out prompts and log the result apart. Collective."""
-    with metrics.event("eval", step) as row:
+    """Answer the held-out prompts and log the result apart, unless the run is to stop while they
+    are being answered. Collective."""
+    with suppress(Stopped), metrics.event("eval", step) as row:
         result = rollouts.evaluate(step)
-        assert result is not None, "see Config.evaluates"
+        if result is None:
+            log.warning("the evaluation after step %d was given up: the run is to stop", step)
+            raise Stopped
         row |= {
             "pass@1": result.pass_rate,
             "reward": result.mean_reward,

@@ -84,6 +84,10 @@ class Run(RunDir):
         self.process.terminate()
         self.alive()
 
+    def signal_rank(self, rank: int, number: int) -> None:
+        """A signal to one rank alone."""
+        psutil.Process(self.process.pid).children()[rank].send_signal(number)
+
     def alive(self) -> list[psutil.Process]:
         """Every living process that this run has started, directly or not, and remember them."""
         for process in psutil.process_iter():

@@ -1,5 +1,7 @@
-"""A run that is interrupted, in any phase, ends at once, leaves no process and can be resumed."""
+"""A run that is interrupted, in any phase, ends at once, leaves no process and can be resumed; one
+that is asked to stop saves what it has learned first."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +33,10 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 @pytest.mark.timeout(1200)
 def test_in_every_phase(run: Run, server: SharedServer) -> None:
-    """One run, interrupted and resumed again and again: by Ctrl-C and by SIGTERM to the launcher;
-    while its server starts and while rewards are awaited (server of its own); in an evaluation, an
-    update, a weight sync and a checkpoint (server of others). Then it finishes."""
+    """One run, ended and resumed again and again: by Ctrl-C while its server starts and while
+    rewards are awaited (server of its own), in an update and a weight sync (server of others); by
+    SIGTERM to the launcher in an evaluation and a checkpoint, by SIGUSR1 to one rank while rewards
+    are awaited. Then it finishes."""
     recorded = run.path / "rollouts" / "step_000001.parquet"
     log = run.path / "logs" / "latest" / "server_0.log"
 
@@ -53,7 +56,7 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
     run.start(RESUME, "evaluation.every=1", *server.overrides, ranks=2)
     hold(run, "test")
     run.terminate()
-    check_end(run, inside="evaluate")
+    check_stop(run, "SIGTERM; run.resume=true begins again")
     assert not run.rows("eval")
 
     run.start(RESUME, *server.overrides, ranks=2)
@@ -76,9 +79,13 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
     partial = lambda: list(run.checkpoints.glob(".step_000002.partial*"))  # noqa: E731
     run.wait_until(partial, "the checkpoint of step 2")
     run.terminate()
-    check_end(run, inside="save")
+    check_stop(run, "SIGTERM; run.resume=true continues from step 2")
     assert [row["step"] for row in run.rows("train")] == [1, 2]
-    assert (run.checkpoints / "latest").exists()
+
+    run.start(RESUME, "checkpoint.every=0", *server.overrides, ranks=2)
+    hold(run, "train")
+    run.signal_rank(1, signal.SIGUSR1)
+    check_stop(run, "SIGUSR1; run.resume=true continues from step 2")
 
     run.start(RESUME, *server.overrides, ranks=2)
     run.finish()
@@ -103,6 +110,14 @@ def check_end(run: Run, *, inside: str) -> None:
     assert "interrupted; run.resume=true " in run.printed, run.printed
     log = (run.path / "logs" / "latest" / "rank_00000.log").read_text()
     assert f", in {inside}\n" in log.partition("interrupted here")[2], log
+    check_checkpoints(run.checkpoints)
+
+
+def check_stop(run: Run, words: str) -> None:
+    """The run ends by itself, soon, and says with status and words that it can go on."""
+    run.assert_gone(GRACE_SECONDS)
+    assert run.process.returncode == 75
+    assert f"stopped by {words}" in run.printed, run.printed
     check_checkpoints(run.checkpoints)
 
 

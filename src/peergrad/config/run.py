@@ -1,6 +1,8 @@
 """Every section but the objective's and the rollouts': run, model, layout, data, optimizer, ..."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from typing import Any
 
@@ -32,6 +34,13 @@ CHAT_ONLY = {"system": "null", "template_args": "{}", "continue_final_message": 
 """Keys of ``data`` that only a chat has, and what takes them back where a preset has set them."""
 
 
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        datetime.fromisoformat(text)
+        return True
+    return False
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     name: str = "run"
@@ -45,6 +54,9 @@ class RunConfig:
     epochs: float | None = None
     """Passes over the prompts of data.source, in place of ``steps``: rounded up to whole steps.
     Groups that dynamic sampling drops take further prompts."""
+    until: str | None = None
+    """When the machine is taken away, as ``2026-12-31T08:00`` or with an offset from UTC such as
+    ``+01:00``; null: at the end of the Slurm job, if this is one. See checkpoint.before."""
     resume: bool = False
     """Continue from the newest complete checkpoint of ``root/name``. Without it a run folder that
     already holds a run is refused."""
@@ -66,6 +78,13 @@ class RunConfig:
         size = len(self.name.encode())
         require(size <= 200, "run.name", self.name, f"is {size} bytes long", "use at most 200")
         require(bool(self.root), "run.root", self.root, "is empty", "use . for this folder")
+        require(
+            self.until is None or _is_time(self.until),
+            "run.until",
+            self.until,
+            "must be a date and a time",
+            "write it as 2026-12-31T08:00, with an offset such as +01:00 where clocks differ",
+        )
         # The engine's own generators take no more than 32 bits, and each server adds its number.
         require(
             0 <= self.seed < 2**31,
@@ -353,12 +372,23 @@ class CheckpointConfig:
     """Steps between checkpoints; the end of the run always gets one. 0: only the end."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    before: float = 5.0
+    """Minutes to be left when the machine is taken away (run.until, or the end of the Slurm job):
+    the run saves, stops with status 75, and can be resumed. A step that would end later is not
+    begun. 0: the very end."""
     fallback: bool = False
     """On resume, if the newest checkpoint is damaged, use the newest one that is complete."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 0)
+        require(
+            0 <= self.before < 1e6,
+            "checkpoint.before",
+            self.before,
+            "must be minutes, 0 or more",
+            "set 0 to go on to the very end",
+        )
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from peergrad.echo import OtherRankFailed
 
 FAILED, SAID, ARRIVED = "peergrad/failed", "peergrad/said", "peergrad/arrived"
 TURN, KEPT = "peergrad/turn", 100
+STOP = "peergrad/stop"
 
 
 class Job:
@@ -110,6 +111,18 @@ class Job:
         except DistError:  # the store was on rank 0, which is gone: the next one speaks
             return self.rank <= 1
         return bool(first == str(self.rank))
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Say to rank 0 that the run should end early, and why."""
+        with suppress(DistError):
+            self.store.set(STOP, reason)
+
+    def asked_to_stop(self) -> str | None:
+        """Why a rank has asked to stop; None if none has."""
+        with suppress(DistError):
+            if self.store.check([STOP]):
+                return str(self.store.get(STOP).decode())
+        return None
 
     def said(self, status: int) -> None:
         """The failure has been told and cleaned up after; this rank ends with ``status``."""

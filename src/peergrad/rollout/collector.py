@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,12 +32,14 @@ from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.stream import PromptSource, Stream, StreamState, Taken
 from peergrad.rollout.text import Decode, Decoding
 from peergrad.running.lifetime import deaf_to_interrupts, die_with_parent
+from peergrad.running.stopping import SIGNALS as STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 PROGRESS_SECONDS = 1.0
 GRACE_SECONDS = 10.0
+GIVE_UP = "give up"  # in place of a verb: the one at work need not go on
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Parts:
 
 Build = Callable[[Config, Callable[[str], None]], Parts]
 """Makes the parts; the second argument is to be told how far it is."""
+
+
+def _never() -> bool:
+    return False
 
 
 class Collector:
@@ -105,13 +112,17 @@ class Collector:
         """The servers hold weights ``version``."""
         self._call("set_version", version)
 
-    def take(self, version: int) -> Taken:
-        """The groups that step ``version`` trains on; waits for them."""
-        return cast(Taken, self._call("take", version))
+    def take(self, version: int, *, until: Callable[[], object] = _never) -> Taken | None:
+        """The groups that step ``version`` trains on; waits for them, or ``until`` is true: then
+        None, and they are still to be taken."""
+        return cast(Taken | None, self._call("take", version, until=until))
 
-    def evaluate(self, version: int) -> EvaluationResult | None:
-        """Answer the held-out prompts with the present weights; None if there are none."""
-        return cast(EvaluationResult | None, self._call("evaluate", version))
+    def evaluate(
+        self, version: int, *, until: Callable[[], object] = _never
+    ) -> EvaluationResult | None:
+        """Answer the held-out prompts with the present weights; None if there are none, or if
+        ``until`` became true before."""
+        return cast(EvaluationResult | None, self._call("evaluate", version, until=until))
 
     def state(self) -> bytes:
         """Prompt position, groups waiting and prompts in flight, for a checkpoint."""
@@ -130,10 +141,15 @@ class Collector:
         """Wait until the parts are built. Raises what building them raised."""
         self._call("ready")
 
-    def _call(self, verb: str, *arguments: Any) -> Any:
-        with suppress(BrokenPipeError):  # ended already: its last words are still in the pipe
-            self._connection.send((verb, arguments))
+    def _call(self, verb: str, *arguments: Any, until: Callable[[], object] = _never) -> Any:
+        """``verb``'s result; None if ``until`` became true before it was there."""
+        self._send(verb, *arguments)
         while True:
+            if until():
+                until = _never
+                self._send(GIVE_UP)
+            if not self._anything():
+                continue
             kind, content = self._receive()
             if kind == "result":
                 return content
@@ -146,12 +162,21 @@ class Collector:
             else:
                 log.warning(content)  # a message of its own, not one of many
 
+    def _send(self, verb: str, *arguments: Any) -> None:
+        with suppress(BrokenPipeError):  # ended already: its last words are still in the pipe
+            self._connection.send((verb, arguments))
+
+    def _anything(self) -> bool:
+        """Whether there is something to receive, be it the end, after a moment at most."""
+        if self._connection.poll(POLL_SECONDS):
+            return True
+        if not self._process.is_alive():
+            return True
+        if (dead := self._dead(0.0)) is not None:
+            raise ServerError(dead)
+        return False
+
     def _receive(self) -> tuple[str, Any]:
-        while not self._connection.poll(POLL_SECONDS):
-            if not self._process.is_alive() and not self._connection.poll():
-                break
-            if (dead := self._dead(0.0)) is not None:
-                raise ServerError(dead)
         try:
             return cast(tuple[str, Any], self._connection.recv())
         except (EOFError, OSError) as end:
@@ -282,6 +307,8 @@ def _run(
     An error while building is sent unasked, and so answers the first request.
     """
     die_with_parent(parent)
+    for number in STOP_SIGNALS:  # sent to the whole process group: the trainer sees to them
+        signal.signal(number, lambda *_: None)
     outbox = Outbox(connection)
     try:
         open_log()
@@ -304,22 +331,29 @@ async def _serve(
     state: bytes | None,
     identity: str | None,
 ) -> None:
-    """Answer one request after the other. The trainer waits for each answer, so that whatever comes
-    before it can only be the end of the pipe: a trainer interrupted while it waited.
+    """Answer one request after the other. The trainer waits for each answer, so that what comes
+    before it can only be the end of the pipe, of a trainer interrupted while it waited, or
+    ``GIVE_UP``. That has no answer of its own: it may come when its request has just been answered.
     """
     worker = _Worker(config, urls, parts, state, identity)
     incoming = _next_request(connection)
     while request := await incoming:
         verb, arguments = request
         incoming = _next_request(connection)
+        if verb == GIVE_UP:
+            continue
         worker.progress = str
         call = asyncio.create_task(getattr(worker, verb)(*arguments))
         while not await _first(call, incoming):
             outbox.put("progress", worker.progress())
         if not call.done():
             call.cancel()
-            break
-        if error := call.exception():
+            await asyncio.wait([call])
+            if incoming.result() is None:
+                break
+            incoming = _next_request(connection)
+            outbox.put("result", None)
+        elif error := call.exception():
             outbox.put_error(error)
         else:
             outbox.put("result", call.result())

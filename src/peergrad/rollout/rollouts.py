@@ -37,12 +37,14 @@ class Rollouts(Protocol):
         """Generate with these weights from now on."""
         ...
 
-    def take(self, step: int) -> Taken:
-        """The groups that the step after ``step`` steps trains on."""
+    def take(self, step: int) -> Taken | None:
+        """The groups that the step after ``step`` steps trains on; None if the run is to stop while
+        it waits for them: they are then part of ``state``."""
         ...
 
     def evaluate(self, version: int) -> EvaluationResult | None:
-        """Answer the held-out prompts; None if there is no engine or nothing is held out."""
+        """Answer the held-out prompts; None if there is no engine, nothing is held out, or the run
+        is to stop."""
         ...
 
     def dump(self, groups: Sequence[Group], step: int) -> Path:
@@ -70,13 +72,17 @@ class LiveRollouts:
         sync: WeightSync | None,
         run_dir: Path,
         dump: bool,
+        stop: Callable[[], object] = lambda: None,
     ) -> None:
-        """``dump``: record every step's groups under ``run_dir``, beside the training."""
+        """``dump``: record every step's groups under ``run_dir``, beside the training. ``stop``:
+        asked on rank 0 while it waits for groups or an evaluation, and true once they are not
+        wanted."""
         self._share = share
         self._collector = collector
         self._sync = sync
         self._recorder = Recorder(run_dir)
         self._dump = dump
+        self._stop = stop
 
     def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
         """Each rank drains ``named``, whose every item is a collective operation.
@@ -102,12 +108,14 @@ class LiveRollouts:
 
         return self._share(finish)
 
-    def take(self, step: int) -> Taken:
+    def take(self, step: int) -> Taken | None:
         parts = Parts()
 
-        def take() -> Taken:
+        def take() -> Taken | None:
             with parts.time("wait"):
-                taken = self._on_rank_zero().take(step)
+                taken = self._on_rank_zero().take(step, until=self._stop)
+            if taken is None:
+                return None
             if self._dump:
                 with parts.time("record"):
                     self._recorder.put(taken.groups, step)
@@ -124,7 +132,7 @@ class LiveRollouts:
         return self._share(dump)
 
     def evaluate(self, version: int) -> EvaluationResult | None:
-        return self._share(lambda: self._on_rank_zero().evaluate(version))
+        return self._share(lambda: self._on_rank_zero().evaluate(version, until=self._stop))
 
     def state(self) -> bytes | None:
         def state() -> bytes:

@@ -1,7 +1,8 @@
 """How a run ends: one line on the screen whatever happened, a status, the traceback in the log.
 
 Status 0: finished. 2: the configuration, or what it names, is wrong. 1: failed on the way.
-130: interrupted by Ctrl-C or SIGTERM.
+75: stopped by SIGTERM, SIGUSR1 or the clock, and saved; run again with run.resume=true. 130:
+interrupted, by Ctrl-C or a second signal, and not saved.
 
 Of many ranks one speaks. The first that fails says so to all others (``Speaker.claim``) before they
 notice; these keep silent, and wait until it has spoken and cleaned up, because a launcher ends all
@@ -25,14 +26,17 @@ from typing import Protocol
 
 from peergrad.echo import is_echo
 from peergrad.running.place import Place
+from peergrad.running.stopping import SIGNALS as SOFT
+from peergrad.running.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 
 FINISHED, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 POLITE_SECONDS = 15.0  # rank 0 is let say first what every rank finds
 LIKE_SECONDS = 1.0
 CLEAN_UP_SECONDS = 600.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGHUP, *SOFT)
 IN_FULL = re.compile(r".+ = .+: .+; .+")
 """A line that names key, value, rule and remedy: no log could add to it."""
 LONGEST = 700
@@ -92,13 +96,14 @@ class Ending:
         self.how_to_resume: Callable[[], str] = lambda: "nothing was started"
         self._place = place
         self._error: BaseException | None = None
+        self.stop = Stop()
         self._interrupted = self._told = self._speaks = False
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM is a KeyboardInterrupt and the rest are ignored:
-        torchrun repeats them, and one that arrived during the clean-up would leave servers
-        behind."""
+        """Inside, SIGTERM and SIGUSR1 ask the run to stop where it can (``Stop``). SIGINT, and what
+        nothing waits for, is a KeyboardInterrupt, and all after that are ignored: torchrun repeats
+        them, and one that arrived during the clean-up would leave servers behind."""
         heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
         before = {number: signal.signal(number, self._on_signal) for number in heeded}
         try:
@@ -108,10 +113,21 @@ class Ending:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first, self._told = not self._told, True
-        if first and self._error is None:
-            self._interrupted = True
-            raise KeyboardInterrupt
+        ending = self._told or self._error is not None
+        soft = number in SOFT and not ending and not self._others_fail()
+        if soft and self.stop.hear(number):
+            return
+        self._told = True
+        if ending:
+            return
+        if soft and not self.stop.listens:
+            raise Stopped(signal.Signals(number).name)
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _others_fail(self) -> bool:
+        """Whether a launcher may be ending this rank, because another one has failed."""
+        return self.speaker is not None and self.speaker.failed()
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -127,6 +143,7 @@ class Ending:
         log gets the traceback, the ranks agree on who speaks. Signals are ignored from here on."""
         self._error = error
         kind = "interrupted" if self._interrupted else "failed"
+        kind = "stopped" if isinstance(error, Stopped) else kind
         log.info("%s here", kind, exc_info=error)
         self._speaks = self._is_first(error)
 
@@ -184,6 +201,8 @@ class Ending:
         return status if said is None else said
 
     def _verdict(self, error: BaseException) -> tuple[int, str]:
+        if isinstance(error, Stopped):
+            return STOPPED, f"stopped by {error}; {self.how_to_resume()}"
         if self._interrupted:
             return INTERRUPTED, f"interrupted; {self.how_to_resume()}"
         text = one_line(error)

@@ -315,6 +315,52 @@ def test_ctrl_c_is_left_to_the_trainer(start):
     assert len(collector.take(0).groups) == 3
 
 
+def test_waiting_can_be_given_up_and_loses_nothing():
+    """The groups that were ready are still there, those in flight are asked for again; what was
+    there before the wish is not lost, either."""
+    hold = [True]
+
+    def answer(body):
+        while hold[0] and body["rid"].split("/", 1)[1].startswith(("1/", "evaluation")):
+            time.sleep(0.01)
+        return answer_generate(body)
+
+    with FakeServer(answer) as server:
+        collector = Collector(new_config(), [server.url], build)
+        try:
+            collector.set_version(0)
+            heard = []
+            collector.heard = heard.append
+            ready = lambda: heard and heard[-1].startswith("2 of 3")  # noqa: E731
+            assert collector.take(0, until=ready) is None
+            state = collector.state()
+            began = time.monotonic()
+            assert collector.evaluate(0, until=lambda: time.monotonic() > began + 0.3) is None
+            hold[0] = False
+            time.sleep(0.5)  # for the group in flight
+            taken = collector.take(0, until=lambda: True)
+            assert taken is None or [g.id for g in taken.groups] == ["0/p0", "1/p1", "2/p2"]
+        finally:
+            collector.close()
+        resumed = Collector(new_config(), [server.url], build, state=state)
+        before = len(server.requests)
+        try:
+            resumed.set_version(0)
+            assert [g.id for g in resumed.take(0).groups] == ["0/p0", "1/p1", "2/p2"]
+        finally:
+            resumed.close()
+        asked = [body["rid"].split("/", 1)[1] for _, body in server.requests[before:]]
+        assert [rid.split("/")[0] for rid in asked] == ["1"]
+
+
+def test_the_groups_signals_are_the_trainers(start):
+    collector = start()
+    collector.set_version(0)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(collector._process.pid, number)
+    assert len(collector.take(0).groups) == 3
+
+
 def test_a_server_that_dies_in_the_middle_is_an_error_not_a_hang():
     answers = count()
 

@@ -58,7 +58,7 @@ class FakeCollector:
         assert self.expected == version
         self.versions.append(version)
 
-    def take(self, version):
+    def take(self, version, until):
         return Taken(self.groups, dropped=(0.0, 1.0))
 
     def state(self):

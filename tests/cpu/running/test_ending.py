@@ -214,16 +214,71 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted; nothing was started\n"), ("1", "")])
-def test_signals(rank: str, said: str) -> None:
-    """The first one unwinds, those that torchrun repeats do not disturb the clean-up."""
-    command = [sys.executable, "-c", INTERRUPTED, rank]
+def signalled(program: str, rank: str, *signals: tuple[str, int]) -> tuple[int, str]:
+    """Status and words of ``program``, which gets each signal after it has printed a word."""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, rank],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
-        for word, number in (("ready", signal.SIGTERM), ("cleaning", signal.SIGINT)):
+        for word, number in signals:
             assert process.stdout.readline() == f"{word}\n"
             os.kill(process.pid, number)
         _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (130, said)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; nothing was started\n"),
+        (signal.SIGHUP, 130, "interrupted; nothing was started\n"),
+        (signal.SIGTERM, 75, "stopped by SIGTERM; nothing was started\n"),
+        (signal.SIGUSR1, 75, "stopped by SIGUSR1; nothing was started\n"),
+    ],
+)
+def test_signals_before_there_is_anything_to_save(number: int, status: int, said: str) -> None:
+    """The first one unwinds, those that torchrun repeats do not disturb the clean-up."""
+    signals = (("ready", number), ("cleaning", signal.SIGTERM))
+    assert signalled(INTERRUPTED, "0", *signals) == (status, said)
+    assert signalled(INTERRUPTED, "1", *signals) == (status, "")
+
+
+LISTENING = """
+import sys, time
+from peergrad.running import stopping
+from peergrad.running.ending import Ending
+from peergrad.running.place import Place
+stopping.REPEAT_SECONDS = 0.5
+ending = Ending(Place(int(sys.argv[1]), 1))
+with ending.signals():
+    try:
+        with ending.noted():
+            told = []
+            ending.stop.listen(told.append, lambda: None)
+            print("training", flush=True)
+            while not told:
+                time.sleep(0.01)
+            print("saving", flush=True)
+            time.sleep(0.7)
+            print("still saving", flush=True)
+            time.sleep(0.7)
+            raise stopping.Stopped(told[0])
+    except BaseException as error:
+        sys.exit(ending.end(error))
+"""
+
+
+def test_a_signal_is_waited_for_and_a_second_one_is_not() -> None:
+    """One that is repeated at once is the same; one later, or Ctrl-C, ends the run there."""
+    once, again = ("training", signal.SIGUSR1), ("saving", signal.SIGTERM)
+    stopped = (75, "stopped by SIGUSR1; nothing was started\n")
+    interrupted = (130, "interrupted; nothing was started\n")
+    assert signalled(LISTENING, "0", once) == stopped
+    assert signalled(LISTENING, "0", once, again) == stopped
+    late = ("still saving", signal.SIGUSR1)
+    assert signalled(LISTENING, "0", once, again, late) == interrupted
+    assert signalled(LISTENING, "0", once, ("saving", signal.SIGINT)) == interrupted
+    assert signalled(LISTENING, "0", ("training", signal.SIGINT)) == interrupted
