@@ -95,9 +95,10 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
 
 def hold(run: Run, split: str) -> None:
     """Wait until a reward of ``split`` is being computed; it does not end by itself."""
-    flag = run.holds / f"hold-{split}"
+    flag, held = run.holds / f"hold-{split}", run.holds / f"held-{split}"
+    held.unlink(missing_ok=True)
     flag.touch()
-    run.wait_until((run.holds / f"held-{split}").exists, f"a reward of {split}")
+    run.wait_until(held.exists, f"a reward of {split}")
     time.sleep(0.5)
     flag.unlink()
 
