@@ -22,11 +22,11 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def managed(model: Path, logs: Path) -> ManagedServers:
-    """One server of ``model`` in float32, not yet started; skips the test without SGLang."""
+def managed(model: Path, logs: Path, count: int = 1) -> ManagedServers:
+    """Servers of ``model`` in float32, not yet started; skips the test without SGLang."""
     pytest.importorskip("sglang")
     return ManagedServers(
-        ServersConfig(start_timeout=START_TIMEOUT),
+        ServersConfig(count=count, start_timeout=START_TIMEOUT),
         model_path=str(model),
         dtype=Dtype.float32,
         log_dir=logs,

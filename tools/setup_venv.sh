@@ -139,8 +139,8 @@ install() {
 # 10 s, in every run where Python may not keep what it compiles. For want of it nothing fails.
 compile_imported() {
     run="peergrad.build, transformers.models.qwen3.modeling_qwen3, torch.utils.tensorboard, matplotlib.pyplot"
-    server="sglang.srt.entrypoints.http_server, sglang.srt.models.registry"
-    stage "byte code" env PYTHONDONTWRITEBYTECODE= "$BIN/python" -c "import $run, $server" || :
+    server="from peergrad.rollout.cpu_server import load; load()"
+    stage "byte code" env PYTHONDONTWRITEBYTECODE= "$BIN/python" -c "import $run; $server" || :
 }
 
 # A build for CUDA comes without its libraries and ends in a traceback, or drags a GPU in.

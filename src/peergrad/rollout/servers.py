@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,7 +23,8 @@ import torch
 from peergrad.config import Dtype, ServersConfig, require
 from peergrad.config.rollout import OURS, flag
 from peergrad.rollout.arguments import REFUSED_STATUS
-from peergrad.rollout.errors import quote
+from peergrad.rollout.nursery import Child, Nursery, Order
+from peergrad.rollout.server_log import cause
 from peergrad.running.ports import free_ports
 
 log = logging.getLogger(__name__)
@@ -42,17 +43,13 @@ CPU_OPTIONS = {
 CPU_TOKENS = (32_768, 262_144)
 CPU_CACHE_BYTES = 512 << 20
 CPU_SERVER = "peergrad.rollout.cpu_server"
+CPU_MODELS = "peergrad.rollout.cpu_models"
+GPU_SERVER = "sglang.launch_server"
+# Until servers are forked: OpenBLAS starts its threads as soon as it is loaded.
+LOADING = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
-LOG_TAIL_BYTES = 200_000
-# What ends a traceback or argparse's usage text, or tells which worker died; less the time stamp.
-DECISIVE = re.compile(
-    r"^(?:\[[^]]*\] *)?"
-    r"((?:[\w.]*(?:Error|Exception)(?::|$)|ERROR: +\[Errno|[\w ./]+: error:|"
-    r"Subprocess \w+ .*crashed).*)$"
-)
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ManagedServers:
@@ -61,7 +58,8 @@ class ManagedServers:
 
     Each runs in a session of its own, so that Ctrl-C in the terminal reaches only the trainer,
     which then stops them in order; if the trainer is killed, the kernel kills them (``launch``).
-    Start it from the main thread.
+    Without a GPU all are forked from one process that has imported SGLang (``nursery``). Start it
+    from the main thread.
     """
 
     def __init__(
@@ -76,7 +74,8 @@ class ManagedServers:
     ) -> None:
         self._config = config
         self._log_dir = log_dir
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: Sequence[subprocess.Popen[bytes] | Child] = []  # of the servers
+        self._roots: list[subprocess.Popen[bytes]] = []  # that we have started: of their trees
         self._began = 0.0
         self._fixed: dict[str, Any] = {
             "model-path": model_path,
@@ -103,8 +102,17 @@ class ManagedServers:
         _check_installed()
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
-        for index in range(self._config.count):
-            self._start(index)
+        for index, url in enumerate(self.urls):
+            self.log(index).write_bytes(b"")
+            log.info("server %d starts at %s, log %s", index, url, self.log(index))
+        if torch.cuda.is_available():
+            self._processes = self._roots
+            for index in range(self._config.count):
+                self._roots.append(self._launch(index))
+        else:
+            nursery = self._nursery()
+            self._processes = nursery.children
+            self._roots.append(nursery.process)
 
     def __exit__(
         self,
@@ -121,19 +129,20 @@ class ManagedServers:
         deadline = time.monotonic() + wait
         while True:
             for index, process in enumerate(self._processes):
-                if process.poll() is not None:
-                    return self._last_words(index, process.returncode)
+                if (status := process.poll()) is not None:
+                    return self._last_words(index, status)
             if time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """End the servers with all their processes; safe to call again."""
-        _end(self._processes)
-        self._processes.clear()
+        _end(self._roots)
+        self._processes, self._roots = [], []
 
-    def command(self, index: int) -> list[str]:
-        """The command line of server ``index``; ``rollout.servers.args`` wins over our defaults."""
+    def options(self, index: int) -> list[str]:
+        """Of the command line of server ``index``; ``rollout.servers.args`` wins over our
+        defaults."""
         options: dict[str, Any] = {"random-seed": self._seed + index}
         if not torch.cuda.is_available():
             model, dtype = Path(self._fixed["model-path"]), Dtype[self._fixed["dtype"]]
@@ -146,22 +155,29 @@ class ManagedServers:
         fixed = self._fixed | {"port": self.urls[index].rpartition(":")[2]}
         assert fixed.keys() <= OURS.keys(), "what is set here must be refused there"
         options |= fixed
-        module = "sglang.launch_server" if torch.cuda.is_available() else CPU_SERVER
-        return [sys.executable, "-m", module, *_flags(options)]
+        return _flags(options)
 
-    def _start(self, index: int) -> None:
+    def _launch(self, index: int) -> subprocess.Popen[bytes]:
         launch = [sys.executable, "-m", "peergrad.rollout.launch", str(os.getpid())]
-        with self.log(index).open("wb") as output:
-            process = subprocess.Popen(
-                [*launch, *self.command(index)],
+        with self.log(index).open("ab") as output:
+            return subprocess.Popen(
+                [*launch, sys.executable, "-m", GPU_SERVER, *self.options(index)],
                 env=_environment(index, self._config.tensor),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._processes.append(process)
-        log.info("server %d starts at %s, log %s", index, self.urls[index], self.log(index))
+
+    def _nursery(self) -> Nursery:
+        """All servers, forked from one process that has imported SGLang."""
+        environments = [_environment(i, self._config.tensor) for i in range(len(self.urls))]
+        shared = environments[0] | LOADING
+        orders = [
+            Order(self.options(i), str(self.log(i)), dict(own.items() - shared.items()))
+            for i, own in enumerate(environments)
+        ]
+        return Nursery(CPU_SERVER, orders, environment=shared)
 
     def ready(self) -> None:
         """Wait until all are healthy. Raises RuntimeError if one ends before, or if they take more
@@ -184,7 +200,7 @@ class ManagedServers:
                 log.info("server %d healthy after %.0f s", index, time.monotonic() - began)
 
     def _last_words(self, index: int, status: int) -> str:
-        line = _decisive_line(self.log(index))
+        line = cause(self.log(index))
         how = f"ended with exit code {status}"
         if status < 0:  # SGLang's launcher, too, ends itself so, once a worker has failed
             how = f"was ended by {signal.Signals(-status).name}"
@@ -200,19 +216,6 @@ class ManagedServers:
     def log(self, index: int) -> Path:
         """What server ``index`` prints."""
         return self._log_dir / f"server_{index}.log"
-
-
-def _decisive_line(path: Path) -> str | None:
-    """The last line of a log that looks like an exception or a refused command line."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-            tail = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    lines = COLOURS.sub("", tail).splitlines()
-    found = [match[1] for line in lines if (match := DECISIVE.match(line))]
-    return quote(found[-1]) if found else None
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
@@ -249,6 +252,7 @@ def _environment(index: int, tensor: int) -> dict[str, str]:
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", CPU_MODELS)
         if tensor > 1:  # SGLang binds ranks to NUMA nodes unless told which cores to take
             cores = sorted(os.sched_getaffinity(0))
             bind = [cores[(index * tensor + rank) % len(cores)] for rank in range(tensor)]
@@ -297,7 +301,7 @@ def _is_healthy(http: httpx.Client, url: str) -> bool:
         return False
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """SIGTERM to each server, SIGKILL to what its tree still holds after the grace, and wait.
 
     SIGTERM goes to the launcher alone: it ends its workers, and would take it for a crash if they

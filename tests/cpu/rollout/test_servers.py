@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,11 +15,16 @@ import torch
 
 from peergrad.config import Dtype, ServerMode, ServersConfig
 from peergrad.rollout import servers as module
+from peergrad.rollout.cpu_server import use_threads
 from peergrad.rollout.servers import ManagedServers
+from tests.cpu.rollout import stand_in
 
-# Healthy at once, with a child process, as SGLang has.
+REPO = Path(__file__).resolve().parents[3]
+
+# Healthy at once, with a child process, as SGLang has; its log begins with its own number.
 HEALTHY = """
-import subprocess, sys
+import os, subprocess, sys
+print(os.getpid(), flush=True)
 from http.server import BaseHTTPRequestHandler, HTTPServer
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(BaseHTTPRequestHandler):
@@ -29,11 +35,24 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
+both_ways = pytest.mark.parametrize("gpu", [False, True], ids=["forked", "launched"])
+
+
 @pytest.fixture
-def managed(tmp_path, monkeypatch):
+def gpu():
+    """Whether servers are started as beside a GPU, on whatever machine this is."""
+    return False
+
+
+@pytest.fixture
+def managed(tmp_path, monkeypatch, gpu):
     """Builds servers that run a script of ours, given the port."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(module, "_check_installed", lambda: None)
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "CPU_SERVER", stand_in.__name__)
+    monkeypatch.setattr(module, "GPU_SERVER", stand_in.__name__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "src")]))
 
     def build(script="", **config):
         config = ServersConfig(**{"start_timeout": 20.0, **config})
@@ -42,7 +61,7 @@ def managed(tmp_path, monkeypatch):
         )
         if script:
             port = lambda index: built.urls[index].rpartition(":")[2]  # noqa: E731
-            built.command = lambda index: [sys.executable, "-c", script, port(index)]
+            built.options = lambda index: [script, port(index)]
         return built
 
     return build
@@ -52,29 +71,38 @@ def children():
     return psutil.Process().children(recursive=True)
 
 
+def number(servers, index):
+    """The process of a HEALTHY server."""
+    return int(servers.log(index).read_text().split()[0])
+
+
 def has_ended(process):
     """Gone, or dead and waiting for its new parent to notice."""
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_servers_start_and_leave_nothing_behind(managed, tmp_path):
+@both_ways
+def test_servers_start_and_leave_nothing_behind(managed, tmp_path, gpu):
     before = set(children())
     servers = managed(HEALTHY, count=2)
     with servers:
         assert len(set(servers.urls)) == 2
         started = set(children()) - before
-        assert len(started) == 4
-        sessions = {os.getsid(process.pid) for process in started}
-        assert len(sessions) == 2 and os.getsid(0) not in sessions
+        assert len(started) == (4 if gpu else 5)  # the nursery
+        pids = [number(servers, index) for index in range(2)]
+        assert len({os.getsid(0), *map(os.getsid, pids)}) == 3
+        assert {process.pid for process in started} > set(pids)
     assert all(map(has_ended, started))
     servers.stop()  # again
-    assert (tmp_path / "logs/server_1.log").exists()
+    assert servers.log(1) == tmp_path / "logs/server_1.log"
 
 
-def test_a_server_that_dies_shows_its_last_words(managed):
-    script = "print('x' * 9000); print('[12:00] OSError: no such\\tmodel'); print('Hint'); exit(3)"
+@both_ways
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_dies_shows_its_last_words(managed, count):
+    script = "print('x' * 9000); print('OSError: no such\\tmodel'); print('Hint'); exit(3)"
     with pytest.raises(RuntimeError) as error:
-        managed(script).__enter__()
+        managed(script, count=count).__enter__()
     assert re.fullmatch(
         r"rollout\.servers: server 0 at http://127\.0\.0\.1:\d+ ended with exit code 3 "
         r"\(its log says 'OSError: no such model'\); see .*/logs/server_0\.log",
@@ -82,37 +110,40 @@ def test_a_server_that_dies_shows_its_last_words(managed):
     )
 
 
-def test_a_server_that_is_killed_is_known_at_once(managed):
-    with managed(HEALTHY) as servers:
+@both_ways
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_is_killed_is_known_at_once(managed, count):
+    last = count - 1
+    with managed(HEALTHY, count=count) as servers:
         assert servers.dead() is None and servers.dead(wait=0.1) is None
-        servers._processes[0].send_signal(signal.SIGKILL)
+        os.kill(number(servers, last), signal.SIGKILL)
         words = servers.dead(wait=10.0)
+        others = [psutil.Process(number(servers, index)) for index in range(last)]
+        assert not any(map(has_ended, others))
     assert re.fullmatch(
-        r"rollout\.servers: server 0 at http://\S+ was ended by SIGKILL, perhaps for want of "
-        r"memory; see \S+server_0\.log",
+        rf"rollout\.servers: server {last} at {servers.urls[last]} was ended by SIGKILL, perhaps "
+        rf"for want of memory; see \S+server_{last}\.log",
         words,
     )
     assert servers.dead() is None  # stopped, not dead
 
 
-CRASHED = "Subprocess scheduler_0 (pid=1) crashed with exit code -9. Triggering SIGQUIT"
-
-
-@pytest.mark.parametrize(
-    ("log", "line"),
-    [
-        ("ValueError: a\n\nRuntimeError: b\n[1] bye\n", "RuntimeError: b"),
-        ("torch.OutOfMemoryError: no memory\n", "torch.OutOfMemoryError: no memory"),
-        ("usage: x [--port]\nsglang serve: error: no --x\n", "sglang serve: error: no --x"),
-        (f"[2026-11-29] {CRASHED}\n[2] kill_process_tree called", CRASHED),
-        ("[1] ERROR:    [Errno 98] in use\n[1] bye", "ERROR: [Errno 98] in use"),
-        ("[2026] Error rate 3\nall fine\n", None),
-    ],
-)
-def test_the_line_of_a_log_that_tells(tmp_path, log, line):
-    (tmp_path / "log").write_text(log)
-    assert module._decisive_line(tmp_path / "log") == line
-    assert module._decisive_line(tmp_path / "none") is None
+@pytest.mark.parametrize("own", [{}, {"OMP_NUM_THREADS": "3"}])
+def test_forked_servers_have_their_environment(managed, monkeypatch, own):
+    """What libraries read when they are loaded is the nursery's, the rest is each server's."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    told = "import os; print('loaded with', os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setenv(stand_in.LOAD, told)
+    names = ["OMP_NUM_THREADS", "SGLANG_CPU_OMP_THREADS_BIND"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
+    script = f"import os; print(*map(os.environ.get, {names}))\n{HEALTHY}"
+    with managed(script, count=2, tensor=2) as servers:
+        logs = [servers.log(index).read_text().splitlines() for index in range(2)]
+    threads = own.get("OMP_NUM_THREADS", "1")
+    assert logs[0][:2] == ["loaded with 1", f"{threads} 4|5"]
+    assert logs[1][0] == f"{threads} 6|7"
 
 
 def test_a_server_that_is_late_is_stopped(managed):
@@ -144,7 +175,6 @@ def test_arguments_that_sglang_refuses_are_said_as_such(managed):
         servers.__enter__()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a server on GPUs is waited for")
 def test_a_server_that_would_take_its_time_to_end_is_not_waited_for(managed, monkeypatch):
     """SGLang looks every five seconds whether it has been told to."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 60.0)
@@ -155,6 +185,7 @@ def test_a_server_that_would_take_its_time_to_end_is_not_waited_for(managed, mon
     assert set(children()) == before and time.monotonic() - began < module.GRACE_SECONDS
 
 
+@both_ways
 def test_an_interrupt_while_waiting_leaves_nothing_behind(managed, monkeypatch):
     before = set(children())
 
@@ -193,7 +224,6 @@ def test_a_child_of_a_dead_parent_does_not_start():
     assert "the parent process 1 ended" in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the defaults of a machine without a GPU")
 def test_the_users_options_win(managed):
     args = {
         "max_total_tokens": 99,
@@ -201,8 +231,7 @@ def test_the_users_options_win(managed):
         "enable-metrics": True,
         "lora": [1, 2],
     }
-    command = " ".join(managed(args=args, count=2, tensor=2).command(1))
-    assert "-m peergrad.rollout.cpu_server" in command
+    command = " ".join(managed(args=args, count=2, tensor=2).options(1))
     for option in (
         "--max-total-tokens 99",
         "--enable-metrics --lora 1 2",
@@ -246,15 +275,15 @@ def test_the_cache_of_a_cpu_server_suits_the_model(tmp_path, shape, dtype, token
     servers = ManagedServers(
         ServersConfig(), model_path=str(tmp_path), dtype=dtype, log_dir=tmp_path
     )
-    assert f"--max-total-tokens {tokens} " in " ".join(servers.command(0))
+    assert f"--max-total-tokens {tokens} " in " ".join(servers.options(0))
 
 
-def test_each_server_has_gpus_of_its_own(managed, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize("gpu", [True])
+def test_each_server_has_gpus_of_its_own(managed):
     servers = managed(args={"base-gpu-id": 4}, count=2, tensor=2)
-    assert "--base-gpu-id 4" in " ".join(servers.command(0))
-    assert "--base-gpu-id 6" in " ".join(servers.command(1))
-    assert "sleep-on-idle" not in servers.command(0)
+    assert "--base-gpu-id 4" in " ".join(servers.options(0))
+    assert "--base-gpu-id 6" in " ".join(servers.options(1))
+    assert "sleep-on-idle" not in servers.options(0)
 
 
 @pytest.mark.parametrize("option", ["port", "enable_deterministic_inference"])
@@ -272,6 +301,18 @@ def test_servers_do_not_take_themselves_for_ranks(monkeypatch):
     assert "TORCHELASTIC_RUN_ID" not in env
     assert env["LOCAL_SCRATCH"] == "/scratch"
     assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+
+
+@pytest.mark.parametrize(("told", "threads"), [("3", 3), ("", 2), ("4,2", 2)])
+def test_a_forked_server_computes_with_the_threads_of_its_environment(monkeypatch, told, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    try:
+        torch.set_num_threads(2)
+        use_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_missing_installation_says_what_to_do(monkeypatch):
