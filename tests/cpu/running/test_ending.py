@@ -234,7 +234,6 @@ def signalled(program: str, rank: str, *signals: tuple[str, int]) -> tuple[int, 
     ("number", "status", "said"),
     [
         (signal.SIGINT, 130, "interrupted; nothing was started\n"),
-        (signal.SIGHUP, 130, "interrupted; nothing was started\n"),
         (signal.SIGTERM, 75, "stopped by SIGTERM; nothing was started\n"),
         (signal.SIGUSR1, 75, "stopped by SIGUSR1; nothing was started\n"),
     ],
