@@ -18,6 +18,7 @@ from peergrad.rollout.requests import Json
 T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 3.0  # an idle connection; servers close theirs after 5, also under a request
 
 
 class Control:
@@ -26,7 +27,9 @@ class Control:
     def __init__(self, urls: Sequence[str], *, timeout: float = 300.0) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self._timeout = timeout
-        self._http = httpx.Client(trust_env=False)
+        self._http = httpx.Client(
+            trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEP_SECONDS)
+        )
 
     def post(
         self,

@@ -14,6 +14,7 @@ import tenacity
 
 from peergrad.data import Rollout
 from peergrad.rollout.answers import Answer, Asked, parse_rollout, parse_scores, read_answers
+from peergrad.rollout.control import KEEP_SECONDS
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import ServerError as ServerError
 from peergrad.rollout.errors import ServerUnavailable, cannot_connect, quote, reason
@@ -28,7 +29,6 @@ FLEETING = (aiohttp.ClientError, TimeoutError, ServerUnavailable)
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
-KEEP_SECONDS = 3.0  # an idle connection; servers close theirs after 5
 GIVE_UP_SECONDS = 60.0  # of attempts to connect, whatever rollout.retries says
 
 

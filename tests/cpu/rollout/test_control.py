@@ -1,0 +1,40 @@
+"""Control requests, over real connections."""
+
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+from peergrad.rollout.control import KEEP_SECONDS, Control
+
+
+class Remembers(BaseHTTPRequestHandler):
+    """Keeps connections open, as SGLang's servers do, and notes which one a request comes by."""
+
+    protocol_version = "HTTP/1.1"
+    ports: list[int] = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.ports.append(self.client_address[1])
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again():
+    """A server closes one that was idle for 5 seconds, and a request that is on its way breaks."""
+    assert KEEP_SECONDS < 5
+    with ThreadingHTTPServer(("127.0.0.1", 0), Remembers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        control = Control([f"http://127.0.0.1:{server.server_port}"])
+        control.get("/model_info")
+        control.get("/model_info")
+        time.sleep(KEEP_SECONDS + 0.3)
+        control.get("/model_info")
+        control.close()
+        server.shutdown()
+    first, again, later = Remembers.ports
+    assert first == again != later
