@@ -70,7 +70,7 @@ def new_batch(
         tokens=torch.zeros(size + 1, dtype=torch.int64),
         positions=torch.arange(size + 1),
         cu_seqlens=torch.tensor([0, size + 1], dtype=torch.int32),
-        lengths=(size + 1,),
+        families=((size + 1,),),
         max_seqlen=size + 1,
         rows=torch.arange(size),
         targets=torch.zeros(size, dtype=torch.int64),
