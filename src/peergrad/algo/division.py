@@ -22,12 +22,13 @@ class Family:
     """Answers to one prompt that are computed together, with the prompt once.
 
     Example:
-        ``Family(prompt=8, members=(3, 5), longer=(2, 4))`` takes 14 tokens.
+        ``Family(prompt=8, members=((3, 4), (5,)), longer=(2, 4))`` takes 14 tokens: two samples
+        have the same answer of 2.
     """
 
     prompt: int  # tokens
-    members: tuple[int, ...]  # indices of the samples
-    longer: tuple[int, ...]  # tokens of each that are needed beside the prompt
+    members: tuple[tuple[int, ...], ...]  # indices of the samples with each of the answers
+    longer: tuple[int, ...]  # tokens of each answer that are needed
 
     @cached_property
     def size(self) -> int:
@@ -102,11 +103,12 @@ def divide(
     if share:
         families = _families(samples, active, context, ranks=ranks, budget=budget)
     else:
-        families = [Family(context[i], (i,), (0,)) for i in active]
+        families = [Family(context[i], ((i,),), (0,)) for i in active]
     sizes = [family.size for family in families]
     bins = [fill(sizes, part, budget) for part in balance(sizes, ranks)]
     count = max(1, *(len(part) for part in bins))
-    flat = [[[i for f in one for i in families[f].members] for one in part] for part in bins]
+    samples_of = [[i for same in family.members for i in same] for family in families]
+    flat = [[[i for f in one for i in samples_of[f]] for one in part] for part in bins]
     return [part + [[]] * (count - len(part)) for part in flat]
 
 
@@ -122,8 +124,12 @@ def _families(
     rank's share: of some ways to cut them that whose busiest rank has the least to do."""
     whole = []
     for members in by_prompt(samples, active):
+        equal: dict[bytes, list[int]] = {}
+        for i in members:
+            equal.setdefault(samples[i].tokens[: context[i]].tobytes(), []).append(i)
         prompt = samples[members[0]].prompt_length
-        whole.append(Family(prompt, tuple(members), tuple(context[i] - prompt for i in members)))
+        longer = tuple(context[same[0]] - prompt for same in equal.values())
+        whole.append(Family(prompt, tuple(map(tuple, equal.values())), longer))
     largest = max((family.size for family in whole), default=0)
     share = sum(family.size for family in whole) / ranks
     limits = [share / grain for grain in GRAINS if largest > share / grain]

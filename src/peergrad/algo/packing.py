@@ -19,8 +19,8 @@ from peergrad.algo.samples import Sample, contexts
 class MicroBatch:
     """Several sequences in one row. Only scored tokens have targets, advantages and logprobs.
 
-    A family ``(P, R1, R2, ...)`` is a prompt of ``P`` tokens with the answers that continue it, one
-    behind the other; none of them sees another. ``(n,)`` is a whole sequence.
+    A family ``(P, R1, R2, ...)`` is a prompt of ``P`` tokens with the different answers that
+    continue it, one behind the other; none of them sees another. ``(n,)`` is a whole sequence.
 
     ``rows[s]`` is the packed position whose output predicts scored token ``s``: that of the token
     before it, for the first tokens of answers that share a prompt the prompt's last. Prompt and
@@ -64,7 +64,7 @@ _PER_SCORED_TOKEN = (
 
 def pack(samples: Sequence[Sample], *, share: bool = False, multiple: int = 1) -> MicroBatch:
     """Put samples into one row, padded with one sequence of zeros to a ``multiple`` of tokens; if
-    ``share``, with each prompt once.
+    ``share``, with each prompt once and equal answers to it once.
 
     Sequence parallelism divides the row over the tensor ranks, hence ``multiple``. No samples give
     a row of padding without scored tokens.
@@ -127,20 +127,20 @@ def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int) -> _Row:
     active = [i for i, tokens in enumerate(context) if tokens]
     for members in by_prompt(samples, active) if share else [[i] for i in active]:
         prompt = samples[members[0]].prompt_length
-        longest = max(members, key=lambda i: context[i])
-        # A prompt and the only answer that needs more than it are a plain sequence.
-        apart = sum(context[i] > prompt for i in members) > 1
-        parts = [samples[longest].tokens[: prompt if apart else context[longest]]]
-        at = total + prompt
+        parts, at = [samples[members[0]].tokens[:prompt]], total + prompt
+        places: dict[bytes, int] = {}  # of each different answer
         for i in members:
-            ends[i], answers[i] = total + prompt - 1, at
-            if apart and context[i] > prompt:
-                parts.append(samples[i].tokens[prompt : context[i]])
-                at += context[i] - prompt
+            answer = samples[i].tokens[prompt : context[i]]
+            ends[i], answers[i] = total + prompt - 1, places.setdefault(answer.tobytes(), at)
+            if answer.size and answers[i] == at:
+                parts.append(answer)
+                at += answer.size
+        if len(parts) == 2:  # a prompt and its only answer are a plain sequence
+            parts = [np.concatenate(parts)]
         pieces += parts
         begins += [0] + [prompt] * (len(parts) - 1)
         families.append(tuple(part.size for part in parts))
-        total += sum(families[-1])
+        total = at
     padding = -total % multiple if total else multiple
     if padding:
         pieces.append(np.zeros(padding, np.int32))
@@ -148,8 +148,8 @@ def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int) -> _Row:
         families.append((padding,))
     sizes = np.array([piece.size for piece in pieces])
     positions = ranges(sizes) + np.repeat(begins, sizes)
-    places = (np.array(place, np.int64) for place in (ends, answers))
-    return _Row(pieces, positions, tuple(families), *places)
+    found = (np.array(rows, np.int64) for rows in (ends, answers))
+    return _Row(pieces, positions, tuple(families), *found)
 
 
 def by_prompt(samples: Sequence[Sample], which: Iterable[int]) -> list[list[int]]:

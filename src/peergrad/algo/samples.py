@@ -119,17 +119,18 @@ def weigh(samples: Sequence[Sample], algo: AlgoConfig, *, max_tokens: int) -> li
     """
     sizes = [s.weight.size for s in samples]
     takes_part = np.concatenate([np.zeros(0), *(s.weight for s in samples)]) != 0
-    kept = [np.count_nonzero(part) for part in pieces(takes_part, sizes)]
+    owner = np.repeat(np.arange(len(samples)), sizes)
+    kept = np.bincount(owner[takes_part], minlength=len(samples))
     _, group = torch.unique(torch.tensor([s.group for s in samples]), return_inverse=True)
     weights = token_weights(
         torch.tensor(sizes),
-        torch.tensor(kept),
+        torch.from_numpy(kept),
         group,
         mode=algo.aggregation,
         denominator=algo.denominator,
         max_tokens=max_tokens,
     )
-    found = np.where(takes_part, np.repeat(weights.float().numpy(), sizes), np.float32(0))
+    found = np.where(takes_part, weights.float().numpy()[owner], np.float32(0))
     pairs = zip(samples, pieces(found, sizes), strict=True)
     return [s.having(weight=weight) for s, weight in pairs]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peergrad.algo.division import divide
 from peergrad.algo.objective import Metrics
-from peergrad.algo.packing import MicroBatch, pack
+from peergrad.algo.packing import MicroBatch, pack, ranges
 from peergrad.algo.samples import Sample, make_samples, pieces
 from peergrad.config import Config
 from peergrad.data import Group
@@ -139,12 +139,13 @@ class Scorer:
         gathered = [part for part in self.groups.gather(mine) if part is not None]
         sizes = [s.logp_engine.size for s in samples]
         starts = np.cumsum([0, *sizes])
+        scored = np.flatnonzero(np.concatenate([np.zeros(0), *(s.weight for s in samples)]))
+        begins = np.searchsorted(scored, starts)  # of each sample's among them
         whole = np.full((2, starts[-1]), np.nan, np.float32)
-        none = np.zeros(0, np.int64)
         for rank, columns, _ in gathered:
-            order = [i for part in bins[rank] for i in part]
-            place = [starts[i] + samples[i].scored for i in order]
-            whole[:, np.concatenate([none, *place])] = columns
+            order = np.array([i for part in bins[rank] for i in part], np.int64)
+            counts = begins[order + 1] - begins[order]
+            whole[:, scored[np.repeat(begins[order], counts) + ranges(counts)]] = columns
         logp, entropy = (pieces(row, sizes) for row in whole)
         return Scores(samples, logp, entropy), [part[2] for part in gathered]
 
