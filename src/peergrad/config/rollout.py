@@ -27,7 +27,6 @@ OURS = {
 command line of a managed server may set these and nothing else over the user's head."""
 HARMFUL = {
     "enable-deterministic-inference": "seeds all requests alike, so groups are copies",
-    "skip-tokenizer-init": "does not know the tokenizer's end tokens, past which answers would run",
     "is-embedding": "does not generate",
     "allow-auto-truncate": "answers what it has left of a prompt that is too long",
     "preferred-sampling-params": "may draw from another distribution than the trainer's",

@@ -53,6 +53,15 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         register_attention_backend("torch_native")(_attention)
         register_radix_cache_backend("peergrad", _prefix_cache)
 
+        from peergrad.rollout.cpu_loops import replace_loops
+
+        replace_loops()
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from peergrad.rollout.cpu_backend import share_prompts
+
+        share_prompts(model)
+
 
 def _attention(runner: Any) -> Any:
     from peergrad.rollout.cpu_backend import CpuAttentionBackend

@@ -185,7 +185,7 @@ def test_what_a_server_does_not_tell_is_not_held_against_it(config):
             "seeds all requests alike, so groups are copies; start it without "
             "--enable-deterministic-inference",
         ),
-        (Server(skip_tokenizer_init=True), "start it without --skip-tokenizer-init"),
+        (Server(allow_auto_truncate=True), "start it without --allow-auto-truncate"),
         (Server(is_embedding=True), "does not generate; start it without --is-embedding"),
         (
             Server(preferred_sampling_params='{"min_p": 0.1}'),

@@ -364,8 +364,8 @@ def test_addresses_that_cannot_be_are_refused(urls, line):
         ),
         ({"is_embedding": True}, ".is_embedding = True: does not generate; remove it"),
         (
-            {"skip_tok": 1},
-            ".skip_tok = 1: is short for skip-tokenizer-init, which does not know",
+            {"allow_auto": 1},
+            ".allow_auto = 1: is short for allow-auto-truncate, which answers what it has left",
         ),
         ({"config": "a.yaml"}, ".config = 'a.yaml': reads further options, which nobody would che"),
         (
