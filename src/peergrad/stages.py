@@ -58,26 +58,50 @@ class Keep:
         """``start``: the step that the run goes on from; ``last``: its last one."""
         self._checkpoints, self._policy, self._reference = checkpoints, policy, reference
         self._rollouts, self._metrics = rollouts, metrics
+        self._aside = checkpoints.config.async_save
         self._saved, self._last = start, last
+        self._row: dict[str, float] | None = None  # of a checkpoint that is being written
 
     def if_due(self, state: AlgoState, step: int) -> None:
-        """The checkpoint after ``step``, if there is to be one. Collective."""
+        """The checkpoint after ``step``, if there is to be one; it is written beside the steps that
+        follow, but for the last. Collective."""
+        if self._row is not None and self._checkpoints.written():
+            self._finish()
         if self._checkpoints.due(step, self._last):
-            self._save(state, step)
+            self._begin(state, step)
+        if step == self._last or not self._aside:
+            self._finish()
 
     def and_stop(self, state: AlgoState, step: int, why: str | None) -> NoReturn:
         """Raise Stopped, with a checkpoint after ``step``, the last one trained. Collective."""
         if self._saved < step:
-            self._save(state, step)
+            self._begin(state, step)
+        self._finish()
         raise Stopped(why or "a signal")
 
-    def _save(self, state: AlgoState, step: int) -> None:
+    def _begin(self, state: AlgoState, step: int) -> None:
+        self._finish()
         renewed = self._reference if state.reference_step else None
-        with self._metrics.event("checkpoint", step):
-            self._checkpoints.save(
-                self._policy, self._rollouts.state(), state.to_json(), renewed, step=step
+        self._row = {}
+        with self._metrics.part_of("checkpoint", step, self._row):
+            self._checkpoints.begin(
+                self._policy,
+                self._rollouts.state(),
+                state.to_json(),
+                renewed,
+                step=step,
+                aside=self._aside,
             )
         self._saved = step
+
+    def _finish(self) -> None:
+        row, self._row = self._row, None
+        if row is None:
+            return
+        with self._metrics.part_of("checkpoint", self._saved, row):
+            saved = self._checkpoints.finish()
+        row |= {"checkpoint/seconds": saved.seconds, "checkpoint/bytes": float(saved.size)}
+        self._metrics.write("checkpoint", self._saved, row)
 
 
 def sync_weights(

@@ -292,7 +292,8 @@ def test_canary_is_scored_once_for_all_servers(models: tuple[str, str]) -> None:
 def checkpoint_rounds(
     path: str, folder: str, layouts: list[tuple[Layout, bool]]
 ) -> list[list[float]]:
-    """Train two steps and save on the first layout, then restore and train a third on each."""
+    """Train two steps and save on the first layout, the second step while the third is trained;
+    then restore and train a third on each."""
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.groups import leave_layout
@@ -304,7 +305,11 @@ def checkpoint_rounds(
         if i == 0:
             for number in (1, 2):
                 policy.update(samples(), objective())
-                checkpoints.save(policy, b"prompts", {"at": number}, None, step=number)
+                state = policy, b"prompts", {"at": number}, None
+                if number == 1:
+                    checkpoints.save(*state, step=1)
+                else:
+                    checkpoints.begin(*state, step=2, aside=True)
         else:
             assert checkpoints.restore(policy) == 2
             assert checkpoints.collector_state(2) == b"prompts"
@@ -314,6 +319,8 @@ def checkpoint_rounds(
         after = policy.update(samples(), objective())
         keys = ("loss/total", "optim/grad_norm", "policy/entropy")
         losses.append([u.metrics[key] for u in (update, after) for key in keys])
+        if i == 0:
+            checkpoints.finish()
         leave_layout()
     return losses
 
@@ -353,8 +360,9 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
     policy.update(samples(), objective())
     seen["policy later"] = weights(policy)
     seen["reference"] = weights(reference)
-    checkpoints.save(policy, None, {"reference_step": 1}, reference, step=2)
+    checkpoints.begin(policy, None, {"reference_step": 1}, reference, step=2, aside=True)
     policy.update(samples(), objective())  # the reference of a checkpoint does not learn
+    checkpoints.finish()
     for layout in layouts:
         leave_layout()
         policy, groups = make(path, layout)

@@ -5,15 +5,19 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest import mock
 
 import psutil
 import pytest
+import torch
 
+from peergrad.storage import size_of
 from tests.disk import small_disk
 from tests.models import make_hf_model
 from tests.spawn import run_ranks
@@ -58,6 +62,7 @@ def try_everything(root: str) -> dict[str, Any]:
     """All cases in one process: starting it takes longer than the checks."""
     policy = make_policy(f"{root}/a")
     seen = try_folders(Path(root), policy)
+    seen["aside"] = try_aside(Path(root) / "aside", policy)
     seen["damage"] = try_damage(Path(root) / "damage", policy)
     seen["settings"] = try_settings(Path(root), policy)
     seen["links"] = try_links(Path(root) / "links", policy)
@@ -99,6 +104,52 @@ def try_folders(root: Path, policy: Any) -> dict[str, Any]:
         lambda: load_weights(folder / "step_000009", policy.model, policy.shape, policy.groups)
     )
     return seen
+
+
+def try_aside(folder: Path, policy: Any) -> dict[str, Any]:
+    """Save while the policy changes: its files are only written once it has."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    changed, write = Event(), FileSystemWriterAsync.write_preloaded_data
+
+    def late(*arguments: Any, **options: Any) -> None:
+        changed.wait()
+        write(*arguments, **options)
+
+    checkpoints = keeper(folder, policy)
+    checkpoints.save(policy, b"one", {}, None, step=1)
+    was = state_of(policy)
+    with mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(late)):
+        checkpoints.begin(policy, b"two", {}, None, step=2, aside=True)
+        seen: dict[str, Any] = {"written": [checkpoints.written()]}
+        for tensor in tensors_of(policy):
+            tensor.add_(1)
+        seen["before"] = sorted(p.name for p in folder.glob("[!.]*"))
+        changed.set()
+        while not checkpoints.written():
+            time.sleep(0.01)
+        seen["written"].append(checkpoints.written())
+        saved = checkpoints.finish()
+    seen["after"] = sorted(p.name for p in folder.glob("[!.]*"))
+    seen["saved"] = saved.target.name, saved.size == size_of(saved.target), saved.seconds > 0
+    moved = state_of(policy)
+    seen["restored"] = checkpoints.restore(policy), checkpoints.collector_state(2)
+    seen["equal"] = [torch.equal(a, b) for a, b in zip(was, state_of(policy), strict=True)]
+    seen["changed"] = [not torch.equal(a, b) for a, b in zip(was, moved, strict=True)]
+    return seen
+
+
+def tensors_of(policy: Any) -> list[torch.Tensor]:
+    """All that a checkpoint holds of weights and optimizer, but for counts of steps."""
+    (inner,) = policy.optimizer.chained_optimizers
+    states = inner.optimizer.state.values()
+    moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+    masters = [p for group in inner.optimizer.param_groups for p in group["params"]]
+    return [p.data for p in policy.model.parameters()] + moments + [p.data for p in masters]
+
+
+def state_of(policy: Any) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors_of(policy)]
 
 
 def try_damage(folder: Path, policy: Any) -> dict[str, str]:
@@ -291,6 +342,21 @@ def test_checkpoint_folders(found: tuple[Path, dict[str, Any]]) -> None:
     assert saved.startswith(f"saved {root}/checkpoints/step_000005: step 5, ")
     assert resumed.startswith(f"resumed from {root}/checkpoints/step_000005: step 5, ")
     assert resumed.endswith(" s") and " bytes in " in resumed
+
+
+@pytest.mark.distributed
+def test_training_goes_on_while_a_checkpoint_is_written(
+    found: tuple[Path, dict[str, Any]],
+) -> None:
+    """What is on the disk is the state when it was begun; it is no checkpoint before it is
+    whole."""
+    seen = found[1]["aside"]
+    assert seen["written"] == [False, True]
+    assert seen["before"] == ["latest", "step_000001"]
+    assert seen["after"] == ["latest", "step_000001", "step_000002"]
+    assert seen["saved"] == ("step_000002", True, True)
+    assert seen["restored"] == (2, b"two")
+    assert len(seen["equal"]) > 20 and all(seen["equal"]) and all(seen["changed"])
 
 
 @pytest.mark.distributed

@@ -116,10 +116,9 @@ def copy_until_step_2(old: Run, new: Run) -> None:
     """What was there when the checkpoint of step 2 was."""
     shutil.copytree(old.checkpoints / "step_000002", new.checkpoints / "step_000002")
     (new.checkpoints / "latest").write_text("step_000002")
-    rows = read_metrics(old.metrics)
-    until = [row["kind"] for row in rows].index("checkpoint") + 1
-    assert rows[until - 1]["step"] == 2
-    new.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:until]))
+    rows = [row for row in read_metrics(old.metrics) if row["step"] <= 2]
+    assert rows[-1]["kind"] == "checkpoint"
+    new.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def numbers(run: Run) -> dict[str, list[float]]:

@@ -372,6 +372,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the end of the run always gets one. 0: only the end."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    async_save: bool = True
+    """Write while the training goes on, from a copy that each rank takes of its share in the host's
+    memory. A run that fails in between resumes from the checkpoint before."""
     before: float = 5.0
     """Minutes to be left when the machine is taken away (run.until, or the end of the Slurm job):
     the run saves, stops with status 75, and can be resumed. A step that would end later is not

@@ -244,10 +244,18 @@ class Metrics:
         """Something between the steps, with a row of its own: what the block puts into the
         dictionary, and its seconds as ``time/<kind>``."""
         row: dict[str, float] = {}
+        with self.part_of(kind, step, row):
+            yield row
+        self.write(kind, step, row)
+
+    @contextmanager
+    def part_of(self, kind: str, step: int, row: dict[str, float]) -> Iterator[None]:
+        """Add the block's seconds to ``time/<kind>`` of the event's ``row``."""
         start = time.perf_counter()
         with self._waiting(WAITS.get(kind, kind).format(step)):
-            yield row
-        self.write(kind, step, {**row, f"time/{kind}": time.perf_counter() - start})
+            yield
+        key = f"time/{kind}"
+        row[key] = row.get(key, 0.0) + time.perf_counter() - start
 
     def log(self, row: Row) -> None:
         """Add numbers to the current step; a name said twice keeps the last value."""

@@ -64,5 +64,6 @@ def summary(kind: str, step: int, row: Row) -> str | None:
         numbers = (f"{key} {value:.3f}" for key, value in row.items() if "/" not in key)
         return f"evaluation after step {step}: {'  '.join(numbers)}  ({seconds:.1f} s)"
     if kind == "checkpoint":
-        return f"checkpoint after step {step} ({seconds:.1f} s)"
+        whole = row.get("checkpoint/seconds", seconds)
+        return f"checkpoint after step {step} ({whole:.1f} s, training waited {seconds:.1f} s)"
     return None

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -35,13 +36,16 @@ from peergrad.parallel.resume import (
     next_rate,
     require_resumable,
 )
+from peergrad.parallel.saving import Write
 from peergrad.parallel.snapshot import (
     Unloadable,
+    describe,
+    filling,
     load_megatron,
     new_snapshot,
     on_every_rank,
     point_to,
-    save_megatron,
+    write_megatron,
     write_meta,
 )
 from peergrad.storage import put_in_place, remove, restore_old, size_of
@@ -51,11 +55,33 @@ REFERENCE, ALGO = "reference", "algo.json"
 STEP = re.compile(r"step_\d{6,}")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on the disk."""
+
+    target: Path
+    size: int  # bytes
+    seconds: float  # since it was begun
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    step: int
+    start: float  # on the monotonic clock
+    target: Path
+    folder: Path  # where it is until it is whole
+    meta: dict[str, Any]
+    writes: list[Write]
+
+
 class Checkpoints:
     """The checkpoints of one run; ``folder`` is ``<run>/checkpoints``."""
 
     def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
         self.folder, self.config, self.groups = folder, config, groups
+        self._pending: _Pending | None = None
         self._rotten: dict[Path, str] = {}  # folders that look whole, and what reading them found
 
     def due(self, step: int, last: int) -> bool:
@@ -71,19 +97,38 @@ class Checkpoints:
         *,
         step: int,
     ) -> Path:
-        """Write the state after ``step``. Collective. Saving a step again replaces it.
+        """``begin`` and ``finish``; the folder."""
+        self.begin(policy, collector, algo, reference, step=step, aside=False)
+        return self.finish().target
 
-        ``reference``: None if it can be had from where the run was started. Raises StorageError if
-        the disk refuses; older checkpoints are then as they were.
+    def begin(
+        self,
+        policy: Policy,
+        collector: bytes | None,
+        algo: Mapping[str, object],
+        reference: Scorer | None,
+        *,
+        step: int,
+        aside: bool,
+    ) -> None:
+        """Begin to write the state after ``step``, of which ``finish`` makes a checkpoint.
+        Collective. No other one may be on its way.
+
+        ``reference``: None if it can be had from where the run was started. ``aside``: copy weights
+        and optimizer to the host's memory first, so that training may go on until ``finish``.
+        Raises StorageError if the disk refuses; older checkpoints are then as they were.
         """
+        assert self._pending is None, "two checkpoints at once"
         start = time.monotonic()
         target = self.folder / f"step_{step:06d}"
         then = partial(self._then, target)
-        with new_snapshot("checkpoint", target, self.groups, then=then) as folder:
-            save_megatron(folder / "model", policy.model, policy.optimizer)
+        folder = new_snapshot("checkpoint", target, self.groups, then=then)
+        with filling("checkpoint", target, folder, self.groups, then=then):
+            writes = [write_megatron(folder / "model", policy.model, policy.optimizer, aside=aside)]
             if reference is not None:
                 self.groups.share((folder / REFERENCE).mkdir)
-                save_megatron(folder / REFERENCE, reference.model, None)
+                model = reference.model
+                writes.append(write_megatron(folder / REFERENCE, model, None, aside=aside))
             rng = folder / f"rng_{self.groups.rank:05d}.pt"
             on_every_rank(self.groups, lambda: rng.write_bytes(_rng_state()))
 
@@ -93,27 +138,47 @@ class Checkpoints:
                 (folder / ALGO).write_text(json.dumps(algo))
                 policy.companions.write(folder / "hf", dtype=policy.config.model.dtype.name)
 
-            def finish() -> None:
+            self.groups.share(complete)
+        meta = describe(
+            policy.model,
+            policy.shape,
+            policy.optimizer,
+            self.groups,
+            step=step,
+            updates=policy.updates,
+            schedule_updates=schedule_updates(policy.config),
+            schedule=policy.config.optim.schedule.name,
+            next_lr=next_rate(policy.config, policy.updates),
+        )
+        self._pending = _Pending(step, start, target, folder, meta, writes)
+
+    def written(self) -> bool:
+        """Whether ``finish`` would not wait for any rank's files. Collective."""
+        assert self._pending is not None
+        return all(self.groups.gather(all(write.done for write in self._pending.writes)))
+
+    def finish(self) -> Saved:
+        """Wait for what ``begin`` has begun, and make it the newest checkpoint. Collective. Saving
+        a step again replaces it. Raises as ``begin``."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        target, folder = pending.target, pending.folder
+        then = partial(self._then, target)
+        with filling("checkpoint", target, folder, self.groups, then=then):
+            known: dict[str, str] = {}
+            for write in pending.writes:
+                known |= write.finish()
+
+            def finish() -> int:
                 put_in_place(folder, target)
                 point_to(target)
+                return size_of(target)
 
-            self.groups.share(complete)
-            write_meta(
-                folder,
-                policy.model,
-                policy.shape,
-                policy.optimizer,
-                self.groups,
-                step=step,
-                updates=policy.updates,
-                schedule_updates=schedule_updates(policy.config),
-                schedule=policy.config.optim.schedule.name,
-                next_lr=next_rate(policy.config, policy.updates),
-            )
-            self.groups.share(finish)
-        self.groups.share(lambda: self._prune(step))
-        self._log("saved", target, step, start)
-        return target
+            write_meta(folder, pending.meta, self.groups, known=known)
+            size = self.groups.share(finish)
+        self.groups.share(lambda: self._prune(pending.step))
+        self._log("saved", target, pending.step, pending.start)
+        return Saved(target, size, time.monotonic() - pending.start)
 
     def _then(self, target: Path) -> str:
         """What a person can do once the disk takes checkpoints again."""

@@ -10,7 +10,7 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
@@ -113,11 +113,13 @@ def _misfit(path: Path, sizes: dict[str, int]) -> str | None:
     return None
 
 
-def describe_files(folder: Path, groups: Groups) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of all files in ``folder``, as ``meta.json`` keeps them. Collective; the
-    folder is whole on rank 0."""
+def describe_files(
+    folder: Path, groups: Groups, known: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of all files in ``folder``, as ``meta.json`` keeps them; ``known``: digests
+    that this rank has taken, by the files' names. Collective; the folder is whole on rank 0."""
     sizes: dict[str, int] = groups.share(lambda: _sizes(folder))
-    return {"files": sizes, "xxh3_128": digests(folder, sizes, groups)}
+    return {"files": sizes, "xxh3_128": digests(folder, sizes, groups, known=known)}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -15,6 +15,7 @@ from peergrad.parallel.groups import Groups
 
 T = TypeVar("T")
 BUFFER_BYTES = 4 << 20
+NONE: Mapping[str, str] = {}
 WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 """Files of Megatron's state: they carry the number of the rank that wrote them."""
 
@@ -28,13 +29,20 @@ def digest(file: Path) -> str:
     return state.hexdigest()
 
 
-def digests(folder: Path, names: Iterable[str], groups: Groups) -> dict[str, str]:
+def digests(
+    folder: Path, names: Iterable[str], groups: Groups, *, known: Mapping[str, str] = NONE
+) -> dict[str, str]:
     """The digest of each file in ``folder``. Collective; raises OSError if a rank cannot read one.
 
-    Whoever wrote a file reads it, while it is still in that machine's memory."""
+    Whoever wrote a file reads it, while it is still in that machine's memory, unless it is among
+    those whose digest it knows."""
     mine = [name for name in names if _writer(name, groups.world) == groups.rank]
     found: dict[str, str] = {}
-    for part in groups.gather(_attempt(lambda: {name: digest(folder / name) for name in mine})):
+
+    def taken() -> dict[str, str]:
+        return {name: known.get(name) or digest(folder / name) for name in mine}
+
+    for part in groups.gather(_attempt(taken)):
         if isinstance(part, str):
             raise OSError(part)
         found |= part

@@ -11,20 +11,17 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
-from peergrad.echo import OtherRankFailed, is_echo
+from peergrad.echo import is_echo
 from peergrad.parallel.damage import (
     FORMAT,
     culprit,
@@ -40,6 +37,7 @@ from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.model import PolicyModel
 from peergrad.parallel.resume import describe_optimizer, require_same_model
+from peergrad.parallel.saving import Write
 from peergrad.storage import flush, partial_of, put_in_place, writing
 
 log = logging.getLogger(__name__)
@@ -57,12 +55,14 @@ def save_weights(
 
     Something of that name is refused. Raises StorageError if the disk refuses.
     """
-    with new_snapshot("checkpoint", path, groups) as partial:
-        save_megatron(partial / "model", model, None)
+    partial = new_snapshot("checkpoint", path, groups)
+    with filling("checkpoint", path, partial, groups):
+        digests = write_megatron(partial / "model", model, None, aside=False).finish()
         dtype = str(model.config.params_dtype).removeprefix("torch.")
         groups.barrier()
         groups.share(lambda: companions.write(partial / "hf", dtype=dtype))
-        write_meta(partial, model, shape, None, groups, step=0, updates=0)
+        meta = describe(model, shape, None, groups, step=0, updates=0)
+        write_meta(partial, meta, groups, known=digests)
         groups.share(lambda: put_in_place(partial, path, replace=False))
 
 
@@ -86,18 +86,23 @@ def load_weights(
     log.info("read the weights of %s in %.1f s", path, time.monotonic() - start)
 
 
-@contextmanager
-def new_snapshot(
-    what: str, target: Path, groups: Groups, *, then: Callable[[], str] = str
-) -> Iterator[Path]:
-    """A fresh hidden folder beside ``target``, the same on every rank, for the body to fill and put
-    in place; removed if that fails. Collective. Raises StorageError if the disk refuses, which
-    calls the target ``what`` and ends in ``then()``."""
+def new_snapshot(what: str, target: Path, groups: Groups, *, then: Callable[[], str] = str) -> Path:
+    """A fresh hidden folder beside ``target``, the same on every rank, to be filled (``filling``)
+    and put in place. Collective. Raises StorageError if the disk refuses, which calls the target
+    ``what`` and ends in ``then()``."""
     with writing(what, target, then=then):
-        partial = groups.share(lambda: _fresh(target))
+        return groups.share(lambda: _fresh(target))
+
+
+@contextmanager
+def filling(
+    what: str, target: Path, partial: Path, groups: Groups, *, then: Callable[[], str] = str
+) -> Iterator[None]:
+    """The body writes into ``partial``, which ``new_snapshot`` made for ``target``; it is removed
+    if that fails. Raises as ``new_snapshot`` does."""
     try:
         with writing(what, target, then=then):
-            yield partial
+            yield
     except BaseException:
         if groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,29 +133,34 @@ def on_every_rank(groups: Groups, function: Callable[[], object]) -> None:
         raise (ValueError if wrong_value else RuntimeError)(text)
 
 
-def write_meta(
-    folder: Path,
+def describe(
     model: PolicyModel,
     shape: Shape,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
     **progress: float | str,
-) -> None:
-    """Describe the checkpoint ``folder``, complete but for this, in its meta.json. Collective.
+) -> dict[str, Any]:
+    """What ``meta.json`` says of a checkpoint beside its files.
 
     ``progress``: ``step`` and ``updates`` done, and in a run's checkpoint ``schedule``,
     ``schedule_updates`` and ``next_lr``.
     """
-    meta = {
+    return {
         "format": FORMAT,
         **progress,
         "world": groups.world,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
         "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "shape": asdict(shape),
-        **describe_files(folder, groups),
     }
-    text = json.dumps(sealed(meta), indent=1)
+
+
+def write_meta(
+    folder: Path, meta: Mapping[str, Any], groups: Groups, *, known: Mapping[str, str]
+) -> None:
+    """Write meta.json of the checkpoint ``folder``, which is complete but for this. ``known``:
+    digests that this rank has taken already, by the files' names. Collective."""
+    text = json.dumps(sealed({**meta, **describe_files(folder, groups, known)}), indent=1)
     groups.share(lambda: (folder / "meta.json").write_text(text))
 
 
@@ -183,29 +193,16 @@ def _sharded(
     return state
 
 
-def save_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
-    _use_plain_queue()
+def write_megatron(
+    path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None, *, aside: bool
+) -> Write:
+    """Begin to write model and optimizer; ``aside``: a copy of them. Collective."""
     described = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
-    state = _sharded(model, optimizer, loading=False)
-    try:
-        dist_checkpointing.save(state, str(path), content_metadata=described)
-    except CheckpointException as error:
-        if error.failures:
-            raise
-        # Only rank 0 is told by Megatron what failed, and where; it says so.
-        raise OtherRankFailed(f"a rank could not write {path}") from error
-
-
-def _use_plain_queue() -> None:
-    """The writers' results come back to this process through a queue. Megatron's own stands in a
-    process of its own, for saves that go on beside the training, which spends seconds on importing
-    what it only hands on, and would live on for ever if this rank were killed."""
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = Queue()
+    return Write(path, _sharded(model, optimizer, loading=False), described, aside=aside)
 
 
 def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
-    """Fill model and optimizer from what ``save_megatron`` wrote; what ``optim`` configures stays
+    """Fill model and optimizer from what ``write_megatron`` wrote; what ``optim`` configures stays
     as it is. Collective. Raises Unloadable."""
     groups = [] if optimizer is None else optimizer.param_groups
     configured = [{k: group[k] for k in CONFIGURED if k in group} for group in groups]

@@ -23,7 +23,7 @@ def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
         screen.write("train", 8, {"reward/mean": 0.12345, "optim/lr": 3e-4})
         evaluation = {"pass@1": 1 / 3, "reward": 0.25, "length": 12345.678, "time/eval": 2.0}
         screen.write("eval", 8, evaluation | {f"long_name_{i}": 1.0 for i in range(9)})
-        screen.write("checkpoint", 8, {"time/checkpoint": 1.25})
+        screen.write("checkpoint", 8, {"time/checkpoint": 0.25, "checkpoint/seconds": 3.0})
         screen.write("start", 8, {"time/start": 1.25})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # not wrapped at 80 columns; a start says nothing
@@ -33,7 +33,7 @@ def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lr 3.0e-04" in lines[1] and re.search(r"left \d:\d\d:\d\d$", lines[1])
     assert lines[2].startswith("evaluation after step 8: pass@1 0.333  reward 0.250  length 12345.")
     assert lines[2].endswith("long_name_8 1.000  (2.0 s)")
-    assert lines[3] == "checkpoint after step 8 (1.2 s)"
+    assert lines[3] == "checkpoint after step 8 (3.0 s, training waited 0.2 s)"
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120])

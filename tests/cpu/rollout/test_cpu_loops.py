@@ -36,7 +36,9 @@ def test_positions(dtype):
         places, begins = cpu_loops.positions(*lengths)
         expected = [p + i for p, f in zip(prefix, fresh, strict=True) for i in range(f)]
         assert places.tolist() == expected
-        for one, other in zip((places, begins), sglangs(cpu_loops.POSITIONS)(*lengths), strict=True):
+        for one, other in zip(
+            (places, begins), sglangs(cpu_loops.POSITIONS)(*lengths), strict=True
+        ):
             assert one.dtype == other.dtype and one.tolist() == other.tolist()
 
 
