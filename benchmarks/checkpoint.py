@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from machine import describe, load_average, result_path, title
 import torch
+from machine import describe, load_average, result_path, title
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -93,7 +93,7 @@ def benchmark(folder: Path, times: int) -> tuple[int, list[dict[str, float]]]:
         rows = []
         for step in range(1, times + 2):
             row: dict[str, float] = {}
-            state = policy, None, {}, None
+            state: tuple[Policy, None, dict[str, object], None] = policy, None, {}, None
             with timed(row, "save"):
                 path = checkpoints.save(*state, step=step)
             with timed(row, "torch_save"):

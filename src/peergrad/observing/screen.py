@@ -27,8 +27,8 @@ SHOWN = 12
 RECENT = 20
 TICK_SECONDS = 0.5
 SPEAKING = Lock()
-"""Held while something is printed, and while this process forks, as a Megatron checkpoint does: a
-child born while the thread here holds the lock of the output would wait for it for ever."""
+"""Held while something is printed, and while this process forks, as compilers do: a child born
+while the thread here holds the lock of the output would wait for it for ever."""
 os.register_at_fork(
     before=SPEAKING.acquire, after_in_parent=SPEAKING.release, after_in_child=SPEAKING.release
 )

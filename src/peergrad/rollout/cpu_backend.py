@@ -133,7 +133,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
 
 
-def share_prompts(model: torch.nn.Module) -> None:
+def share_prompts(model: Any) -> None:
     """From here on the layers of ``model`` compute the equal prompts of a step once, if it is one
     that peergrad trains: of another, layers may look at more than a token, its position and what is
     before it, and something may count on rows for all tokens."""

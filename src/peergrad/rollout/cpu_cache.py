@@ -42,7 +42,8 @@ class FrugalRadixCache(UnifiedRadixCache):
         """Give back ``ranges`` of a request's row: those of whole tokens without what is only
         needed for pages and sliding windows."""
         if self.page_size > 1:
-            return super().free_kv_row(kv, ranges)
+            super().free_kv_row(kv, ranges)
+            return
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         for start, end in ranges:
             if start < end:
