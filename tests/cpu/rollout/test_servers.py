@@ -48,6 +48,7 @@ def gpu():
 def managed(tmp_path, monkeypatch, gpu):
     """Builds servers that run a script of ours, given the port."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8 * gpu)
     monkeypatch.setattr(module, "_check_installed", lambda: None)
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
     monkeypatch.setattr(module, "CPU_SERVER", stand_in.__name__)
