@@ -79,13 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = read(sys.argv[1:] if arguments is None else arguments)
         config, _ = compose_config(options.overrides)
-        servers = build(config, options)
         if options.check:
-            print(describe(config, servers), end="")
+            print(describe(config, build(config, options)), end="")
             return FINISHED
+        stop = heed_signals()  # before what takes seconds to import
+        servers = build(config, options)
     except (ValueError, OSError, RuntimeError) as error:
         return refuse(error, place)
-    ending, stop = Ending(place), heed_signals()
+    ending = Ending(place)
     try:
         with writing("--log-dir", options.log_dir):
             options.log_dir.mkdir(parents=True, exist_ok=True)

@@ -44,11 +44,12 @@ def gather(
     if absent and (waiting is None or seconds <= 0):
         raise absent[0]
     if absent and waiting is not None:
-        deadline = time.monotonic() + seconds
+        deadline, first = time.monotonic() + seconds, absent
 
         def detail() -> str:
-            left = max(0.0, deadline - time.monotonic())
-            return f"still {_listed([error.url for error in absent])}, {left:.0f} s left"
+            fewer = len(absent) < len(first)
+            still = _listed([error.url for error in absent]) if fewer else "all of them"
+            return f"still {still}, {max(0.0, deadline - time.monotonic()):.0f} s left"
 
         what = f"servers, for {seconds:g} s at most: {_reasons(absent)}"
         with waiting(what, announce=True, detail=detail):
