@@ -41,7 +41,16 @@ servers._check_installed = lambda: None
 servers.CPU_SERVER = servers.GPU_SERVER = stand_in.__name__
 port = lambda self, index: str(self._address.ports[index])
 servers.ManagedServers.options = lambda self, index: [{SERVER!r}, port(self, index)]
-sys.exit(main())
+"""
+# As beside GPUs, whose servers are given time to end, which these do not take notice of.
+STUBBORN = """
+import signal, torch
+from peergrad.running import stopping
+
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8
+servers.GRACE_SECONDS, stopping.REPEAT_SECONDS = 600.0, 0.5
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 """
 
 
@@ -138,12 +147,13 @@ def test_a_port_in_use_is_refused_before_anything_is_written(
 class Serving:
     """A process that serves with stand-ins; ``tree``: all that it has started."""
 
-    def __init__(self, path: str, logs: Path, count: int) -> None:
+    def __init__(self, path: str, logs: Path, count: int, more: str) -> None:
+        program = f"{PROGRAM}{more}\nsys.exit(main())"
         (self.port,) = free_ports(1)
         self.logs = logs
         options = ["--port", str(self.port), "--log-dir", str(logs), path]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *options, f"rollout.servers.count={count}"],
+            [sys.executable, "-c", program, *options, f"rollout.servers.count={count}"],
             cwd=REPO,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "src")])},
             stdout=subprocess.PIPE,
@@ -165,8 +175,8 @@ class Serving:
 
     def end(self) -> int:
         """What it ends with, all of it."""
-        self.said = self.process.communicate(timeout=30)[0]
-        _, alive = psutil.wait_procs(self.tree, timeout=10)
+        self.said = self.process.communicate(timeout=60)[0]
+        _, alive = psutil.wait_procs(self.tree, timeout=30)
         assert not any(map(is_alive, alive))
         return self.process.returncode
 
@@ -175,8 +185,8 @@ class Serving:
 def serving(path: str, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     made: list[Serving] = []
 
-    def start(count: int = 1) -> Serving:
-        made.append(Serving(path, tmp_path / "logs", count))
+    def start(count: int, more: str = "") -> Serving:
+        made.append(Serving(path, tmp_path / "logs", count, more))
         return made[-1]
 
     yield start
@@ -203,6 +213,15 @@ def test_a_signal_ends_the_servers(serving: Callable[..., Serving], number: sign
     served.process.send_signal(number)  # as a launcher repeats it
     assert served.end() == 0
     assert served.said == f"{number.name}: all servers have ended\n"
+
+
+def test_a_second_signal_does_not_wait_for_the_servers(serving: Callable[..., Serving]) -> None:
+    served = serving(1, STUBBORN)
+    served.process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert served.process.poll() is None and all(map(is_alive, served.tree))
+    served.process.send_signal(signal.SIGINT)
+    assert served.end() == 130
 
 
 def test_a_server_that_dies_ends_all_with_its_cause(serving: Callable[..., Serving]) -> None:
