@@ -51,7 +51,8 @@ class ServersConfig:
     """Base URLs of external servers (the workers themselves, not a router)."""
     wait: float = 0.0
     """Seconds that a run waits for external servers which are not there yet, as when
-    ``peergrad.serve`` is started beside it; 0: one that is not there is an error at once."""
+    ``peergrad.serve`` is started beside it; 0: one that is not there is an error at once. A check
+    waits for nobody."""
     takeover: bool = False
     """Take external servers that carry the weights of another run. Only if that run is dead: one
     that ends by itself, also by an error or Ctrl-C, leaves its servers free."""
