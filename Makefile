@@ -30,8 +30,8 @@ export GLOO_SOCKET_IFNAME := lo
 # The lock's torchvision is older than its torch, see there; nothing here reads images.
 train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
-# What make check reads with shellcheck.
-SCRIPTS := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh tests/slurm/emulator/*.sh)
+# What make check reads with shellcheck, and with them what they source.
+SCRIPTS := .ci/run $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh
 
 .PHONY: train test test-all test-slurm test-alone test-together check bench clean
 
@@ -67,7 +67,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck -x $(SCRIPTS)
+	$(BIN)/shellcheck -xa $(SCRIPTS)
 
 bench: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/step.py
