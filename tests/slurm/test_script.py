@@ -17,10 +17,12 @@ AWKWARD = [
 ]
 
 
-def dry_run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def dry_run(
+    *words: str, script: str = "train", **variables: str
+) -> subprocess.CompletedProcess[str]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     return subprocess.run(
-        ["bash", "slurm/train.sbatch", *words],
+        ["bash", f"slurm/{script}.sbatch", *words],
         cwd=REPO,
         env={**ours, "PYTHON": "python", "SITE": "/dev/null/none", **variables},
         capture_output=True,
@@ -76,3 +78,15 @@ def test_what_does_not_fit_is_one_line(variables: dict[str, str], line: str) -> 
     done = dry_run("model.path=m", **{"DRY_RUN": "1", "NODES": "2", **variables})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_a_sweep_takes_its_words_from_a_line(tmp_path: Path) -> None:
+    """Of each member of the array its own; after them those of the command line."""
+    file = tmp_path / "runs.txt"
+    file.write_text(f"run.name=low\n{shlex.join(AWKWARD)} optim.lr=4e-6\n")
+    sweep = {"script": "sweep", "DRY_RUN": "1"}
+    done = dry_run(str(file), "experiment=mine", SLURM_ARRAY_TASK_ID="2", **sweep)
+    words = steps(done.stdout)["node1"]
+    assert words[-len(AWKWARD) - 2 :] == [*AWKWARD, "optim.lr=4e-6", "experiment=mine"]
+    done = dry_run(str(file), SLURM_ARRAY_TASK_ID="3", **sweep)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {file}: has no line 3; ")

@@ -16,6 +16,20 @@ from tests.slurm.job import REPO, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
 STEPS = 40
+SERVED = (  # a model that knows nothing, and a reward that it can stumble upon
+    "model.dtype=float32",
+    "parallel.tensor=2",
+    "reward=function",
+    "reward.function=tests.e2e.rewards:even",
+    "rollout.batch_size=32",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=8",
+    "optim.lr=1e-3",
+    "algo.kl.coef=0",
+    "run.steps=12",
+    "evaluation.every=0",
+    "checkpoint.every=1",
+)
 NewJob = Callable[..., Job]
 
 
@@ -103,3 +117,30 @@ def test_restarts_that_lead_nowhere_are_bounded(new_job: NewJob, replayed: list[
     job.wait_for("FAILED")
     assert [line["status"] for line in job.attempts()] == [137, 137]
     assert "not tried again: 2 attempts in a row" in job.printed
+
+
+def test_servers_on_nodes_of_their_own(cluster: Cluster, new_job: NewJob, model: Path) -> None:
+    """Tensor ranks on two nodes and a server on a third. scancel: the trainer saves, with the help
+    of a server that has been told to end as well, and nothing is left. The next job goes on; when
+    its serving node loses power, on another one."""
+    job = new_job("served", f"model.path={model}", *SERVED)
+    job.submit(nodes=3, TRAIN_NODES="2")
+    job.wait_until(lambda: job.step >= 2, "step 2", 180)
+    cluster.slurm("scancel", job.id)
+    job.wait_for("CANCELLED")
+    (first,) = job.attempts()
+    assert first["status"] == 75 and first["to_step"] == job.step >= 2
+
+    job.submit("run.resume=true", nodes=3, TRAIN_NODES="2")
+    job.wait_until(lambda: job.step > first["to_step"], "another step", 180)
+    serving = 3
+    assert job.facts()["NodeList"] == f"gpu[01-0{serving}]"
+    cluster.crash(serving)
+    try:
+        job.wait_for("COMPLETED", 300)
+    finally:
+        cluster.boot(serving)
+        cluster.wait_idle(serving)
+    assert job.facts()["NodeList"] == "gpu[01-02,04]"
+    _, lost, last = job.attempts()
+    assert lost["status"] != 0 and (last["status"], last["to_step"]) == (0, 12)
