@@ -45,39 +45,24 @@ name_nodes() {
     fi
 }
 
-# run NAME HOST... -- COMMAND...: a step of one task on each host. Peers of a task that failed get
-# GRACE seconds to save and end by themselves.
-run() {
-    local name=$1 hosts=()
+# step NAME HOST...: STEP is a srun of one task on each host. Peers of a task that failed get GRACE
+# seconds to save and end by themselves.
+step() {
+    local name=$1
     shift
-    while [ "$1" != -- ]; do
-        hosts+=("$1")
-        shift
-    done
-    shift
-    srun --quiet --job-name="$name" --nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 \
-        --nodelist="$(IFS=,; echo "${hosts[*]}")" --cpu-bind=none --kill-on-bad-exit=0 \
-        --wait="$GRACE" "${CONTAINER[@]}" "$@"
-}
-
-# start trainer|servers HOST... -- COMMAND...
-start() {
-    local words=() role=$1
-    while [ "$1" != -- ]; do
-        words+=("$1")
-        shift
-    done
-    shift
-    run "${words[@]}" -- bash slurm/task.sh "$role" "$@"
+    STEP=(srun --quiet --job-name="$name" --nodes=$# --ntasks=$# --ntasks-per-node=1
+        --nodelist="$(IFS=,; echo "$*")" --cpu-bind=none --kill-on-bad-exit=0 --wait="$GRACE"
+        "${CONTAINER[@]}")
 }
 
 # check WORD...: end the job unless the configuration can run. RUN: the run's folder.
 check() {
     local world=$((TRAIN_NODES * RANKS_PER_NODE)) words=("$@") place
     [ "$RESTART" = 0 ] || words+=(run.resume=true)
-    run check "${HOSTS[0]}" -- env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check "${words[@]}" \
+    step check "${HOSTS[0]}"
+    "${STEP[@]}" env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check "${words[@]}" \
         >/dev/null || exit $? # what would run, the run says itself
-    mapfile -t place < <(run folder "${HOSTS[0]}" -- "$PYTHON" -m peergrad.main --cfg "$@" |
+    mapfile -t place < <("${STEP[@]}" "$PYTHON" -m peergrad.main --cfg "$@" |
         sed -n "/^run:/,/^[^ ]/ { s/^  \(name\|root\): //p }" | sed "s/^'\(.*\)'$/\1/")
     [ "${#place[@]}" = 2 ] || refuse "run.name, run.root: not found in the configuration"
     RUN=${place[1]}/${place[0]}
@@ -140,28 +125,22 @@ pause() { # that a trapped signal cuts short
     wait $!
 }
 
-# tell NAME SIGNAL: to the tasks of a step; false if it is not there, or not yet.
-tell() {
-    local id
-    id=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$1" '$2 == name { print $1 }')
-    [ -n "$id" ] && scancel --signal="$2" "$id"
-}
-
-# bring_down NAME PID [TOLD]: ask the step to end unless it has been TOLD, wait GRACE seconds, then
-# have no mercy. ENDED: its status.
+# bring_down NAME PID: have the step end, within GRACE seconds of its own accord. ENDED: its status.
+# srun hands USR1 on by itself; scancel cannot any more once the job is being cancelled. After TERM
+# srun kills its tasks.
 bring_down() {
-    local pid=$2 told=${3:-} end=$((SECONDS + GRACE))
+    local pid=$2 end=$((SECONDS + GRACE))
     ENDED=0
     [ -n "$pid" ] || return 0
     while alive "$pid" && ((SECONDS < end)); do
-        [ -n "$told" ] || ! tell "$1" USR1 || told=yes
+        kill -s USR1 "$pid"
         pause
     done
-    while alive "$pid"; do
+    if alive "$pid"; then
         say "the step $1 has not ended within GRACE = $GRACE s"
-        tell "$1" KILL
-        pause
-    done
+        kill -s TERM "$pid"
+    fi
+    while alive "$pid"; do pause; done
     wait "$pid"
     ENDED=$?
 }

@@ -23,7 +23,6 @@ HERE = Path(__file__).parent / "emulator"
 SUBNET = "10.207.0"
 CONTROLLER = f"{SUBNET}.254"
 FREEZER = Path("/sys/fs/cgroup/freezer")
-PREFIX = "gpu"
 APART = ["--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
@@ -44,7 +43,7 @@ def poll(event: Callable[[], object], what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not event():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 class SlurmError(RuntimeError):
@@ -57,6 +56,8 @@ class Cluster:
     def __init__(self, folder: Path, *, nodes: int, shared: Sequence[Path] = ()) -> None:
         """``shared``: what the nodes see of /tmp, besides the cluster's own ``folder``."""
         self.folder, self.nodes = folder, range(1, nodes + 1)
+        # Names of its own: cgroups, which go by them, are all in one place.
+        self._prefix = f"gpu{os.getpid()}-"
         self._shared = shared
         self._booted: dict[int, psutil.Process] = {}
         self._networks: set[str] = set()
@@ -113,8 +114,8 @@ class Cluster:
 
     def boot(self, node: int) -> None:
         """Power on."""
-        names = [self.folder, name(node), f"{SUBNET}.{node}", *self._shared]
-        with (self.folder / f"log/{name(node)}.out").open("a") as log:
+        names = [self.folder, self.name(node), f"{SUBNET}.{node}", *self._shared]
+        with (self.folder / f"log/{self.name(node)}.out").open("a") as log:
             outside = subprocess.Popen(
                 [*self._at_head(), "bash", HERE / "node.sh", *names],
                 env=self.environment,
@@ -127,13 +128,21 @@ class Cluster:
 
     def crash(self, node: int) -> None:
         """Cut the power: whoever is connected hears nothing, not even an end."""
-        cut = ["ip", "-n", name(node), "link", "set", "eth0", "down"]
+        cut = ["ip", "-n", self.name(node), "link", "set", "eth0", "down"]
         subprocess.run([*self._at_head(), *cut], check=True)
         self._booted.pop(node).kill()
 
+    def name(self, node: int) -> str:
+        return f"{self._prefix}{node:02d}"
+
+    def numbers(self, names: str) -> list[int]:
+        """The nodes of a list as Slurm writes it."""
+        listed = self.slurm("scontrol", "show", "hostnames", names).splitlines()
+        return [int(each.removeprefix(self._prefix)) for each in listed]
+
     def wait_idle(self, node: int, seconds: float = 60) -> None:
         """Until Slurm would start jobs there."""
-        poll(lambda: self._state(node) == "idle", f"{name(node)} idle", seconds)
+        poll(lambda: self._state(node) == "idle", f"{self.name(node)} idle", seconds)
 
     def processes(self, node: int) -> list[psutil.Process]:
         """Everything that runs on the node but for Slurm's own."""
@@ -145,14 +154,14 @@ class Cluster:
 
     def _state(self, node: int) -> str:
         with suppress(SlurmError):  # not there yet
-            return self.slurm("sinfo", "-h", "-n", name(node), "-o", "%T")
+            return self.slurm("sinfo", "-h", "-n", self.name(node), "-o", "%T")
         return "unknown"
 
     def _configure(self) -> None:
         for part in ("etc", "log", "run", "state", "spool", "dev"):
             (self.folder / part).mkdir(parents=True)
         etc = self.folder / "etc"
-        nodes = f"{PREFIX}[{self.nodes[0]:02d}-{self.nodes[-1]:02d}]"
+        nodes = f"{self._prefix}[{self.nodes[0]:02d}-{self.nodes[-1]:02d}]"
         (etc / "munge.key").touch(0o600)
         (etc / "munge.key").write_bytes(secrets.token_bytes(128))
         values = {
@@ -169,7 +178,7 @@ class Cluster:
         (etc / "gres.conf").write_text(devices)
         (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = {"127.0.0.1": "localhost", CONTROLLER: "head"}
-        hosts |= {f"{SUBNET}.{node}": name(node) for node in self.nodes}
+        hosts |= {f"{SUBNET}.{node}": self.name(node) for node in self.nodes}
         (etc / "hosts").write_text("".join(f"{a} {n}\n" for a, n in hosts.items()))
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
 
@@ -185,7 +194,7 @@ class Cluster:
             self._outside.kill()  # and, for --kill-child, the head
         poll(lambda: not list(self._inhabitants()), "the cluster's processes to end", 20)
         for node in self.nodes:
-            _remove_cgroups(FREEZER / f"slurm_{name(node)}")
+            _remove_cgroups(FREEZER / f"slurm_{self.name(node)}")
 
     def _inhabitants(self) -> Iterator[psutil.Process]:
         """Whatever lives in one of the cluster's networks."""
@@ -200,13 +209,9 @@ class Cluster:
         return [
             *(f"{p.pid}: {p.name()}" for p in self._inhabitants()),
             *(line for line in mounts if str(self.folder) in line),
-            *(str(p) for p in Path("/run/netns").glob(f"{PREFIX}*")),
-            *(str(p) for p in FREEZER.glob(f"slurm_{PREFIX}*")),
+            *(str(p) for p in Path("/run/netns").glob(f"{self._prefix}*")),
+            *(str(p) for p in FREEZER.glob(f"slurm_{self._prefix}*")),
         ]
-
-
-def name(node: int) -> str:
-    return f"{PREFIX}{node:02d}"
 
 
 def _first_inside(outside: psutil.Process, besides: psutil.Process | None = None) -> psutil.Process:

@@ -49,6 +49,11 @@ class Job(RunDir):
         return self.facts()["JobState"]
 
     @property
+    def nodes(self) -> list[int]:
+        """Where it runs, or ran last."""
+        return self._cluster.numbers(self.facts()["NodeList"])
+
+    @property
     def printed(self) -> str:
         """All attempts' output."""
         return self._output.read_text() if self._output.exists() else ""
