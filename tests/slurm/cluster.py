@@ -146,7 +146,9 @@ class Cluster:
 
     def processes(self, node: int) -> list[psutil.Process]:
         """Everything that runs on the node but for Slurm's own."""
-        return [p for p in self._booted[node].children(recursive=True) if _is_of_a_job(p)]
+        booted = self._booted.get(node)  # None: without power
+        children = booted.children(recursive=True) if booted else []
+        return [process for process in children if _is_of_a_job(process)]
 
     def _at_head(self) -> list[str]:
         """What makes a command run in all of the head's namespaces."""

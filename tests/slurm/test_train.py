@@ -137,6 +137,19 @@ def test_a_cancelled_run_has_saved_and_leaves_nothing(
     assert job.facts()["Restarts"] == "0"
 
 
+def test_servers_that_end_end_the_job(new_job: NewJob, model: Path) -> None:
+    """The trainer, which waits for them, is told; the log says what they had to say."""
+    job = new_job("serverless", f"model.path={model}", *SERVED)
+    job.submit(nodes=2, MAX_RESTARTS="0")
+    job.wait_until(lambda: "for servers" in job.printed, "the trainer to wait", SLOW)
+    for server in job.processes("peergrad.serve"):
+        server.kill()
+    job.wait_for("FAILED")
+    (attempt,) = job.attempts()
+    assert attempt["why"] == "the step servers ended"
+    assert "Killed" in job.printed.partition("servers.log ends with:")[2]
+
+
 @pytest.mark.engine
 def test_a_serving_node_that_loses_power_is_replaced(
     cluster: Cluster, new_job: NewJob, model: Path
@@ -152,7 +165,7 @@ def test_a_serving_node_that_loses_power_is_replaced(
     finally:
         cluster.boot(2)
         cluster.wait_idle(2)
-    assert job.nodes == [1, 3]
+    assert 2 not in job.nodes
     lost, last = job.attempts()
     assert lost["status"] != 0 and last["from_step"] >= 1
     assert (last["status"], last["to_step"]) == (0, 6)
