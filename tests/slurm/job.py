@@ -62,8 +62,9 @@ class Job(RunDir):
         """Poll ``event`` while the job has not ended."""
 
         def happened() -> object:
+            state = self.state  # first: what it does last is to be seen
             seen = event()
-            assert seen or self.state not in ENDED, f"{self.state} before {what}"
+            assert seen or state not in ENDED, f"{state} before {what}"
             return seen
 
         try:
