@@ -66,6 +66,16 @@ def test_one_node_alone_trains_and_manages_its_servers() -> None:
     assert list(found) == ["node1"] and found["node1"][-1] == "model.path=m"
 
 
+def test_what_is_peculiar_to_a_site_is_read_from_a_file(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text(
+        'CONTAINER=(--container-image="a b.sqsh" --no-container-mount-home)\nPYTHON=py\n'
+    )
+    found = steps(dry_run("--dry-run", SITE=str(site)).stdout)
+    assert found["container"] == ["--container-image=a b.sqsh", "--no-container-mount-home"]
+    assert found["node1"][1:4] == ["py", "-m", "peergrad.launch"]
+
+
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
