@@ -45,7 +45,7 @@ PAD, EOS = 0, 1
 PROMPT_LENGTH, ANSWER_LENGTH = 6, 4  # "17+25=" and "123<eos>" in characters
 
 CARRY_RATE = 0.3
-STEPS, BATCH, LEARNING_RATE, WARMUP = 650, 128, 3e-3, 40
+STEPS, BATCH, LEARNING_RATE, WARMUP = 500, 128, 3e-3, 40
 PASS_RATE_RANGE = (0.2, 0.5)  # outside of it, the warm-up did not do what it says above
 
 
