@@ -63,15 +63,15 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 
 def test_good_nodes_meet_and_are_listed(tmp_path: Path, model: Path) -> None:
-    nodes = Nodes(tmp_path / "new" / "shared", 3)
+    nodes = Nodes(tmp_path / "new" / "shared", 2)
     run = (f"model.path={model}", f"run.root={tmp_path}")
-    processes = [nodes.start(rank, *run) for rank in (2, 1, 0)]
+    processes = [nodes.start(rank, *run) for rank in (1, 0)]
     found = [ended(process) for process in processes]
-    assert [status for status, _, _ in found] == [0, 0, 0], found
+    assert [status for status, _, _ in found] == [0, 0], found
     (out,) = (out for _, out, _ in found if out)
-    assert out.startswith("3 of 3 nodes are good, all-reduce ") and out.count("\n") == 1, out
+    assert out.startswith("2 of 2 nodes are good, all-reduce ") and out.count("\n") == 1, out
     assert "clocks within " in out and all(err == "" for _, _, err in found)
-    assert nodes.listed("good_nodes") == ["n0", "n1", "n2"] and nodes.listed("bad_nodes") == []
+    assert nodes.listed("good_nodes") == ["n0", "n1"] and nodes.listed("bad_nodes") == []
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
     weights.write_bytes(weights.read_bytes()[:-100])
     stuck.mkdir()
     os.mkfifo(stuck / "config.json")
-    nodes = Nodes(shared, 10, (*EASY, "--need", "1"), deadline=40)
+    nodes = Nodes(shared, 10, (*EASY, "--need", "1"), deadline=30)
     with (
         small_disk(tmp_path / "full", "600k") as full,
         read_only(shared, tmp_path / "view") as view,
@@ -119,18 +119,20 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
         assert out.startswith("1 of 10 nodes are good")
         assert nodes.listed("good_nodes") == ["n0"]
         said = dict(line.split(": ", 1) for line in err.splitlines())
-        assert list(said) == [f"n{rank}" for rank in range(1, 10)]
+        silent = ("node 3", "node 8", "node 9")  # without Slurm nobody knows their names
+        assert list(said) == ["n1", "n2", silent[0], "n4", "n5", "n6", "n7", *silent[1:]]
         assert said["n1"].startswith(f"port = {port}: is taken by ")
         assert f"(pid {os.getpid()}); end that process" in said["n1"]
         assert said["n2"].startswith(f"TMPDIR = '{full}': cannot be written, the disk has too lit")
-        assert said["n3"].startswith(f"said nothing in {shared} within 20 s; ")
+        assert all(
+            said[name].startswith(f"said nothing in {shared} within 15 s") for name in silent
+        )
         assert said["n4"].startswith(f"model.path = '{cut}': model.safetensors ")
         assert said["n5"].startswith("torch = '1.0': 6 of 7 nodes have '")
         assert said["n6"].startswith("clock = 'ahead': is off by 300.")
         assert said["n7"].startswith(
             f"--shared = '{shared}': its file is cut off at 4096 bytes on "
         )
-        assert said["n8"] == said["n9"] == said["n3"]
         status, _, err = ended(unable)
         assert status == 1 and err.startswith(
             f"n3: --shared = '{view}/preflight-local': cannot be "
@@ -138,7 +140,7 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
         assert "the file system is read-only; " in err and err.count("\n") == 1
         status, _, err = ended(hung)
         assert status == 1 and err == (
-            f"n9: has not ended within 40 s, while reading {stuck}; see to that, or raise "
+            f"n9: has not ended within 30 s, while reading {stuck}; see to that, or raise "
             "--deadline\n"
         )
 
@@ -166,12 +168,12 @@ def test_a_node_that_does_not_come_to_the_all_reduce_is_told_from_those_that_wai
     tmp_path: Path,
 ) -> None:
     """n1 has no such network; the others wait for it in vain, and prove themselves in pairs."""
-    nodes = Nodes(tmp_path, 3, (*EASY, "--need", "2"), deadline=80)
+    nodes = Nodes(tmp_path, 3, (*EASY, "--need", "2"), deadline=50)
     others = [nodes.start(2), nodes.start(1, GLOO_SOCKET_IFNAME="absent0")]
     status, out, err = ended(nodes.start(0))
     assert status == 3, err
     assert out.startswith("2 of 3 nodes are good; all-reduce of all 3 nodes failed")
-    assert err.startswith("n1: all-reduce failed: n0 and n1: n1 came no further than 'met' (")
+    assert err.startswith("n1: all-reduce failed: n0 and n1: n1 failed after 'met' (")
     assert err.count("\n") == 1 and "absent0" in err
     assert nodes.listed("good_nodes") == ["n0", "n2"]
     assert [ended(other)[0] for other in others] == [0, 0]

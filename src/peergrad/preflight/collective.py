@@ -1,63 +1,92 @@
-"""One process of an all-reduce over nodes; it prints a line of JSON for every stage it reaches.
+"""One process of an all-reduce over nodes; it writes a line of JSON for every stage it reaches.
 
-A process of its own, so that whatever hangs in it can be killed.
+A process of its own, so that whatever hangs in it can be killed. It is forked from a server that
+imports torch once for the node, while that looks at other things (``smoke.Collectives``).
 """
 
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peergrad.config import rules
 from peergrad.running.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STAGES = ("not started", "started", "torch", "device", "met", "joined", "reduced")
+STAGES = ("not started", "torch", "device", "met", "joined", "reduced")
 """What a process has reached: its imports, its GPU, all others at the first one's port, their
-group, the sum."""
+group, the right sum."""
 NUMBERS = {"nccl": 64 << 20, "gloo": 1 << 20}  # of 4 bytes
 ROUNDS = 3
 
 
-def main(text: str) -> None:
-    """``text``: {address, port, rank, world, gpu (null: none), seconds, parent} as JSON."""
-    asked = json.loads(text)
-    die_with_parent(asked["parent"])
-    tell("started")
+@dataclass(frozen=True)
+class Seat:
+    """A process's place in a job.
+
+    Example:
+        ``Seat(address="gpu01", port=21000, rank=9, world=16, gpu=1, seconds=20.0,
+        said=Path("/tmp/x/1.out"))``
+    """
+
+    address: str  # of the first node
+    port: int
+    rank: int
+    world: int
+    gpu: int | None
+    seconds: float
+    said: Path  # the file for its lines
+
+
+def take_part(seat: Seat) -> None:
+    """Add up with all others, and end this process. Its last line has a rate or an error."""
+    try:
+        die_with_parent(os.getppid())
+        with seat.said.open("a") as out:
+            os.dup2(out.fileno(), sys.stdout.fileno())
+        tell("reduced", rate=_reduce(seat))
+    except BaseException as error:
+        tell("failed", error=rules.one_line(error))
+    os._exit(0)  # nothing is left to be put in order, and doing so has its own ways to hang
+
+
+def _reduce(seat: Seat) -> float:
+    """GB/s. RuntimeError if the sum is wrong."""
     import torch
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     tell("torch")
-    gpu, rank, world = asked["gpu"], asked["rank"], asked["world"]
-    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-    backend = "gloo" if gpu is None else "nccl"
-    if gpu is not None:
+    rank, world, wait = seat.rank, seat.world, timedelta(seconds=seat.seconds)
+    device = torch.device("cpu") if seat.gpu is None else torch.device("cuda", seat.gpu)
+    backend = "gloo" if seat.gpu is None else "nccl"
+    if seat.gpu is not None:
         torch.cuda.set_device(device)
     numbers = torch.full((NUMBERS[backend],), float(rank + 1), device=device)
     tell("device")
-    wait = timedelta(seconds=asked["seconds"])
-    store = TCPStore(
-        asked["address"], asked["port"], world, rank == 0, wait, wait_for_workers=False
-    )
+    store = TCPStore(seat.address, seat.port, world, rank == 0, wait, wait_for_workers=False)
     store.set(f"here/{rank}", "")
     store.wait([f"here/{other}" for other in range(world)], wait)
     tell("met")
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     dist.all_reduce(numbers)
-    tell("joined")
     expected = world * (world + 1) / 2
-    if not bool((numbers == expected).all()):
+    right = bool((numbers == expected).all())
+    tell("joined")
+    if not right:
         wrong = numbers[numbers != expected][0].item()
-        raise SystemExit(f"the sum of 1 to {world} came out as {wrong:g}")
-    tell("reduced", rate=_rate(numbers, world))
+        raise RuntimeError(f"the sum of 1 to {world} came out as {wrong:g}")
+    rate = _rate(numbers, world)
     store.set(f"done/{rank}", "")
     if rank == 0:  # the store must outlive the others' last words
         store.wait([f"done/{other}" for other in range(world)], wait)
-    os._exit(0)  # nothing is left to be put in order, and doing so has its own ways to hang
+    return rate
 
 
 def _rate(numbers: "Tensor", world: int) -> float:
@@ -75,9 +104,5 @@ def _rate(numbers: "Tensor", world: int) -> float:
     return float(2 * (world - 1) / world * numbers.numel() * 4 / seconds / 1e9)
 
 
-def tell(stage: str, **more: float) -> None:
-    print(json.dumps({"stage": stage, **more}), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def tell(stage: str, **more: float | str) -> None:
+    os.write(sys.stdout.fileno(), f"{json.dumps({'stage': stage, **more})}\n".encode())

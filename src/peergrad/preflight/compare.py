@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from peergrad.echo import LOST
 from peergrad.preflight.collective import STAGES
 from peergrad.preflight.report import Answer, Job, Report, problem
 
@@ -62,24 +63,27 @@ def whole(reports: Sequence[Report]) -> Job:
 
 
 def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None:
-    """What came of ``job`` other than a sum in time at ``least`` GB/s: which nodes came least far,
-    and what they said. None if all is well."""
+    """What came of ``job`` other than a sum in time at ``least`` GB/s, and on which nodes: those
+    that failed by themselves, else those that came least far. None if all is well."""
     outcomes = {
         host: outcome
         for host in job.hosts
         for outcome in (answers[host].outcomes if host in answers else ())
         if outcome.job == job.name
     }
+    own = [host for host, o in outcomes.items() if o.error and not any(w in o.error for w in LOST)]
+    if own:  # the others wait for these, or notice that they have gone
+        first = outcomes[own[0]]
+        return f"{', '.join(own)} failed after {first.stage!r} ({first.error})"
     silent = [host for host in job.hosts if host not in outcomes]
     if silent:
         return f"{', '.join(silent)} said nothing of it"
     stages = {host: STAGES.index(outcome.stage) for host, outcome in outcomes.items()}
-    first = min(stages.values())
-    if first < len(STAGES) - 1:
-        errors = [outcomes[h].error for h, stage in stages.items() if stage == first]
-        last = [host for host, stage in stages.items() if stage == first]
+    least_far = min(stages.values())
+    if least_far < len(STAGES) - 1:
+        last = [host for host, stage in stages.items() if stage == least_far]
         where = "all of them" if len(last) == len(stages) else ", ".join(last)
-        return f"{where} came no further than {STAGES[first]!r} ({errors[0]})"
+        return f"{where} came no further than {STAGES[least_far]!r} in time"
     rate = min(outcome.rate for outcome in outcomes.values())
     return None if rate >= least else f"{rate:.2f} GB/s, at least {least:g} are asked for"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from peergrad.preflight.report import Found, problem
 
 PROGRAM = "nvidia-smi"
-SECONDS = 20.0
+SECONDS = 15.0
 FIELDS = (
     "index",
     "uuid",

@@ -27,8 +27,6 @@ from peergrad.storage import StorageError, replace_text
 SOME = 3
 """Exit status: some nodes are bad, but as many are good as are needed. Above the others, since a
 launcher of several processes reports the highest."""
-REPORTING = 0.5
-"""Of the deadline, until which nodes must have reported: the rest is for what they do together."""
 MARGIN_SECONDS = 2.0
 TOGETHER = "all-reduce"
 FABRIC = "see ibstat, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, and firewalls; leave that node out"
@@ -57,7 +55,7 @@ class Lead:
         asked = time.time()
         self.exchange.open()
         try:
-            self._collect(begin + REPORTING * self.options.deadline)
+            self._collect(begin + self.options.reporting)
             self._compare(asked)
             self._try_together()
         finally:
@@ -98,8 +96,7 @@ class Lead:
         return str(self.options.folder.parent)
 
     def _silent(self) -> str:
-        seconds = REPORTING * self.options.deadline
-        rule = f"said nothing in {self._shared} within {seconds:g} s"
+        rule = f"said nothing in {self._shared} within {self.options.reporting:g} s"
         remedy = "see whether it runs, sees that folder and loads Python in time (--deadline)"
         return f"{rule}; {remedy}"
 
@@ -112,7 +109,7 @@ class Lead:
         if not good or (len(good) == 1 and good[0].gpus < 2):
             return
         least, job = self.options.min_rate, whole(good)
-        answers = self._do([job], (self._left() - MARGIN_SECONDS) / 2)
+        answers = self._do([job], (self._left() - MARGIN_SECONDS) / 2, patient=False)
         why = failure(job, answers, least)
         if why is None:
             self._tested = f", {TOGETHER} {rate(job, answers):.3g} GB/s"
@@ -134,13 +131,21 @@ class Lead:
     def _left(self) -> float:
         return max(1.0, self.end - time.monotonic())
 
-    def _do(self, jobs: Sequence[Job], seconds: float) -> Mapping[str, Answer]:
-        """Have nodes do ``jobs``; the answers by host of those that came in time."""
+    def _do(
+        self, jobs: Sequence[Job], seconds: float, *, patient: bool = True
+    ) -> Mapping[str, Answer]:
+        """Have nodes do ``jobs``; the answers by host of those that came in time. Unless
+        ``patient``, the first that has failed ends it, soon."""
         number = self._order(Order(tuple(jobs), seconds))
         hosts = {host for job in jobs for host in job.hosts}
+        failed: list[float] = []  # when that was first heard
 
         def ask() -> dict[str, Answer] | None:
-            return found if len(found := self._answers(hosts, number)) == len(hosts) else None
+            found = self._answers(hosts, number)
+            if any(outcome.error for answer in found.values() for outcome in answer.outcomes):
+                failed.append(time.monotonic())
+            lost = not patient and failed and time.monotonic() > failed[0] + MARGIN_SECONDS
+            return found if lost or len(found) == len(hosts) else None
 
         end = time.monotonic() + seconds + MARGIN_SECONDS
         return until(end, ask, self.exchange.refresh) or self._answers(hosts, number)
@@ -204,23 +209,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     end = time.monotonic() + options.deadline
     node = Node(options, Exchange(options.folder, options.host), end)
-    status: list[int] = []
-    part = _start(node.run, options.host, status)
+    part, status = _start(node.run, options.host)
     if options.rank == 0:
         lead = Lead(options, Exchange(options.folder, options.host), end)
-        part = _start(lead.run, options.host, status)
-    part.join(max(0.0, end + MARGIN_SECONDS - time.monotonic()))
+        part, status = _start(lead.run, options.host)
+    while part.is_alive() and time.monotonic() < node.end + MARGIN_SECONDS:
+        part.join(0.1)
     if part.is_alive():
         rule = f"has not ended within {options.deadline:g} s, while {node.doing}"
         print(f"{options.host}: {rule}; see to that, or raise --deadline", file=sys.stderr)
         status.append(FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status[-1])  # not waiting for what hangs
+    os._exit(status[0])  # not waiting for what hangs
 
 
-def _start(part: Callable[[], int], host: str, status: list[int]) -> Thread:
-    """Run ``part`` beside this thread; its exit status comes last in ``status``."""
+def _start(part: Callable[[], int], host: str) -> tuple[Thread, list[int]]:
+    """Run ``part`` beside this thread; its exit status comes into the list."""
+    status: list[int] = []
 
     def run() -> None:
         try:
@@ -234,4 +240,4 @@ def _start(part: Callable[[], int], host: str, status: list[int]) -> Thread:
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    return thread
+    return thread, status

@@ -2,10 +2,11 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
-from peergrad.config import ServerMode
+from peergrad.config import Config, ServerMode
 from peergrad.preflight.exchange import Exchange, until
 from peergrad.preflight.gpus import check_gpus
 from peergrad.preflight.machine import (
@@ -19,11 +20,14 @@ from peergrad.preflight.options import Options
 from peergrad.preflight.ports import check_ports
 from peergrad.preflight.probe import Probe
 from peergrad.preflight.report import Answer, Found, Order, Report, problem
-from peergrad.preflight.smoke import run_jobs
+from peergrad.preflight.smoke import Collectives
 from peergrad.preflight.versions import check_model, versions
 from peergrad.running.ending import FINISHED
 from peergrad.running.ports import free_ports
 from peergrad.storage import StorageError
+
+SAYING_SECONDS = 3.0
+"""That a report takes to reach the first node."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Node:
 
     options: Options
     exchange: Exchange
-    end: float  # of time.monotonic
+    end: float  # of time.monotonic; anew once the first node has begun
     doing: str = "waiting for the first node"
     _seen: float = field(default=0.0, init=False)
 
@@ -57,9 +61,12 @@ class Node:
         if not self.exchange.join():
             return None
         self._seen = time.time()
+        self.end = time.monotonic() + self.options.deadline
         return True
 
     def _follow(self) -> None:
+        alone = self.options.nodes == 1 and self.options.gpus == 0
+        collectives = None if alone else Collectives()
         gpus, found = self._examine()
         self._report(gpus, found)
         for number in count(1):
@@ -71,18 +78,26 @@ class Node:
                 return self.exchange.hear(name, Order)
 
             order = until(self.end, ask, self.exchange.refresh)
-            if order is None or order.end:
+            if order is None or order.end or collectives is None:
                 return
             self.doing = "taking part in an all-reduce"
-            outcomes = run_jobs(order.jobs, self.options.host, gpus, order.seconds)
+            outcomes = collectives.run(
+                order, self.options.host, gpus, over=partial(self._is_over, number)
+            )
             self.exchange.say(f"{self.options.host}.answer-{number}.json", Answer(outcomes))
+
+    def _is_over(self, number: int) -> bool:
+        """Whether the first node waits no longer for what order ``number`` asks."""
+        self.exchange.refresh()
+        return self.exchange.hear(f"order-{number + 1}.json", Order) is not None
 
     def _examine(self) -> tuple[int, Found]:
         """Everything that a node can tell of itself."""
         asked = self.options
+        late = time.monotonic() + self.options.reporting - SAYING_SECONDS
         self.doing = "asking nvidia-smi"
         gpus, found = check_gpus(asked.gpus)
-        with Probe(gpus) as probe:  # torch takes seconds to load
+        with Probe(0 if found.wrong else gpus) as probe:  # torch takes seconds to load
             self.doing = "looking at processors, memory and limits"
             found += check_cpus(gpus, asked.min_cpus) + check_memory(gpus, asked.min_memory)
             found += check_limits() + check_ports(asked.ports)
@@ -92,11 +107,9 @@ class Node:
             found += versions()
             if asked.config is not None:
                 self.doing = f"reading {asked.config.model.path}"
-                servers = asked.config.rollout.servers.mode is ServerMode.managed
-                weights = servers or asked.config.model.weights is None
-                found += check_model(asked.config.model.path, weights)
+                found += check_model(asked.config.model.path, _reads_weights(asked.config))
             self.doing = "waiting for torch to find the GPUs"
-            found += probe.found(max(1.0, self.end - time.monotonic()) / 3)
+            found += probe.found(max(1.0, late - time.monotonic()))
         return gpus, found
 
     def _folders(self) -> dict[str, Path]:
@@ -129,3 +142,10 @@ class Node:
                 facts={**(found.facts or {}), "gpus": str(gpus)},
             ),
         )
+
+
+def _reads_weights(config: Config) -> bool:
+    """Whether ranks or servers start from the weights of model.path."""
+    rollout = config.rollout
+    managed = rollout.replay is None and rollout.servers.mode is ServerMode.managed
+    return managed or config.model.weights is None

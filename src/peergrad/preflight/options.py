@@ -46,6 +46,11 @@ class Options:
     def nodes(self) -> int:
         return len(self.names)
 
+    @property
+    def reporting(self) -> float:
+        """Seconds until which nodes must have reported: the rest is for what they do together."""
+        return self.deadline / 2
+
 
 def read_options(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Options:
     """ValueError, with one line, for what makes no sense; argparse's own exit for unknown words."""

@@ -86,7 +86,7 @@ class Outcome:
     job: str
     stage: str  # the last that all of the node's processes have reached (``collective.STAGES``)
     rate: float = 0.0  # GB/s
-    error: str = ""
+    error: str = ""  # none, too, if nothing more came
 
 
 @dataclass(frozen=True)

@@ -1,101 +1,97 @@
 """The all-reduces that a node takes part in: started, watched, given up on in time."""
 
 import json
-import subprocess
-import sys
+import multiprocessing as mp
+import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os import getpid
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
-from peergrad.preflight.collective import STAGES
-from peergrad.preflight.report import Job, Outcome
+from peergrad.preflight.collective import STAGES, Seat, take_part
+from peergrad.preflight.exchange import POLL_SECONDS
+from peergrad.preflight.report import Job, Order, Outcome
 
-LONGEST = 200
 KILL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A process of a job, and what it writes."""
+    """A process of a job."""
 
     job: Job
-    process: "subprocess.Popen[bytes]"
+    process: Any  # of multiprocessing's context
     said: Path
-    complained: Path
 
 
-def run_jobs(jobs: Sequence[Job], host: str, gpus: int, seconds: float) -> tuple[Outcome, ...]:
-    """Take part in those that name ``host``, all at once, with a process for each GPU or with one;
-    how they went, after ``seconds`` at most."""
-    end = time.monotonic() + seconds
-    mine = [job for job in jobs if host in job.hosts]
-    with tempfile.TemporaryDirectory(prefix="peergrad-", ignore_cleanup_errors=True) as folder:
-        members = []
-        for number, job in enumerate(mine):
-            for index in range(max(1, gpus)):
-                asked = _words(job, host, index, gpus, seconds)
-                members.append(_start(job, asked, Path(folder) / f"{number}-{index}"))
-        while time.monotonic() < end and any(m.process.poll() is None for m in members):
-            time.sleep(0.05)
-        _end([m.process for m in members if m.process.poll() is None])
-        return tuple(_outcome(job, [m for m in members if m.job is job], seconds) for job in mine)
+class Collectives:
+    """The node's processes for all-reduces.
+
+    Example:
+        >>> collectives = Collectives()  # torch is imported meanwhile, by their fork server
+        >>> outcomes = collectives.run(order, "gpu01", gpus=8, over=lambda: False)
+    """
+
+    def __init__(self) -> None:
+        self._context: Any = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch.distributed", "peergrad.preflight"])
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process is not forked from threads
+        forkserver.ensure_running()
+
+    def run(
+        self, order: Order, host: str, gpus: int, over: Callable[[], bool]
+    ) -> tuple[Outcome, ...]:
+        """Take part in those jobs that name ``host``, all at once, with a process for each GPU or
+        with one; how they went, once they have ended, the time is up, or ``over()``."""
+        end = time.monotonic() + order.seconds
+        mine = [job for job in order.jobs if host in job.hosts]
+        with tempfile.TemporaryDirectory(prefix="peergrad-", ignore_cleanup_errors=True) as folder:
+            members = [
+                self._start(
+                    job, host, index, gpus, order.seconds, Path(folder) / f"{number}-{index}"
+                )
+                for number, job in enumerate(mine)
+                for index in range(max(1, gpus))
+            ]
+            while any(m.process.is_alive() for m in members):
+                if time.monotonic() > end or over():
+                    break
+                time.sleep(POLL_SECONDS)
+            _end([member.process for member in members])
+            return tuple(_outcome(job, [m.said for m in members if m.job is job]) for job in mine)
+
+    def _start(
+        self, job: Job, host: str, index: int, gpus: int, seconds: float, said: Path
+    ) -> _Member:
+        local = max(1, gpus)
+        rank, world = job.hosts.index(host) * local + index, len(job.hosts) * local
+        gpu = index if gpus else None
+        seat = Seat(job.address, job.port, rank, world, gpu, seconds, said)
+        said.touch()
+        process = self._context.Process(target=take_part, args=(seat,), daemon=True)
+        process.start()
+        return _Member(job, process, said)
 
 
-def _words(job: Job, host: str, index: int, gpus: int, seconds: float) -> str:
-    """What ``collective.main`` is told."""
-    local = max(1, gpus)
-    return json.dumps(
-        {
-            "address": job.address,
-            "port": job.port,
-            "rank": job.hosts.index(host) * local + index,
-            "world": len(job.hosts) * local,
-            "gpu": index if gpus else None,
-            "seconds": seconds,
-            "parent": getpid(),
-        }
-    )
-
-
-def _start(job: Job, asked: str, place: Path) -> _Member:
-    said, complained = place.with_suffix(".out"), place.with_suffix(".err")
-    words = [sys.executable, "-m", "peergrad.preflight.collective", asked]
-    with said.open("wb") as out, complained.open("wb") as err:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-    return _Member(job, process, said, complained)
-
-
-def _end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+def _end(processes: Sequence[Any]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        with suppress(subprocess.TimeoutExpired):  # a driver may hold a dead process for ever
-            process.wait(KILL_SECONDS)
+        process.join(KILL_SECONDS)  # a driver may hold a dead process for ever
 
 
-def _outcome(job: Job, members: Sequence[_Member], seconds: float) -> Outcome:
+def _outcome(job: Job, files: Sequence[Path]) -> Outcome:
     """Of the process that came least far."""
-    found = [_read(member, seconds) for member in members]
+    found = [_read(job.name, path.read_text()) for path in files]
     return min(found, key=lambda outcome: (STAGES.index(outcome.stage), outcome.rate))
 
 
-def _read(member: _Member, seconds: float) -> Outcome:
-    lines = member.said.read_text().splitlines()
-    last = json.loads(lines[-1]) if lines else {"stage": STAGES[0]}
-    stage, name = str(last["stage"]), member.job.name
-    if stage == STAGES[-1]:
-        return Outcome(name, stage, float(last["rate"]))
-    words = [word for word in map(str.strip, _text(member.complained).splitlines()) if word]
-    status = member.process.poll()
-    if status in (None, -9):
-        return Outcome(name, stage, error=f"nothing more came for {seconds:.0f} s")
-    error = words[-1][:LONGEST] if words else f"it ended with status {status}"
-    return Outcome(name, stage, error=error)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace")
+def _read(job: str, text: str) -> Outcome:
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"stage"')]
+    stages = [line["stage"] for line in lines if line["stage"] in STAGES]
+    last = lines[-1] if lines else {}
+    stage = stages[-1] if stages else STAGES[0]
+    return Outcome(job, stage, float(last.get("rate", 0)), str(last.get("error", "")))

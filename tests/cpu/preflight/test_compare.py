@@ -68,7 +68,7 @@ def answers(jobs: tuple[Job, ...], broken: set[str], rate: float = 10.0) -> dict
     def outcome(job: Job, host: str) -> Outcome:
         if broken.isdisjoint(job.hosts):
             return Outcome(job.name, DONE, rate)
-        return Outcome(job.name, "torch" if host in broken else "device", error=f"{host} late")
+        return Outcome(job.name, "torch" if host in broken else "device")
 
     return {
         host: Answer(tuple(outcome(job, host) for job in jobs if host in job.hosts))
@@ -94,7 +94,7 @@ def test_the_node_between_two_failed_pairs_is_at_fault_and_not_its_neighbours() 
     pairs = ring(NODES)
     found = untested(pairs, answers(pairs, {"gpu02"}), 0.0)
     assert list(found) == ["gpu02"]
-    assert found["gpu02"][0] == ("gpu01 and gpu02: gpu02 came no further than 'torch' (gpu02 late)")
+    assert found["gpu02"][0] == "gpu01 and gpu02: gpu02 came no further than 'torch' in time"
     assert untested(pairs, answers(pairs, set()), 10.0) == {}
     assert len(untested(pairs, answers(pairs, set()), 10.1)) == 4
 
@@ -103,9 +103,17 @@ def test_a_failed_all_reduce_names_who_came_least_far() -> None:
     job = whole(NODES)
     assert failure(job, answers((job,), set()), 0.0) is None
     said = failure(job, answers((job,), {"gpu01", "gpu03"}), 0.0)
-    assert said == "gpu01, gpu03 came no further than 'torch' (gpu01 late)"
+    assert said == "gpu01, gpu03 came no further than 'torch' in time"
     said = failure(job, answers((job,), set()), 40.0)
     assert said == "10.00 GB/s, at least 40 are asked for"
     found = answers((job,), set())
     del found["gpu02"]
     assert failure(job, found, 0.0) == "gpu02 said nothing of it"
+
+
+def test_who_failed_by_itself_is_told_from_those_that_notice_and_those_that_wait() -> None:
+    job = whole(NODES)
+    found = answers((job,), {node.host for node in NODES})
+    found["gpu00"] = Answer((Outcome(job.name, "device", error="Connection closed by peer"),))
+    found["gpu02"] = Answer((Outcome(job.name, "met", error="no interface ib9"),))
+    assert failure(job, found, 0.0) == "gpu02 failed after 'met' (no interface ib9)"
