@@ -173,7 +173,7 @@ def test_a_node_that_does_not_come_to_the_all_reduce_is_told_from_those_that_wai
     status, out, err = ended(nodes.start(0))
     assert status == 3, err
     assert out.startswith("2 of 3 nodes are good; all-reduce of all 3 nodes failed")
-    assert err.startswith("n1: all-reduce failed: n0 and n1: n1 failed after 'met' (")
+    assert err.startswith("n1: all-reduce failed: n0 and n1: n1 failed after meeting the others (")
     assert err.count("\n") == 1 and "absent0" in err
     assert nodes.listed("good_nodes") == ["n0", "n2"]
     assert [ended(other)[0] for other in others] == [0, 0]

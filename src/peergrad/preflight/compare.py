@@ -74,7 +74,7 @@ def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None
     own = [host for host, o in outcomes.items() if o.error and not any(w in o.error for w in LOST)]
     if own:  # the others wait for these, or notice that they have gone
         first = outcomes[own[0]]
-        return f"{', '.join(own)} failed after {first.stage!r} ({first.error})"
+        return f"{', '.join(own)} failed after {first.stage} ({first.error})"
     silent = [host for host in job.hosts if host not in outcomes]
     if silent:
         return f"{', '.join(silent)} said nothing of it"
@@ -83,7 +83,7 @@ def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None
     if least_far < len(STAGES) - 1:
         last = [host for host, stage in stages.items() if stage == least_far]
         where = "all of them" if len(last) == len(stages) else ", ".join(last)
-        return f"{where} came no further than {STAGES[least_far]!r} in time"
+        return f"{where} came no further than {STAGES[least_far]} in time"
     rate = min(outcome.rate for outcome in outcomes.values())
     return None if rate >= least else f"{rate:.2f} GB/s, at least {least:g} are asked for"
 

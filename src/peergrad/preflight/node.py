@@ -66,7 +66,8 @@ class Node:
 
     def _follow(self) -> None:
         alone = self.options.nodes == 1 and self.options.gpus == 0
-        collectives = None if alone else Collectives()
+        log = self.exchange.folder / f"{self.options.host}.log"
+        collectives = None if alone else Collectives(log)
         gpus, found = self._examine()
         self._report(gpus, found)
         for number in count(1):

@@ -80,7 +80,7 @@ class Outcome:
     """How a job went on one node.
 
     Example:
-        ``Outcome("gpu01, gpu02", stage="reduced", rate=21.5)``
+        ``Outcome("gpu01, gpu02", stage="all sums", rate=21.5)``
     """
 
     job: str

@@ -31,11 +31,12 @@ class Collectives:
     """The node's processes for all-reduces.
 
     Example:
-        >>> collectives = Collectives()  # torch is imported meanwhile, by their fork server
+        >>> collectives = Collectives(log)  # torch is imported meanwhile, by their fork server
         >>> outcomes = collectives.run(order, "gpu01", gpus=8, over=lambda: False)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self._log = log
         self._context: Any = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "torch.distributed", "peergrad.preflight"])
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process is not forked from threads
@@ -50,9 +51,7 @@ class Collectives:
         mine = [job for job in order.jobs if host in job.hosts]
         with tempfile.TemporaryDirectory(prefix="peergrad-", ignore_cleanup_errors=True) as folder:
             members = [
-                self._start(
-                    job, host, index, gpus, order.seconds, Path(folder) / f"{number}-{index}"
-                )
+                self._start(job, host, index, gpus, Path(folder) / f"{number}-{index}")
                 for number, job in enumerate(mine)
                 for index in range(max(1, gpus))
             ]
@@ -63,13 +62,11 @@ class Collectives:
             _end([member.process for member in members])
             return tuple(_outcome(job, [m.said for m in members if m.job is job]) for job in mine)
 
-    def _start(
-        self, job: Job, host: str, index: int, gpus: int, seconds: float, said: Path
-    ) -> _Member:
+    def _start(self, job: Job, host: str, index: int, gpus: int, said: Path) -> _Member:
         local = max(1, gpus)
         rank, world = job.hosts.index(host) * local + index, len(job.hosts) * local
         gpu = index if gpus else None
-        seat = Seat(job.address, job.port, rank, world, gpu, seconds, said)
+        seat = Seat(job.address, job.port, rank, world, gpu, said, self._log)
         said.touch()
         process = self._context.Process(target=take_part, args=(seat,), daemon=True)
         process.start()

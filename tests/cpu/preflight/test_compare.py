@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from peergrad.preflight.collective import STAGES
 from peergrad.preflight.compare import differences, failure, offset, ring, skew, untested, whole
 from peergrad.preflight.report import Answer, Job, Outcome, Report
 
@@ -59,7 +60,7 @@ def test_a_clock_that_may_be_right_is_not_blamed() -> None:
 
 
 NODES = [report(rank) for rank in range(4)]
-DONE = "reduced"
+DONE = STAGES[-1]
 
 
 def answers(jobs: tuple[Job, ...], broken: set[str], rate: float = 10.0) -> dict[str, Answer]:
@@ -68,7 +69,7 @@ def answers(jobs: tuple[Job, ...], broken: set[str], rate: float = 10.0) -> dict
     def outcome(job: Job, host: str) -> Outcome:
         if broken.isdisjoint(job.hosts):
             return Outcome(job.name, DONE, rate)
-        return Outcome(job.name, "torch" if host in broken else "device")
+        return Outcome(job.name, STAGES[1 if host in broken else 2])
 
     return {
         host: Answer(tuple(outcome(job, host) for job in jobs if host in job.hosts))
@@ -94,7 +95,7 @@ def test_the_node_between_two_failed_pairs_is_at_fault_and_not_its_neighbours() 
     pairs = ring(NODES)
     found = untested(pairs, answers(pairs, {"gpu02"}), 0.0)
     assert list(found) == ["gpu02"]
-    assert found["gpu02"][0] == "gpu01 and gpu02: gpu02 came no further than 'torch' in time"
+    assert found["gpu02"][0] == "gpu01 and gpu02: gpu02 came no further than loading torch in time"
     assert untested(pairs, answers(pairs, set()), 10.0) == {}
     assert len(untested(pairs, answers(pairs, set()), 10.1)) == 4
 
@@ -103,7 +104,7 @@ def test_a_failed_all_reduce_names_who_came_least_far() -> None:
     job = whole(NODES)
     assert failure(job, answers((job,), set()), 0.0) is None
     said = failure(job, answers((job,), {"gpu01", "gpu03"}), 0.0)
-    assert said == "gpu01, gpu03 came no further than 'torch' in time"
+    assert said == "gpu01, gpu03 came no further than loading torch in time"
     said = failure(job, answers((job,), set()), 40.0)
     assert said == "10.00 GB/s, at least 40 are asked for"
     found = answers((job,), set())
@@ -114,6 +115,6 @@ def test_a_failed_all_reduce_names_who_came_least_far() -> None:
 def test_who_failed_by_itself_is_told_from_those_that_notice_and_those_that_wait() -> None:
     job = whole(NODES)
     found = answers((job,), {node.host for node in NODES})
-    found["gpu00"] = Answer((Outcome(job.name, "device", error="Connection closed by peer"),))
-    found["gpu02"] = Answer((Outcome(job.name, "met", error="no interface ib9"),))
-    assert failure(job, found, 0.0) == "gpu02 failed after 'met' (no interface ib9)"
+    found["gpu00"] = Answer((Outcome(job.name, STAGES[2], error="Connection closed by peer"),))
+    found["gpu02"] = Answer((Outcome(job.name, STAGES[3], error="no interface ib9"),))
+    assert failure(job, found, 0.0) == "gpu02 failed after meeting the others (no interface ib9)"
