@@ -54,7 +54,7 @@ class Options:
 
 def read_options(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Options:
     """ValueError, with one line, for what makes no sense; argparse's own exit for unknown words."""
-    given = _parser().parse_args(arguments)
+    given = _parser().parse_intermixed_args(arguments)
     rank, nodes = _place(given, environment)
     host = given.host or environment.get("SLURMD_NODENAME") or socket.gethostname()
     named = NAME.fullmatch(host) is not None
