@@ -1,7 +1,7 @@
 """One process of an all-reduce over nodes; it writes a line of JSON for every stage it reaches.
 
 A process of its own, so that whatever hangs in it can be killed. It is forked from a server that
-imports torch once for the node, while that looks at other things (``smoke.Collectives``).
+imports torch once for the node (``smoke.Collectives``).
 """
 
 import json

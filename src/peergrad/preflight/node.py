@@ -65,10 +65,11 @@ class Node:
         return True
 
     def _follow(self) -> None:
-        alone = self.options.nodes == 1 and self.options.gpus == 0
-        log = self.exchange.folder / f"{self.options.host}.log"
-        collectives = None if alone else Collectives(log)
         gpus, found = self._examine()
+        alone = self.options.nodes == 1 and gpus == 0
+        log = self.exchange.folder / f"{self.options.host}.log"
+        # Before the report, so that torch is loaded while those of the others are waited for.
+        collectives = None if alone or found.wrong else Collectives(log)
         self._report(gpus, found)
         for number in count(1):
             self.doing = f"waiting for order {number}"
