@@ -59,7 +59,8 @@ def ring(reports: Sequence[Report]) -> tuple[Job, ...]:
 def whole(reports: Sequence[Report]) -> Job:
     """The all-reduce of all."""
     hosts = tuple(report.host for report in reports)
-    return Job(f"all {len(hosts)} nodes", hosts, reports[0].address, reports[0].ports[0])
+    name = f"all {len(hosts)} nodes" if hosts[1:] else hosts[0]
+    return Job(name, hosts, reports[0].address, reports[0].ports[0])
 
 
 def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None:
