@@ -1,4 +1,4 @@
-# make train · make test · make test-all · make check · make bench
+# make train · make test · make test-all · make test-slurm · make check · make bench
 #
 # Needs Python 3.11; everything else goes into .venv. Options:
 #   make train NAME=second               a new run beside the first
@@ -30,7 +30,10 @@ export GLOO_SOCKET_IFNAME := lo
 # The lock's torchvision is older than its torch, see there; nothing here reads images.
 train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
-.PHONY: train test test-all test-alone test-together check bench clean
+# What make check reads with shellcheck, and with them what they source.
+SCRIPTS := .ci/run $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh
+
+.PHONY: train test test-all test-slurm test-alone test-together check bench clean
 
 train: $(READY) $(MODEL)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
@@ -40,10 +43,15 @@ train: $(READY) $(MODEL)
 HALVES := $(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O)
 
 test: $(READY)
-	@$(HALVES) test-alone test-together TESTS="not slow"
+	@$(HALVES) test-alone test-together TESTS="not slow and not slurm"
 
 test-all: $(READY)
 	@$(HALVES) test-alone test-together TESTS="slow"
+	@$(MAKE) --no-print-directory test-slurm
+
+# A real Slurm of emulated nodes, for root alone: skipped, and why, where it cannot run.
+test-slurm: $(READY)
+	$(BIN)/python -m pytest -q -rs -m slurm tests/slurm
 
 # Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
 test-alone: $(READY)
@@ -59,6 +67,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -xa $(SCRIPTS)
 
 bench: $(READY) $(MODEL)
 	$(BIN)/python benchmarks/step.py

@@ -103,9 +103,11 @@ class Build:
     def join(self, ending: Ending) -> Groups:
         """Find the other ranks, agree on the log folder, lay out the process groups."""
         parallel = self.config.parallel
+        # Rank 0 comes once it has found the servers.
+        minutes = parallel.timeout_minutes + self.config.rollout.servers.wait / 60
         with self.stage("join", "the other ranks"):
-            job = ending.speaker = Job.connect(minutes=parallel.timeout_minutes)
-            job.await_all(minutes=parallel.timeout_minutes, heard=self.screen.detail)
+            job = ending.speaker = Job.connect(minutes=minutes)
+            job.await_all(minutes=minutes, heard=self.screen.detail)
             self.stack.callback(close_groups)
             groups = init_groups(parallel, seed=self.config.run.seed, job=job)
             self.attempt = groups.share(lambda: self.attempt)

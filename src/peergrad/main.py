@@ -111,17 +111,18 @@ def check_all(chosen: Chosen, directory: RunDir, place: Place) -> str:
         ThreadPoolExecutor(1) as beside,
     ):
         arguments = beside.submit(check_args, config.rollout.servers.args)
-        inputs = read_inputs(config, directory, screen)
+        inputs = read_inputs(config, directory, screen, wait=False)
         arguments.result()
     return summary(chosen.in_steps(inputs.steps).config, place.world, inputs)
 
 
-def read_inputs(config: Config, directory: RunDir, screen: Screen) -> Inputs:
-    """What the run reads and whom it asks, read and asked once. ValueError for what is wrong."""
+def read_inputs(config: Config, directory: RunDir, screen: Screen, *, wait: bool) -> Inputs:
+    """What the run reads and whom it asks, read and asked once; ``wait``: for servers that are not
+    there yet. ValueError for what is wrong."""
     from peergrad.rollout.probe import probe
 
     inputs = check_inputs(config, heard=screen.detail)
-    probe(config, directory.known_identity)
+    probe(config, directory.known_identity, waiting=screen.waiting if wait else None)
     return inputs
 
 
@@ -168,7 +169,7 @@ def open_folder(
     screen.say(f"run            {directory.path}")
     screen.say(f"log            {attempt}")
     with screen.waiting("what the run reads to be checked", announce=True):
-        inputs = read_inputs(config, directory, screen)
+        inputs = read_inputs(config, directory, screen, wait=True)
     chosen = chosen.in_steps(inputs.steps)
     config = chosen.config
     screen.steps = config.run.steps

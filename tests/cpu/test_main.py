@@ -10,6 +10,7 @@ import pytest
 from peergrad.config import Config
 from peergrad.main import finish
 from peergrad.running.lock import FolderLock
+from peergrad.running.ports import free_ports
 from peergrad.running.rundir import RunDir
 from tests.models import make_hf_model
 
@@ -63,6 +64,22 @@ def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, root: str) ->
     done = start(*overrides(model, tmp_path / root))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_server_that_is_not_there_is_waited_for_except_by_a_check(
+    model: Path, tmp_path: Path, check: bool
+) -> None:
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    external = ["rollout=external", f"rollout.servers.urls=[{url}]", "rollout.servers.wait=1"]
+    done = start(*overrides(model, tmp_path, *external), *["--check"] * check)
+    assert done.returncode == 2
+    wait = f"waiting for servers, for 1 s at most: {url} (connection refused)\n"
+    assert (wait in done.stdout) == (not check)
+    late = "rollout.servers.wait = 1: 1 of 1 servers did not come within these seconds, "
+    now = f"rollout.servers.urls = '{url}': cannot be reached (connection refused); "
+    assert done.stderr.startswith(f"error: {now if check else late}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_rows_without_a_number_do_not_fail_a_finished_run(

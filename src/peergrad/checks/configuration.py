@@ -17,7 +17,7 @@ def check(config: Config, *, world: int) -> None:
     if config.model.reference is not None:
         reference = read_shape(config.model.reference, "model.reference")
     _check_sources(config)
-    _check_engine(config, shape)
+    check_engine(config, shape)
     check_layout(config, shape, world)
     if reference is not None:
         check_layout(config, reference, world)
@@ -56,7 +56,7 @@ def _check_sources(config: Config) -> None:
     )
 
 
-def _check_engine(config: Config, shape: Shape) -> None:
+def check_engine(config: Config, shape: Shape) -> None:
     """SGLang chooses its implementation by a name that transformers can do without."""
     path, name = config.model.path, ARCHITECTURES[shape.family]
     named = read_model_config(path, "model.path").get("architectures")

@@ -122,7 +122,7 @@ def _check_models(config: Config, shape: Shape) -> None:
     model = config.model
     _keep_apart(config)
     Companions.read(Path(model.path))
-    if model.weights is None or _servers_load(config):
+    if model.weights is None or servers_load(config):
         check_weights(model.path, "model.path", shape)
     if model.reference is not None:
         check_weights(
@@ -145,7 +145,7 @@ def _keep_apart(config: Config) -> None:
         )
 
 
-def _servers_load(config: Config) -> bool:
+def servers_load(config: Config) -> bool:
     """Whether managed servers read the weights of model.path."""
     servers = config.rollout.servers
     managed = config.rollout.replay is None and servers.mode is ServerMode.managed

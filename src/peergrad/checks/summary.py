@@ -135,7 +135,7 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
         yield f"evaluation.every={evaluation.every} has no effect without data.held_out"
     yield from _prompt_warnings(config, inputs)
     servers, usual = config.rollout.servers, ServersConfig()
-    if servers.mode is ServerMode.external:
+    if servers.mode is ServerMode.external and not servers.wait:  # else peergrad.serve reads them
         for key in ("count", "tensor", "start_timeout", "args"):
             if getattr(servers, key) != getattr(usual, key):
                 yield f"rollout.servers.{key} has no effect with mode=external: nothing is started"

@@ -49,11 +49,15 @@ class ServersConfig:
     """``managed`` starts and stops SGLang servers beside rank 0; ``external`` uses ``urls``."""
     urls: list[str] = field(default_factory=list)
     """Base URLs of external servers (the workers themselves, not a router)."""
+    wait: float = 0.0
+    """Seconds that a run waits for external servers which are not there yet, as when
+    ``peergrad.serve`` is started beside it; 0: one that is not there is an error at once. A check
+    waits for nobody."""
     takeover: bool = False
     """Take external servers that carry the weights of another run. Only if that run is dead: one
     that ends by itself, also by an error or Ctrl-C, leaves its servers free."""
     count: int = 1
-    """Managed servers."""
+    """Managed servers, or those of one ``peergrad.serve``."""
     tensor: int = 1
     """Tensor-parallel size of each server."""
     start_timeout: float = 300.0
@@ -80,6 +84,15 @@ class ServersConfig:
             "has no effect with mode=managed, whose servers are the run's own",
             "remove it",
         )
+        require(
+            external or not self.wait,
+            "rollout.servers.wait",
+            self.wait,
+            "has no effect with mode=managed, whose servers the run starts itself",
+            "remove it; how long they may take is rollout.servers.start_timeout",
+        )
+        if self.wait:
+            seconds("rollout.servers.wait", self.wait, 600)
         self.urls = [_base_url(url) for url in self.urls]
         places = [_place(url) for url in self.urls]
         for url, place in zip(self.urls, places, strict=True):

@@ -1,6 +1,7 @@
 """What goes wrong between us and a server, each as one line that names the server."""
 
-from errno import ECONNREFUSED
+import re
+from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 
 import aiohttp
 import httpx
@@ -14,6 +15,7 @@ NOT_THERE = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
 )
+ABSENT = (ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT)
 BROKEN = (
     httpx.RemoteProtocolError,
     httpx.ReadError,
@@ -62,6 +64,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, BROKEN):
         return "the connection broke before the answer"
     return quote(f"{type(error).__name__}: {error}").rstrip(": ")
+
+
+def may_come(error: BaseException) -> bool:
+    """Whether what did not answer may be a server's place before the server is there: nothing
+    listens, the machine is not up, or whatever listens is too busy to answer."""
+    if isinstance(error, httpx.TimeoutException | httpx.ReadError):
+        return True
+    number = re.search(r"\[Errno (\d+)\]", str(error))  # httpx keeps it nowhere else
+    return isinstance(error, httpx.ConnectError) and number is not None and int(number[1]) in ABSENT
 
 
 def cannot_connect(error: BaseException | None) -> bool:

@@ -9,7 +9,6 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,9 @@ import httpx
 
 from peergrad.config import Config, ServerMode, require
 from peergrad.config.rollout import HARMFUL
+from peergrad.rollout.arrival import NotThereYet, Waiting, gather
 from peergrad.rollout.claim import refuse_foreign
-from peergrad.rollout.errors import ServerError, quote, reason
+from peergrad.rollout.errors import ServerError, may_come, quote, reason
 from peergrad.rollout.reply import Reply
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 KEY = "rollout.servers.urls"
 SECONDS = 5.0  # per question
+LOADING = (502, 503, 504)  # of a server that is not ready, or of a proxy before one
 NEEDED_VERSION = "0.5.21"  # the first with begin_weight_update
 # Refused by every server before it schedules anything; the refusal tells the vocabulary's size. A
 # token id out of range among the inputs would end the server.
@@ -62,34 +63,38 @@ class ServerFacts:
     warnings: tuple[str, ...] = ()  # what may be meant, and is worth saying
 
 
-def probe(config: Config, identity: str | None = None) -> list[ServerFacts]:
+def probe(
+    config: Config, identity: str | None = None, *, waiting: Waiting | None = None
+) -> list[ServerFacts]:
     """Ask every external server what it is; [] if the run has none. Changes nothing.
 
-    ``identity``: that of this run; None if it has none yet. Raises ValueError with one line for the
-    first server that this run cannot use. Warnings go to the log, too.
+    ``identity``: that of this run; None if it has none yet. ``waiting``: what says that there is
+    something to wait for, as ``Screen.waiting`` does; with None nobody is waited for. Raises
+    ValueError with one line for the first server that this run cannot use, or for those that are
+    not there. Warnings go to the log, too.
     """
     servers = config.rollout.servers
     if servers.mode is not ServerMode.external or config.rollout.replay is not None:
         return []
-    with ThreadPoolExecutor(len(servers.urls)) as threads:
-        answers = list(threads.map(_ask, servers.urls))
-    _refuse_twins(answers)
     model = json.loads((Path(config.model.path) / "config.json").read_text())
-    facts = []
-    for answer in answers:
+    seconds = 0.0 if waiting is None else servers.wait
+
+    def examine(url: str) -> tuple[_Answers, ServerFacts]:
+        answer = _ask(url, starting=seconds > 0)
+        version = str(answer.model["weight_version"])
         _check_kind(answer)
-        refuse_foreign(
-            answer.url,
-            str(answer.model["weight_version"]),
-            identity,
-            takeover=servers.takeover,
-        )
-        facts.append(_facts(answer, config))
-        _check_model(facts[-1], config, model)
-        _check_context(facts[-1], answer.info, config)
-        for text in facts[-1].warnings:
+        refuse_foreign(url, version, identity, takeover=servers.takeover)
+        facts = _facts(answer, config)
+        _check_model(facts, config, model)
+        _check_context(facts, answer.info, config)
+        return answer, facts
+
+    found = gather(examine, servers.urls, seconds=seconds, waiting=waiting)
+    _refuse_twins([answer for answer, _ in found])
+    for answer, facts in found:
+        for text in facts.warnings:
             log.warning("%s: %s", answer.url, text)
-    return facts
+    return [facts for _, facts in found]
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,13 @@ class _Answers:
     updatable: bool  # there is a /begin_weight_update
 
 
-def _ask(url: str) -> _Answers:
-    """All questions to one server. ValueError if it is none, or none of ours."""
+def _ask(url: str, *, starting: bool) -> _Answers:
+    """All questions to one server. ValueError if it is none, or none of ours; NotThereYet if it may
+    still become one. ``starting``: ask for that, too, which may take a second."""
     with httpx.Client(timeout=SECONDS, trust_env=False) as http:
+        # SGLang answers other questions while it warms up. One that is paused gives no answer.
+        if starting and _optional(lambda: http.get(f"{url}/health").status_code) == 503:
+            raise _not_yet(url, "is still starting", "see its log")
         model = _get(http, url, "/model_info")
         info = _get(http, url, "/server_info")
         # A route that exists for POST alone answers 405; one that is not there 404.
@@ -128,7 +137,8 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
         late = isinstance(error, httpx.ReadTimeout)
         rule = f"no answer within {SECONDS:g} s" if late else f"cannot be reached ({reason(error)})"
         remedy = "start the server, or correct the address"
-        raise ValueError(f"{KEY} = {url!r}: {rule}; {remedy}") from error
+        not_yet = _not_yet(url, rule, remedy, reason(error))
+        raise (not_yet if may_come(error) else ValueError(str(not_yet))) from error
     require(
         response.status_code not in (401, 403),
         KEY,
@@ -146,7 +156,9 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
         answer = Reply(url, path, response.status_code, response.content).checked().json()
     except ServerError as error:
         rule = f"is no SGLang server, or not well ({quote(str(error))})"
-        raise ValueError(f"{KEY} = {url!r}: {rule}; see its log") from error
+        not_yet = _not_yet(url, rule, "see its log", f"answers {response.status_code}")
+        loading = response.status_code in LOADING
+        raise (not_yet if loading else ValueError(str(not_yet))) from error
     require(
         isinstance(answer, dict) and (path != "/model_info" or "weight_version" in answer),
         KEY,
@@ -156,6 +168,10 @@ def _get(http: httpx.Client, url: str, path: str) -> dict[str, Any]:
     )
     found: dict[str, Any] = answer
     return found
+
+
+def _not_yet(url: str, rule: str, remedy: str, why: str = "") -> NotThereYet:
+    return NotThereYet(f"{KEY} = {url!r}: {rule}; {remedy}", url, why or rule)
 
 
 def _optional(question: Callable[[], T]) -> T | None:

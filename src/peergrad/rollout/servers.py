@@ -1,4 +1,4 @@
-"""SGLang servers that live and die with this process."""
+"""SGLang servers that live and die with this process, be it a trainer or ``peergrad.serve``."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
@@ -22,6 +23,7 @@ import torch
 
 from peergrad.config import Dtype, ServersConfig, require
 from peergrad.config.rollout import OURS, flag
+from peergrad.rollout.address import Address
 from peergrad.rollout.arguments import REFUSED_STATUS
 from peergrad.rollout.nursery import Child, Nursery, Order
 from peergrad.rollout.server_log import cause
@@ -80,22 +82,28 @@ class ManagedServers:
         log_dir: Path,
         seed: int = 0,
         weight_version: int = 0,
+        address: Address | None = None,
     ) -> None:
+        """``address``: where they listen, with the GPUs of this machine to themselves. None: beside
+        a trainer, at free ports that only this machine sees."""
         self._config = config
+        self._alone = address is not None
+        self._address = address or Address("127.0.0.1", free_ports(config.count))
         self._log_dir = log_dir
         self._processes: Sequence[subprocess.Popen[bytes] | Child] = []  # of the servers
         self._roots: list[subprocess.Popen[bytes]] = []  # that we have started: of their trees
         self._began = 0.0
         self._fixed: dict[str, Any] = {
             "model-path": model_path,
-            "host": "127.0.0.1",
+            "host": self._address.host,
             "dtype": dtype.name,
             "tp-size": config.tensor,
             "weight-version": weight_version,
         }
         self._seed = seed
-        ports = free_ports(config.count)
-        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.urls = self._address.urls
+        self._rising: list[int] = []  # those that were not healthy yet
+        self._http = httpx.Client(timeout=5.0, trust_env=False)
 
     def __enter__(self) -> Self:
         try:
@@ -107,11 +115,13 @@ class ManagedServers:
         return self
 
     def start(self) -> None:
-        """Start the processes, and return at once."""
-        _check_installed()
+        """Start the processes, and return at once. Raises as ``check`` does."""
+        self.check()
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._began = time.monotonic()
+        self._began, self._rising = time.monotonic(), list(range(self._config.count))
         for index, url in enumerate(self.urls):
+            if self.log(index).exists():  # it may tell why an earlier one ended
+                self.log(index).replace(f"{self.log(index)}.old")
             self.log(index).write_bytes(b"")
             log.info("server %d starts at %s, log %s", index, url, self.log(index))
         if torch.cuda.is_available():
@@ -148,23 +158,58 @@ class ManagedServers:
         """End the servers with all their processes; safe to call again."""
         _end(self._roots)
         self._processes, self._roots = [], []
+        self._http.close()
 
     def options(self, index: int) -> list[str]:
         """Of the command line of server ``index``; ``rollout.servers.args`` wins over our
         defaults."""
-        options: dict[str, Any] = {"random-seed": self._seed + index}
+        options: dict[str, Any] = {"random-seed": self._random_seed(index)}
         if not torch.cuda.is_available():
             model, dtype = Path(self._fixed["model-path"]), Dtype[self._fixed["dtype"]]
             options |= CPU_OPTIONS | {"max-total-tokens": _cpu_tokens(model, dtype)}
         options |= {flag(key): value for key, value in self._config.args.items()}
         if torch.cuda.is_available():
-            # Behind the GPUs of this node's trainer ranks, unless told otherwise.
-            first = int(options.get("base-gpu-id", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            options["base-gpu-id"] = first + index * self._config.tensor
-        fixed = self._fixed | {"port": self.urls[index].rpartition(":")[2]}
+            options["base-gpu-id"] = self.gpus(index)[0]
+        fixed = self._fixed | {"port": self._address.ports[index]}
         assert fixed.keys() <= OURS.keys(), "what is set here must be refused there"
         options |= fixed
         return _flags(options)
+
+    def gpus(self, index: int) -> range:
+        """Of server ``index``, counted among those that this process sees."""
+        args = {flag(key): value for key, value in self._config.args.items()}
+        # Behind the GPUs of this node's trainer ranks, unless told otherwise.
+        ranks = "0" if self._alone else os.environ.get("LOCAL_WORLD_SIZE", "1")
+        first, step = int(args.get("base-gpu-id", ranks)), int(args.get("gpu-id-step", 1))
+        size = self._config.tensor * step
+        return range(first + index * size, first + (index + 1) * size, step)
+
+    def devices(self, index: int) -> str:
+        """What server ``index`` computes on, for a person."""
+        if not torch.cuda.is_available():
+            return "CPU"
+        return "GPU " + ",".join(map(str, self.gpus(index)))
+
+    def check(self) -> None:
+        """Raise RuntimeError if SGLang is not installed, ValueError if there are too few GPUs."""
+        _check_installed()
+        seen = torch.cuda.device_count()
+        needed = self.gpus(self._config.count - 1)[-1] + 1
+        require(
+            needed <= seen or not torch.cuda.is_available(),
+            "rollout.servers.count",
+            self._config.count,
+            f"servers of rollout.servers.tensor = {self._config.tensor} from GPU {self.gpus(0)[0]} "
+            f"on need {needed} GPUs, and {seen} are seen here",
+            "lower one of the two, or see CUDA_VISIBLE_DEVICES",
+        )
+
+    def _random_seed(self, index: int) -> int:
+        """Another for each server; of those on nodes of their own, all of which may be number 0
+        there, the address makes it so."""
+        if not self._alone:
+            return self._seed + index
+        return (self._seed + zlib.crc32(self.urls[index].encode())) % 2**31
 
     def _launch(self, index: int) -> subprocess.Popen[bytes]:
         launch = [sys.executable, "-m", "peergrad.rollout.launch", str(os.getpid())]
@@ -189,24 +234,32 @@ class ManagedServers:
         return Nursery(CPU_SERVER, orders, environment=shared)
 
     def ready(self) -> None:
-        """Wait until all are healthy. Raises RuntimeError if one ends before, or if they take more
-        than ``rollout.servers.start_timeout`` from their start; ValueError if one ends because
-        SGLang refuses ``rollout.servers.args``."""
-        began, limit = self._began, self._config.start_timeout
-        with httpx.Client(timeout=5.0, trust_env=False) as http:
-            for index, url in enumerate(self.urls):
-                while not _is_healthy(http, url):
-                    if (dead := self.dead()) is not None:
-                        check_args(self._config.args)  # says better what it is
-                        raise RuntimeError(dead)
-                    if time.monotonic() > began + limit:
-                        raise RuntimeError(
-                            f"rollout.servers.start_timeout = {limit:g}: server {index} was not "
-                            "healthy within these seconds; raise it, or see in "
-                            f"{self.log(index)} what the server is doing"
-                        )
-                    time.sleep(POLL_SECONDS)
-                log.info("server %d healthy after %.0f s", index, time.monotonic() - began)
+        """Wait until all are healthy. Raises as ``risen`` does."""
+        while self._rising:
+            self.risen()
+            if self._rising:
+                time.sleep(POLL_SECONDS)
+
+    def risen(self) -> list[int]:
+        """Which have become healthy since this was last asked. Raises RuntimeError if one ends
+        before, or if they take more than ``rollout.servers.start_timeout`` from their start;
+        ValueError if one ends because SGLang refuses ``rollout.servers.args``."""
+        seconds, limit = time.monotonic() - self._began, self._config.start_timeout
+        urls = self._address.own_urls
+        found = [index for index in self._rising if _is_healthy(self._http, urls[index])]
+        self._rising = [index for index in self._rising if index not in found]
+        for index in found:
+            log.info("server %d healthy after %.0f s", index, seconds)
+        if self._rising and (dead := self.dead()) is not None:
+            check_args(self._config.args)  # says better what it is
+            raise RuntimeError(dead)
+        if self._rising and seconds > limit:
+            late = self._rising[0]
+            raise RuntimeError(
+                f"rollout.servers.start_timeout = {limit:g}: server {late} was not healthy within "
+                f"these seconds; raise it, or see in {self.log(late)} what the server is doing"
+            )
+        return found
 
     def _last_words(self, index: int, status: int) -> str:
         line = cause(self.log(index))
@@ -223,8 +276,10 @@ class ManagedServers:
         )
 
     def log(self, index: int) -> Path:
-        """What server ``index`` prints."""
-        return self._log_dir / f"server_{index}.log"
+        """What server ``index`` prints. On nodes of their own they may share a folder."""
+        host, port = self._address.name, self._address.ports[index]
+        name = f"{host.replace(':', '.')}_{port}" if self._alone else str(index)
+        return self._log_dir / f"server_{name}.log"
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

@@ -58,12 +58,13 @@ def wanted(body: dict[str, Any]) -> list[list[int]]:
 class FakeServer:
     """``with FakeServer(answer) as server``: ``answer(body)`` decides on each request.
 
-    ``routes`` names other functions for single paths.
+    ``routes`` names other functions for single paths; port 0 is any that is free.
     """
 
     def __init__(
         self,
         answer: Callable[[dict[str, Any]], Answer] = answer_generate,
+        port: int = 0,
         **routes: Callable[[dict[str, Any]], Answer],
     ) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -88,7 +89,7 @@ class FakeServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> "FakeServer":

@@ -4,13 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from threading import Timer
 
 import pytest
 from fake_sglang import FakeServer, Mark
 
 from peergrad.config import Config, Dtype, ServerMode
+from peergrad.observing.screen import Screen
+from peergrad.rollout import arrival
 from peergrad.rollout import probe as module
 from peergrad.rollout.probe import ServerFacts, probe
+from peergrad.running.ports import free_ports
 
 MODEL = {
     "model_type": "qwen3",
@@ -269,6 +274,98 @@ def test_another_precision_is_worth_a_warning(config, caplog):
     assert facts.warnings[0].startswith("computes in bfloat16, model.dtype = float32")
     assert facts.warnings[1].startswith("quantizes weights (fp8)")
     assert f"{fake.url}: computes in bfloat16" in caplog.text
+
+
+@pytest.fixture
+def patient(config, monkeypatch):
+    """Builds the configuration of a run that waits for its servers."""
+    monkeypatch.setattr(arrival, "POLL_SECONDS", 0.05)
+
+    def build(*urls, wait=60.0):
+        built = config(*urls)
+        built.rollout.servers.wait = wait
+        return built
+
+    return build
+
+
+def test_servers_that_come_late_are_waited_for(patient, capsys):
+    """One listens later; one answers for a while as a proxy does for it, and then as SGLang does
+    while it warms up; one is there."""
+    here, loading = Server(), Server()
+    answers = [(503, "no backend"), (200, {})]
+    healths = [(503, {}), (503, {}), (200, {})]
+    said = lambda _: answers.pop(0) if len(answers) > 1 else loading.model_info(_)  # noqa: E731
+    healthy = lambda _: healths.pop(0) if len(healths) > 1 else (200, {})  # noqa: E731
+    routes = {**loading.routes(), "model_info": said, "health": healthy}
+    (port,) = free_ports(1)
+    late = f"http://127.0.0.1:{port}"
+    (first,) = serve(here)
+    with (
+        first,
+        FakeServer(lambda _: (404, {}), **routes) as second,
+        ExitStack() as stack,
+        Screen(1) as screen,
+    ):
+        come = lambda: stack.enter_context(  # noqa: E731
+            FakeServer(lambda _: (404, {}), port=port, **Server().routes())
+        )
+        timer = Timer(0.5, come)
+        timer.start()
+        facts = probe(patient(first.url, second.url, late), waiting=screen.waiting)
+        timer.join()
+    assert [fact.url for fact in facts] == [first.url, second.url, late]
+    assert not answers[1:] and not healths[1:]
+    assert capsys.readouterr().out.partition("  ")[2] == (
+        f"waiting for servers, for 60 s at most: {second.url} (is still starting), "
+        f"{late} (connection refused)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        (lambda _: (200, "Welcome"), "answers /model_info otherwise than SGLang"),
+        (lambda _: (500, "oops"), "is no SGLang server, or not well"),
+        (lambda _: (404, {}), "has no /model_info, so it is no SGLang server"),
+    ],
+)
+def test_another_program_is_not_waited_for(patient, server, words):
+    (port,) = free_ports(1)
+    with FakeServer(server) as other, Screen(1, shown=False) as screen:
+        config = patient(f"http://127.0.0.1:{port}", other.url)
+        with pytest.raises(ValueError, match=rf"^rollout\.servers\.urls = '{other.url}': {words}"):
+            probe(config, waiting=screen.waiting)
+
+
+def test_a_host_without_a_name_is_not_waited_for(patient):
+    with Screen(1, shown=False) as screen, pytest.raises(ValueError, match="name is not known"):
+        probe(patient("http://no.such.invalid:1"), waiting=screen.waiting)
+
+
+def test_a_server_that_does_not_come_is_named(patient, monkeypatch):
+    """One that hangs, and one whose port nobody has."""
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    (port,) = free_ports(1)
+    with (
+        FakeServer(lambda _: time.sleep(0.3) or (200, {})) as hanging,
+        Screen(1, shown=False) as screen,
+        pytest.raises(ValueError) as error,
+    ):
+        urls = hanging.url, f"http://127.0.0.1:{port}"
+        probe(patient(*urls, wait=0.5), waiting=screen.waiting)
+    assert str(error.value).startswith(
+        "rollout.servers.wait = 0.5: 2 of 2 servers did not come within these seconds, "
+        f"{urls[0]} (no answer in time), {urls[1]} (connection refused); see their logs"
+    )
+
+
+def test_a_check_waits_for_nobody(patient):
+    (port,) = free_ports(1)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"cannot be reached \(connection refused\)"):
+        probe(patient(f"http://127.0.0.1:{port}"))
+    assert time.monotonic() - began < 5
 
 
 def test_the_probe_is_light():

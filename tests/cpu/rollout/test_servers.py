@@ -1,6 +1,7 @@
 """Managed servers with stand-ins for SGLang: start, failure, stop, command line."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import torch
 
 from peergrad.config import Dtype, ServerMode, ServersConfig
 from peergrad.rollout import servers as module
+from peergrad.rollout.address import Address
 from peergrad.rollout.cpu_server import use_threads
 from peergrad.rollout.servers import ManagedServers
 from tests.cpu.rollout import stand_in
@@ -48,6 +50,7 @@ def gpu():
 def managed(tmp_path, monkeypatch, gpu):
     """Builds servers that run a script of ours, given the port."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8 * gpu)
     monkeypatch.setattr(module, "_check_installed", lambda: None)
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
     monkeypatch.setattr(module, "CPU_SERVER", stand_in.__name__)
@@ -286,6 +289,84 @@ def test_each_server_has_gpus_of_its_own(managed):
     assert "sleep-on-idle" not in servers.options(0)
 
 
+@pytest.fixture
+def alone(tmp_path, monkeypatch, gpu):
+    """Builds servers on a node of their own, beside nobody."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8 * gpu)
+    monkeypatch.setattr(module, "_check_installed", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of a trainer that has nothing to do with them
+
+    def build(host="node7", first=30000, **config):
+        settings = ServersConfig(**config)
+        address = Address.row(host, first, settings.count)
+        return ManagedServers(
+            settings, model_path="m", dtype=Dtype.float32, log_dir=tmp_path, address=address
+        )
+
+    return build
+
+
+def option(servers, index, name):
+    options = servers.options(index)
+    return options[options.index(f"--{name}") + 1]
+
+
+def test_a_server_on_a_node_of_its_own_listens_where_it_is_told(alone, tmp_path):
+    servers = alone(count=2)
+    assert servers.urls == ["http://node7:30000", "http://node7:30001"]
+    assert [option(servers, i, "port") for i in range(2)] == ["30000", "30001"]
+    assert option(servers, 1, "host") == "node7"
+    assert servers.log(1) == tmp_path / "server_node7_30001.log"
+    assert option(servers, 1, "weight-version") == "0"  # nobody's
+
+
+def test_no_two_servers_of_any_node_draw_alike(alone):
+    nodes = [alone(host, first, count=4) for host in ("a", "b") for first in (30000, 31000)]
+    seeds = {option(servers, i, "random-seed") for servers in nodes for i in range(4)}
+    assert len(seeds) == 16 and all(0 <= int(seed) < 2**31 for seed in seeds)
+    assert option(alone("a", count=4), 3, "random-seed") in seeds  # again the same
+
+
+@pytest.mark.parametrize("gpu", [True])
+@pytest.mark.parametrize(
+    ("config", "gpus"),
+    [
+        ({"count": 8}, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        ({"count": 2, "tensor": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"count": 2, "args": {"base_gpu_id": 6}}, [[6], [7]]),
+        ({"count": 2, "tensor": 2, "args": {"--gpu-id-step": 2}}, [[0, 2], [4, 6]]),
+    ],
+)
+def test_servers_on_a_node_of_their_own_share_its_gpus(alone, config, gpus):
+    servers = alone(**config)
+    servers.check()
+    found = [list(servers.gpus(index)) for index in range(len(gpus))]
+    assert found == gpus
+    first = [option(servers, index, "base-gpu-id") for index in range(len(gpus))]
+    assert first == [str(each[0]) for each in gpus]
+    assert servers.devices(1) == f"GPU {','.join(map(str, gpus[1]))}"
+
+
+@pytest.mark.parametrize("gpu", [True])
+def test_more_gpus_than_there_are_are_refused(alone):
+    with pytest.raises(ValueError) as error:
+        alone(count=2, tensor=4, args={"base-gpu-id": 1}).start()
+    assert str(error.value) == (
+        "rollout.servers.count = 2: servers of rollout.servers.tensor = 4 from GPU 1 on need 9 "
+        "GPUs, and 8 are seen here; lower one of the two, or see CUDA_VISIBLE_DEVICES"
+    )
+
+
+def test_the_log_of_an_earlier_start_is_kept(managed):
+    servers = managed(HEALTHY)
+    servers.log(0).parent.mkdir()
+    servers.log(0).write_text("why it ended\n")
+    with servers:
+        assert number(servers, 0)
+    assert Path(f"{servers.log(0)}.old").read_text() == "why it ended\n"
+
+
 @pytest.mark.parametrize("option", ["port", "enable_deterministic_inference"])
 def test_options_that_are_ours_or_harmful_are_refused(managed, option):
     with pytest.raises(ValueError, match=rf"rollout\.servers\.args\.{option} = 1: .*; remove"):
@@ -328,6 +409,27 @@ def external(*urls, **options):
 def test_base_urls_lose_their_slash_and_need_no_port():
     urls = ["http://node7:30000/", "https://node8", "http://[::1]:1", "http://127.0.0.1:2"]
     assert external(*urls).urls == ["http://node7:30000", *urls[1:]]
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.5, 86400.0])
+def test_external_servers_may_be_waited_for(wait):
+    assert external("http://a:1", wait=wait).wait == wait
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"wait": 600.0}, "600.0: has no effect with mode=managed, whose servers the run starts i"),
+        ({"urls": ["http://a:1"], "wait": -1.0}, "-1.0: must be positive and finite; use 600"),
+        ({"urls": ["http://a:1"], "wait": math.nan}, "nan: must be positive and finite; use 600"),
+        ({"urls": ["http://a:1"], "wait": 1e9}, "1000000000.0: must be at most 1e+07; use 600"),
+    ],
+)
+def test_waits_that_cannot_be_are_refused(config, line):
+    mode = ServerMode.external if "urls" in config else ServerMode.managed
+    with pytest.raises(ValueError) as error:
+        ServersConfig(mode=mode, **config)
+    assert str(error.value).startswith(f"rollout.servers.wait = {line}")
 
 
 @pytest.mark.parametrize(

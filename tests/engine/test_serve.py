@@ -1,0 +1,162 @@
+"""Real servers on a node of their own, found, used and lost by a trainer's parts."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from peergrad.config import Config, Dtype, ServerMode
+from peergrad.observing.screen import Screen
+from peergrad.rollout.address import Address
+from peergrad.rollout.engine import Sampling
+from peergrad.rollout.probe import probe
+from peergrad.rollout.sglang import SGLangEngine
+from peergrad.rollout.sync import WeightSync
+from peergrad.running.ports import free_ports
+from tests.servers import START_TIMEOUT, is_alive
+
+REPO = Path(__file__).resolve().parents[2]
+RUN = "runs/a-1f3a"
+pytestmark = pytest.mark.engine
+
+
+class Serving:
+    """``python -m peergrad.serve`` of ``model``, and all that it has started."""
+
+    def __init__(self, model: Path, logs: Path, count: int) -> None:
+        self.address = free_row(count)
+        self.logs = logs
+        overrides = [f"model.path={model}", "model.dtype=float32", f"rollout.servers.count={count}"]
+        options = ["--port", str(self.address.ports[0]), "--log-dir", str(logs)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "peergrad.serve", *options, *overrides],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def config(self, model: Path) -> Config:
+        """Of a run that waits for these servers."""
+        config = Config()
+        config.model.path, config.model.dtype = str(model), Dtype.float32
+        config.data.max_prompt_tokens, config.rollout.max_new_tokens = 200, 100
+        servers = config.rollout.servers
+        servers.mode, servers.urls = ServerMode.external, self.address.urls
+        servers.wait = START_TIMEOUT
+        return config
+
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def server(self, index: int) -> psutil.Process:
+        log = self.logs / f"server_127.0.0.1_{self.address.ports[index]}.log"
+        (number,) = re.findall(r"Started server process \[(\d+)\]", log.read_text())
+        return psutil.Process(int(number))
+
+    def end(self, tree: list[psutil.Process]) -> str:
+        """Wait until it has ended, with all of ``tree``; what it has said."""
+        said = self.process.communicate(timeout=60)[0]
+        _, alive = psutil.wait_procs(tree, timeout=15)
+        assert not any(map(is_alive, alive)), said
+        return said
+
+
+def free_row(count: int) -> Address:
+    """So many ports beside each other."""
+    while True:
+        address = Address.row("127.0.0.1", *free_ports(1), count)
+        try:
+            address.check()
+            return address
+        except ValueError:
+            continue
+
+
+@pytest.fixture
+def serving(model: Path, tmp_path: Path) -> Iterator[Callable[[int], Serving]]:
+    pytest.importorskip("sglang")
+    made: list[Serving] = []
+
+    def start(count: int) -> Serving:
+        made.append(Serving(model, tmp_path / "logs", count))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.process.kill()  # the kernel ends the rest
+        each.process.communicate()
+
+
+def carried(urls: list[str]) -> list[str]:
+    return [httpx.get(f"{url}/model_info").json()["weight_version"] for url in urls]
+
+
+async def answers(urls: list[str], prompt: list[int]) -> list[object]:
+    """One for each of several requests, which go to the servers in turns."""
+    engine = SGLangEngine(urls, request_timeout=60.0, identity=RUN)
+    engine.set_version(0)
+    try:
+        sampling = Sampling(n=4, max_new_tokens=16)
+        asked = [engine.generate(prompt, sampling, request_id=str(i)) for i in range(4)]
+        return [rollout for group in await asyncio.gather(*asked) for rollout in group]
+    finally:
+        await engine.aclose()
+
+
+def test_a_trainer_waits_for_servers_uses_them_and_learns_why_they_end(
+    serving, paths, models, capsys
+) -> None:
+    served = serving(2)
+    config, urls = served.config(paths["A"]), served.address.urls
+    with Screen(1) as screen:
+        facts = probe(config, RUN, waiting=screen.waiting)
+    refused = ", ".join(f"{url} (connection refused)" for url in urls)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(f"waiting for servers, for {START_TIMEOUT:g} s at most: {refused}")
+    assert [(each.url, each.layers, each.warnings) for each in facts] == [(u, 2, ()) for u in urls]
+
+    sync = WeightSync(urls, vocab_size=100, bucket_mb=1, timeout=60.0, identity=RUN)
+    assert sync.load(models["B"].state_dict().items(), 0).verified == 19
+    assert carried(urls) == [f"{RUN}:0"] * 2
+    prompt = [5, 9, 30]
+    rollouts = asyncio.run(answers(urls, prompt))
+    assert len({tuple(rollout.tokens) for rollout in rollouts}) == len(rollouts)
+    for rollout in rollouts:
+        tokens = torch.tensor([*prompt, *rollout.tokens.tolist()])
+        with torch.no_grad():
+            logits = models["B"](tokens[None]).logits[0, len(prompt) - 1 : -1]
+        own = logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
+        assert np.abs(own.numpy() - rollout.logprobs).max() < 1e-4
+    sync.close()
+    assert carried(urls) == ["0"] * 2
+
+    tree = served.tree()
+    served.server(1).kill()
+    words = served.end(tree)
+    assert served.process.returncode == 1
+    assert f"\nerror: rollout.servers: server 1 at {urls[1]} was ended by SIGKILL" in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_no_server_is_left(serving, model: Path, number: signal.Signals, status: int) -> None:
+    served = serving(2)
+    with Screen(1, shown=False) as screen:
+        probe(served.config(model), waiting=screen.waiting)
+    tree = served.tree()
+    assert len(tree) == 7 or torch.cuda.is_available()  # the nursery; two of three processes each
+    os.kill(served.process.pid, number)
+    words = served.end(tree)
+    assert served.process.returncode == status
+    assert words.endswith("SIGTERM: all servers have ended\n") == (status == 0)
