@@ -188,7 +188,8 @@ def _kind(process: psutil.Process) -> str | None:
 
 def _rank(process: psutil.Process) -> str | None:
     with suppress(psutil.Error):
-        return process.environ().get("RANK")
+        rank: str | None = process.environ().get("RANK")
+        return rank
     return None
 
 

@@ -10,27 +10,36 @@ refuse() {
 
 # settle WORD...: decide on every size and name. FLAGS: how many of the words are not peergrad's.
 settle() {
-    FLAGS=0 DRY_RUN=${DRY_RUN:-} CONTAINER=()
+    FLAGS=0 DRY_RUN=${DRY_RUN:-} CONTAINER=() PREFLIGHT=()
     if [ "${1:-}" = --dry-run ]; then FLAGS=1 DRY_RUN=1; fi
     local site=${SITE:-slurm/site.sh}
     # shellcheck source=/dev/null
     [ ! -f "$site" ] || . "$site"
     name_nodes
     local gpus=${SLURM_GPUS_ON_NODE:-8} nodes=${#HOSTS[@]} name
-    : "${TRAIN_NODES:=$(((nodes + 1) / 2))}" "${RANKS_PER_NODE:=$gpus}" "${SERVERS_PER_NODE:=$gpus}"
+    : "${NEED_NODES:=$nodes}"
+    [[ $NEED_NODES =~ ^[0-9]+$ ]] || refuse "NEED_NODES = $NEED_NODES: must be a whole number"
+    ((NEED_NODES >= 1 && NEED_NODES <= nodes)) ||
+        refuse "NEED_NODES = $NEED_NODES: must lie in [1, $nodes], the nodes of the job; change it or sbatch --nodes"
+    : "${TRAIN_NODES:=$(((NEED_NODES + 1) / 2))}" "${RANKS_PER_NODE:=$gpus}" "${SERVERS_PER_NODE:=$gpus}"
     : "${SERVER_PORT:=30000}" "${SERVER_WAIT:=900}" "${MAX_RESTARTS:=3}" "${GRACE:=300}"
     for name in TRAIN_NODES RANKS_PER_NODE SERVERS_PER_NODE SERVER_PORT SERVER_WAIT MAX_RESTARTS GRACE; do
         [[ ${!name} =~ ^[0-9]+$ ]] || refuse "$name = ${!name}: must be a whole number"
     done
-    ((TRAIN_NODES >= 1 && TRAIN_NODES <= nodes)) ||
-        refuse "TRAIN_NODES = $TRAIN_NODES: must lie in [1, $nodes], the nodes of the job; change it or sbatch --nodes"
-    TRAINING=("${HOSTS[@]:0:TRAIN_NODES}") SERVING=("${HOSTS[@]:TRAIN_NODES}")
+    ((TRAIN_NODES >= 1 && TRAIN_NODES <= NEED_NODES)) ||
+        refuse "TRAIN_NODES = $TRAIN_NODES: must lie in [1, $NEED_NODES], the nodes of the run; change it or sbatch --nodes"
+    ((RANKS_PER_NODE >= 1 && SERVERS_PER_NODE >= 1)) ||
+        refuse "RANKS_PER_NODE = $RANKS_PER_NODE, SERVERS_PER_NODE = $SERVERS_PER_NODE: must be 1 or more; set them, or sbatch --gpus-per-node"
+    divide
     [ ! -x .venv/bin/python ] || : "${PYTHON:=.venv/bin/python}"
     : "${PYTHON:=python}"
     RESTART=${SLURM_RESTART_COUNT:-0}
     MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 10000)) # below those that the kernel gives away
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONUNBUFFERED=1
 }
+
+# divide: the first NEED_NODES hosts into those that train and those that serve; others are spare.
+divide() { TRAINING=("${HOSTS[@]:0:TRAIN_NODES}") SERVING=("${HOSTS[@]:TRAIN_NODES:NEED_NODES-TRAIN_NODES}"); }
 
 # HOSTS and JOB, as Slurm calls them; for a dry run outside of an allocation made up.
 name_nodes() {
@@ -66,6 +75,20 @@ check() {
         sed -n "/^run:/,/^[^ ]/ { s/^  \(name\|root\): //p }" | sed "s/^'\(.*\)'$/\1/")
     [ "${#place[@]}" = 2 ] || refuse "run.name, run.root: not found in the configuration"
     RUN=${place[1]}/${place[0]}
+}
+
+# preflight WORD...: end the job unless NEED_NODES of its nodes can run it; leave the others out.
+preflight() {
+    local found=$RUN/slurm/preflight-$JOB.$RESTART status=0
+    mkdir -p "$RUN/slurm" || exit 1
+    step preflight "${HOSTS[@]}"
+    "${STEP[@]}" "$PYTHON" tools/preflight.py --shared "$RUN/slurm" --id "$JOB.$RESTART" --need "$NEED_NODES" \
+        --ports "$MASTER_PORT,$SERVER_PORT-$((SERVER_PORT + SERVERS_PER_NODE - 1))" "${PREFLIGHT[@]}" "$@" || status=$?
+    case $status in
+        0 | 3) mapfile -t -n "$NEED_NODES" HOSTS <"$found/good_nodes" ;;
+        *) exit "$status" ;;
+    esac
+    divide
 }
 
 # urls: of all servers, joined by commas.

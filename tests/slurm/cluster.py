@@ -9,9 +9,10 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from string import Template
 from types import TracebackType
@@ -131,6 +132,20 @@ class Cluster:
         cut = ["ip", "-n", self.name(node), "link", "set", "eth0", "down"]
         subprocess.run([*self._at_head(), *cut], check=True)
         self._booted.pop(node).kill()
+
+    @contextmanager
+    def taken(self, node: int, port: int) -> Iterator[None]:
+        """A program listens at ``port`` of the node, which is none of any job's."""
+        at = ["nsenter", "-t", str(self._booted[node].pid), "--net"]
+        with subprocess.Popen(
+            [*at, sys.executable, "-u", "-m", "http.server", str(port)], stdout=subprocess.PIPE
+        ) as program:
+            assert program.stdout is not None
+            program.stdout.readline()  # it listens
+            try:
+                yield
+            finally:
+                program.kill()
 
     def name(self, node: int) -> str:
         return f"{self._prefix}{node:02d}"

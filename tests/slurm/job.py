@@ -31,7 +31,10 @@ class Job(RunDir):
 
     def submit(self, *overrides: str, nodes: int, **variables: str) -> None:
         """With one rank a training node, and one server a serving one, unless told otherwise."""
-        sizes = {"RANKS_PER_NODE": "1", "SERVERS_PER_NODE": "1", "PYTHON": sys.executable}
+        site = self.path.with_suffix(".site")  # the emulated nodes' GPUs have no driver
+        site.write_text("PREFLIGHT=(--gpus 0 --min-memory-gb 0 --min-disk-gb 0 --min-shm-gb 0)\n")
+        sizes = {"RANKS_PER_NODE": "1", "SERVERS_PER_NODE": "1"}
+        sizes |= {"PYTHON": sys.executable, "SITE": str(site)}
         self.id = self._cluster.slurm(
             *("sbatch", "--parsable", f"--nodes={nodes}", "--time=60", f"--output={self._output}"),
             *("slurm/train.sbatch", *self.overrides, *overrides),

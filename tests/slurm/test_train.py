@@ -89,6 +89,23 @@ def test_a_wrong_configuration_ends_the_job_at_once(new_job: NewJob, replayed: l
     assert not job.path.exists()
 
 
+def test_a_bad_node_is_left_out_if_there_are_spares(
+    cluster: Cluster, new_job: NewJob, replayed: list[str]
+) -> None:
+    """Else the job ends, and says which it is and why."""
+    with cluster.taken(1, 30_000):
+        job = new_job("spared", *replayed, "run.steps=2")
+        job.submit(nodes=2, NEED_NODES="1")
+        job.wait_for("COMPLETED")
+        (attempt,) = job.attempts()
+        assert (attempt["nodes"], attempt["status"]) == (cluster.name(2), 0)
+        assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed
+        job = new_job("unspared", *replayed)
+        job.submit(nodes=2)
+        job.wait_for("FAILED")
+    assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed and not job.attempts()
+
+
 def test_a_stopped_run_goes_on_where_it_was(new_job: NewJob, replayed: list[str]) -> None:
     """Two nodes, a tensor rank on each; USR1 as before the time limit, requeue, resume, the end;
     the weights are those of a run that nothing disturbed."""
