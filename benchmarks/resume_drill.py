@@ -3,9 +3,9 @@
     python benchmarks/resume_drill.py                       # 20 kills: a quarter of an hour
     python benchmarks/resume_drill.py --kills 5 --seed 3 rollout.batch_size=64
 
-A small run of the quickstart saves every step. SIGKILL ends one of its processes, or all of them,
-in some phase of some step: which, where and when is drawn from the seed. What is left must end by
-itself, the run is resumed, and so on. In the end
+A small run of the quickstart saves every step. SIGKILL ends one of its processes, or all that a
+shell has started, in some phase of some step: which, where and when is drawn from the seed. What is
+left must end by itself, the run is resumed, and so on. In the end
 
 - it has trained on the groups of a run that was never killed: all prompts in their order, none
   twice, none lost;
@@ -263,11 +263,9 @@ def end(run: Drilled, victim: str, which: float) -> float | None:
     left, None if the run can do without it."""
     start = time.monotonic()
     deadline = start + END_SECONDS
-    if victim == "everything":
-        while alive := run.alive():
-            for process in alive:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+    if victim == "everything":  # that a shell has started: servers are in sessions of their own
+        run.alive()
+        os.killpg(run.process.pid, signal.SIGKILL)
     else:
         processes = run.find(victim)
         processes[int(which * len(processes))].kill()

@@ -1,9 +1,6 @@
-"""A whole run with the real server: what it writes, what it exports, how it survives a kill."""
+"""A whole run with the real server: what it writes, what it exports."""
 
-import os
 import re
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peergrad.main import main
 from peergrad.observing.metrics import read_metrics
-from tests.e2e.conftest import WHOLE
 from tests.e2e.run import Run, assert_same_weights, run_in_turn
-from tests.servers import SharedServer
 
 pytestmark = pytest.mark.engine
 
@@ -134,26 +129,3 @@ def test_is_not_overwritten_by_a_second_start(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: run.name = 'whole': ") and "run.resume=true" in line
     assert before == {path: path.stat().st_mtime_ns for path in whole.path.rglob("*")}
-
-
-@pytest.mark.slow
-def test_goes_on_after_a_kill(
-    new_run: Callable[..., Run], whole: Run, server: SharedServer
-) -> None:
-    """SIGKILL to what a shell started, right after the checkpoint of step 2: nothing lives on. The
-    run goes on, on a server of others, and does steps 3 and 4 on the very prompts of the run that
-    was never killed."""
-    run = new_run("killed", *WHOLE)
-    run.start(ranks=2)
-    run.wait_until((run.checkpoints / "latest").exists, "the checkpoint of step 2")
-    assert (run.checkpoints / "latest").read_text() == "step_000002"
-    run.alive()
-    os.killpg(run.process.pid, signal.SIGKILL)
-    run.assert_gone(timeout=15)
-    run.start("run.resume=true", *server.overrides, ranks=2)
-    run.finish()
-    assert [row["step"] for row in run.rows("train")] == [1, 2, 3, 4]
-    assert [row["step"] for row in run.rows("eval")] == [0, 2, 4]
-    for step in range(1, 5):
-        assert [g.id for g in run.groups(step)] == [g.id for g in whole.groups(step)]
-    assert run.done.exists()
