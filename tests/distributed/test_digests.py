@@ -31,7 +31,7 @@ def take_and_compare(root: str) -> dict[str, Any]:
 
     for name in names[:-1]:
         file = folder / name
-        content = file.read_bytes()
+        content = groups.share(file.read_bytes)  # rank 0 alone: it is the one that writes
         flipped = bytes([content[0] ^ 1]) + content[1:]
         seen[name] = after(lambda f=file, c=flipped: f.write_bytes(c))
         groups.share(lambda f=file, c=content: f.write_bytes(c))
