@@ -52,14 +52,14 @@ test-all: $(READY)
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -q -rs -m slurm tests/slurm
 
-# Triton's kernels are decorated for the interpreter or for a GPU when imported: two processes.
 test-alone: $(READY)
-	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/cpu tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
+	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/cpu
 
-# Ranks, servers, whole runs.
+# Ranks, servers, whole runs. Triton's kernels are decorated for the interpreter or for a GPU when
+# imported: two processes.
 test-together: $(READY)
-	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/kernels
+	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
 
 check: $(READY)
 	$(BIN)/ruff check .
