@@ -93,7 +93,6 @@ class Drilled(RunDir):
 
     def start(self) -> None:
         self.began = time.time()
-        self._starts = len(self.rows("start"))
         resume = f"run.resume={str(self.started).lower()}"
         launch = [sys.executable, "-m", "peergrad.launch", "--nproc-per-node", str(RANKS)]
         with self.screen.open("a") as output:
@@ -123,8 +122,8 @@ class Drilled(RunDir):
     def reached(self, phase: str, step: int) -> bool:
         """Whether this start has come to ``phase`` of ``step``, as the folder tells it."""
         if phase == "rollout":
-            trained = any(row["step"] == step - 1 for row in self.rows("train"))
-            return trained or len(self.rows("start")) > self._starts
+            fresh = (row for row in self.rows("start") + self.rows("train") if self._since(row))
+            return any(row["step"] == step - 1 for row in fresh)
         if phase == "sync":  # the first one is that of the start
             log, at = self.path / "logs" / "latest" / "server_0.log", self.newest()
             text = log.read_text(errors="replace") if self._new(log) else ""
@@ -135,6 +134,9 @@ class Drilled(RunDir):
             "save": f"checkpoints/.step_{step:06d}.partial*",
         }
         return any(self._new(path) for path in self.path.glob(names[phase]))
+
+    def _since(self, row: dict[str, Any]) -> bool:
+        return bool(row["timestamp"] > self.began)
 
     def _new(self, path: Path) -> bool:
         with suppress(FileNotFoundError):

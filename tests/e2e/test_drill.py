@@ -1,4 +1,5 @@
-"""Ten kills change nothing in how a run ends: the drill, and that it would see a difference."""
+"""Kills change nothing in how a run ends: the drill, and that it would see a difference. The four
+of this seed are of all kinds but two, in all phases but one; each more takes a minute."""
 
 import json
 import subprocess
@@ -15,7 +16,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import resume_drill
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
-KILLS = 10
+KILLS, SEED = 4, 44
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def drill(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     root = tmp_path_factory.mktemp("drill")
     small = ["rollout.batch_size=32", "rollout.group_size=4", "optim.lr=1e-3"]
     random_model = [f"model.path={model}", "reward.function=tests.e2e.rewards:even"]
-    options = ["--kills", KILLS, "--seed", 0, "--folder", root, "--out", root / "drill.json"]
+    options = ["--kills", KILLS, "--seed", SEED, "--folder", root, "--out", root / "drill.json"]
     command = [sys.executable, "benchmarks/resume_drill.py", *map(str, options)]
     yield root, subprocess.run([*command, *random_model, *small], cwd=REPO, capture_output=True)
 
@@ -33,16 +34,16 @@ def runs(root: Path) -> tuple[Any, Any]:
     return resume_drill.Drilled(root, "killed", []), resume_drill.Drilled(root, "replayed", [])
 
 
-def test_ten_kills_change_nothing(drill: tuple[Path, Any]) -> None:
+def test_kills_change_nothing(drill: tuple[Path, Any]) -> None:
     root, process = drill
     assert process.returncode == 0, process.stderr.decode()
     *lines, result, _ = process.stdout.decode().splitlines()
     assert len(lines) == KILLS and all(" of step " in line for line in lines)
     found = json.loads((root / "drill.json").read_text())
-    assert result == f"10/10 kills: as if there had been none; weights {found['weights']}"
+    assert result == f"{KILLS}/{KILLS} kills: as if there had been none; weights {found['weights']}"
     victims = {kill["victim"] for kill in found["kills"]}
     phases = {kill["phase"] for kill in found["kills"]}
-    assert len(victims) >= 5 and len(phases) == 5
+    assert len(victims) == 4 and len(phases) == 4
     killed, _ = runs(root)
     attempts = list((killed.path / "logs").glob("[0-9]*"))
     assert len(attempts) == 1 + sum(kill["ended"] is not None for kill in found["kills"])
