@@ -23,6 +23,7 @@ KINDS = {
     "server: detokenizer": r"sglang::detokenizer",
     "server: tokenizer manager": r"sglang[. ]|peergrad\.rollout\.cpu_server",
     "collector": r"multiprocessing.spawn",
+    "reward worker": r"peergrad\.rewards\.worker",
     "launcher": r"torch\.distributed\.run|peergrad\.launch",
     "ranks": r"peergrad\.main|trl_grpo",
 }

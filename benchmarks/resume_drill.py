@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -34,6 +33,8 @@ from typing import Any
 
 import psutil
 from machine import ROOT, describe, load_average, result_path
+from marked import Marked
+from processes import kind
 from summary import write_result
 
 from peergrad.config import Config
@@ -54,15 +55,8 @@ DRILL = (
     "evaluation.every=0",
     "checkpoint.every=1",
 )
-KINDS = {
-    "server": r"sglang::|peergrad.rollout.cpu_server|peergrad.rollout.nursery|sglang.launch_server",
-    "reward worker": "peergrad.rewards.worker",
-    "collector": "multiprocessing.spawn",
-    "rank": "peergrad.main",
-}
 VICTIMS = ("rank 0", "another rank", "collector", "server", "reward worker", "everything")
 PHASES = ("start", "rollout", "update", "sync", "save")
-MARK = "PEERGRAD_DRILL"  # inherited by everything a run starts, so that nothing can hide
 WAIT_SECONDS = 300.0  # for a phase to come
 END_SECONDS = 90.0  # for what is left of a run to end
 AFTER_SECONDS = 0.4  # a kill comes up to so much later than its phase begins
@@ -88,8 +82,7 @@ class Drilled(RunDir):
         super().__init__(root / name)
         self.overrides = [*DRILL, *overrides, f"run.root={root}", f"run.name={name}"]
         self.screen = root / f"{name}.log"
-        self.mark = uuid.uuid4().hex
-        self._seen: set[psutil.Process] = set()
+        self.marked = Marked()
 
     def start(self) -> None:
         self.began = time.time()
@@ -99,7 +92,7 @@ class Drilled(RunDir):
             self.process = subprocess.Popen(
                 [*launch, *self.overrides, resume],
                 cwd=ROOT,
-                env={**os.environ, MARK: self.mark},
+                env={**os.environ, **self.marked.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -143,30 +136,19 @@ class Drilled(RunDir):
             return path.stat().st_mtime > self.began
         return False
 
-    def alive(self) -> list[psutil.Process]:
-        """Every living process of this run, and remember them: SGLang's overwrite their
-        environment with a title."""
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark:
-                    self._seen |= {process, *process.children(recursive=True)}
-        self._seen = {process for process in self._seen if _lives(process)}
-        return sorted(self._seen, key=lambda process: process.pid)
-
     def find(self, victim: str) -> list[psutil.Process]:
         """The processes that ``victim`` may mean; none yet while the run is starting."""
-        alive = self.alive()
+        alive = self.marked.alive()
         if victim == "everything":
             return alive
-        kind = "rank" if "rank" in victim else victim
-        found = [process for process in alive if _kind(process) == kind]
-        if kind != "rank":
-            return found
+        if "rank" not in victim:  # a server's processes are of several kinds
+            return [process for process in alive if _kind(process).startswith(victim)]
+        found = [process for process in alive if _kind(process) == "ranks"]
         return [rank for rank in found if (_rank(rank) == "0") == (victim == "rank 0")]
 
     def gone(self, deadline: float) -> bool:
         """Whether nothing is left, at the latest at ``deadline``."""
-        while self.alive():
+        while self.marked.alive():
             self.process.poll()
             if time.monotonic() > deadline:
                 return False
@@ -175,17 +157,10 @@ class Drilled(RunDir):
         return True
 
 
-def _lives(process: psutil.Process) -> bool:
+def _kind(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def _kind(process: psutil.Process) -> str | None:
-    with suppress(psutil.Error):
-        line = " ".join(process.cmdline())
-        return next((kind for kind, words in KINDS.items() if re.search(words, line)), None)
-    return None
+        return kind(process.cmdline())
+    return "gone"
 
 
 def _rank(process: psutil.Process) -> str | None:
@@ -219,9 +194,8 @@ def main() -> int:
             print(f"error: {error}\n{_tail(run.screen)}", file=sys.stderr)
             return 1
         finally:
-            for process in [*run.alive(), *replay.alive()]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            run.marked.kill()
+            replay.marked.kill()
     print(f"{len(kills)}/{options.kills} kills: as if there had been none; weights {digest}")
     found = {"seed": options.seed, "kills": [asdict(kill) for kill in kills], "weights": digest}
     write_result(
@@ -266,7 +240,7 @@ def end(run: Drilled, victim: str, which: float) -> float | None:
     start = time.monotonic()
     deadline = start + END_SECONDS
     if victim == "everything":  # that a shell has started: servers are in sessions of their own
-        run.alive()
+        run.marked.alive()
         os.killpg(run.process.pid, signal.SIGKILL)
     else:
         processes = run.find(victim)
@@ -278,7 +252,7 @@ def end(run: Drilled, victim: str, which: float) -> float | None:
                 return None
             time.sleep(0.1)
     if not run.gone(deadline):
-        left = [" ".join(process.cmdline())[:80] for process in run.alive()]
+        left = [" ".join(process.cmdline())[:80] for process in run.marked.alive()]
         raise RuntimeError(f"{END_SECONDS:g} s after the end of its {victim} there is still {left}")
     return time.monotonic() - start
 

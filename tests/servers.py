@@ -1,7 +1,7 @@
 """An SGLang server of the tests' own, started once, that runs use as an external one."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,13 +13,6 @@ from peergrad.config import Dtype, ServersConfig
 from peergrad.rollout.servers import ManagedServers
 
 START_TIMEOUT = 240.0  # seconds, on a machine with other things to do
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; a process that ended and waits for its parent to notice does not."""
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def managed(model: Path, logs: Path, count: int = 1) -> ManagedServers:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.marked import is_alive
 from peergrad.running.ports import free_ports
 from peergrad.serve import Options, main, read
 from tests.models import make_hf_model
-from tests.servers import is_alive
 
 REPO = Path(__file__).resolve().parents[2]
 

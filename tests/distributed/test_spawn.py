@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.servers import is_alive
+from benchmarks.marked import is_alive
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,16 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.marked import Marked
 from peergrad.data import Group
 from peergrad.observing.metrics import read_metrics
 from peergrad.recording import read_groups
 from peergrad.running.rundir import RunDir
 from tests.e2e.rewards import HOLD
-from tests.servers import is_alive
 from tests.spawn import free_port, run_ranks
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = "src/peergrad/main.py"
-MARK = "PEERGRAD_TEST_RUN"  # inherited by everything a run starts, so that nothing can hide
 
 
 class Run(RunDir):
@@ -35,17 +32,16 @@ class Run(RunDir):
     def __init__(self, root: Path, name: str, *overrides: str) -> None:
         super().__init__(root / name)
         self.arguments = [f"run.root={root}", f"run.name={name}", *overrides]
-        self.mark = uuid.uuid4().hex
+        self._marked = Marked()
         self.log = root / f"{name}.log"
         self.holds = root / f"{name}.hold"
         self.holds.mkdir()
-        self._seen: set[psutil.Process] = set()
 
     def start(self, *overrides: str, ranks: int = 1) -> None:
         """Start it as the leader of a process group of its own, as a shell would."""
         launch = ["peergrad.launch", "--nproc-per-node", str(ranks)]
         program = launch if ranks > 1 else ["peergrad.main"]
-        ours = {MARK: self.mark, HOLD: str(self.holds)}
+        ours = {**self._marked.environment, HOLD: str(self.holds)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *program, *self.arguments, *overrides],
@@ -90,13 +86,7 @@ class Run(RunDir):
 
     def alive(self) -> list[psutil.Process]:
         """Every living process that this run has started, directly or not, and remember them."""
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # gone, or not ours to look at
-                if process.environ().get(MARK) == self.mark:
-                    # SGLang's workers overwrite their environment with a title
-                    self._seen |= {process, *process.children(recursive=True)}
-        self._seen = {process for process in self._seen if is_alive(process)}
-        return sorted(self._seen, key=lambda process: process.pid)
+        return self._marked.alive()
 
     def assert_gone(self, timeout: float) -> None:
         """No process is left within ``timeout`` seconds."""
@@ -109,9 +99,7 @@ class Run(RunDir):
 
     def kill(self) -> None:
         """SIGKILL to all of it: the cleaning up after a test, passed or failed."""
-        for process in self.alive():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._marked.kill()
 
     @property
     def printed(self) -> str:

@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.servers import START_TIMEOUT, is_alive, managed
+from benchmarks.marked import is_alive
+from tests.servers import START_TIMEOUT, managed
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.engine

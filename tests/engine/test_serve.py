@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.marked import is_alive
 from peergrad.config import Config, Dtype, ServerMode
 from peergrad.observing.screen import Screen
 from peergrad.rollout.address import Address
@@ -23,7 +24,7 @@ from peergrad.rollout.probe import probe
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.sync import WeightSync
 from peergrad.running.ports import free_ports
-from tests.servers import START_TIMEOUT, is_alive
+from tests.servers import START_TIMEOUT
 
 REPO = Path(__file__).resolve().parents[2]
 RUN = "runs/a-1f3a"

@@ -230,14 +230,9 @@ class Metrics:
             self._row["tokens/per_second"] = self._row["tokens/total"] / seconds
         self.write("train", step, self._row)
 
-    @contextmanager
-    def time(self, phase: str) -> Iterator[None]:
+    def time(self, phase: str) -> AbstractContextManager[None]:
         """Add the block's seconds to ``time/<phase>`` of the current step."""
-        start = time.perf_counter()
-        with self._waiting(WAITS.get(phase, phase).format(self._step)):
-            yield
-        key = f"time/{phase}"
-        self._row[key] = self._row.get(key, 0.0) + time.perf_counter() - start
+        return self.part_of(phase, self._step, self._row)
 
     @contextmanager
     def event(self, kind: str, step: int) -> Iterator[dict[str, float]]:
@@ -250,7 +245,7 @@ class Metrics:
 
     @contextmanager
     def part_of(self, kind: str, step: int, row: dict[str, float]) -> Iterator[None]:
-        """Add the block's seconds to ``time/<kind>`` of the event's ``row``."""
+        """Add the block's seconds to ``time/<kind>`` of ``row``, a step's or an event's."""
         start = time.perf_counter()
         with self._waiting(WAITS.get(kind, kind).format(step)):
             yield

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from peergrad.echo import LOST
 from peergrad.preflight.collective import STAGES
-from peergrad.preflight.report import Answer, Job, Report, problem
+from peergrad.preflight.report import Answer, Job, Outcome, Report, problem
 
 SKEW_SECONDS = 5.0
 """Logs of several nodes can no longer be read together; certificates and file times go wrong."""
@@ -66,12 +66,7 @@ def whole(reports: Sequence[Report]) -> Job:
 def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None:
     """What came of ``job`` other than a sum in time at ``least`` GB/s, and on which nodes: those
     that failed by themselves, else those that came least far. None if all is well."""
-    outcomes = {
-        host: outcome
-        for host in job.hosts
-        for outcome in (answers[host].outcomes if host in answers else ())
-        if outcome.job == job.name
-    }
+    outcomes = _outcomes(job, answers)
     own = [host for host, o in outcomes.items() if o.error and not any(w in o.error for w in LOST)]
     if own:  # the others wait for these, or notice that they have gone
         first = outcomes[own[0]]
@@ -91,12 +86,17 @@ def failure(job: Job, answers: Mapping[str, Answer], least: float) -> str | None
 
 def rate(job: Job, answers: Mapping[str, Answer]) -> float:
     """GB/s, of the slowest node."""
-    return min(
-        outcome.rate
+    return min(outcome.rate for outcome in _outcomes(job, answers).values())
+
+
+def _outcomes(job: Job, answers: Mapping[str, Answer]) -> dict[str, Outcome]:
+    """Of ``job``, by the hosts that have told."""
+    return {
+        host: outcome
         for host in job.hosts
-        for outcome in answers[host].outcomes
+        for outcome in (answers[host].outcomes if host in answers else ())
         if outcome.job == job.name
-    )
+    }
 
 
 def untested(
