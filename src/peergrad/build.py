@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -170,11 +170,12 @@ class Build:
             managed = self.servers
             urls = managed.urls if managed else rollout.servers.urls
             identity = self.directory.identity()
-            dead = managed.dead if managed else (lambda wait: None)
-            if managed:  # again: they end while this process still waits for nobody
+            ended: Callable[[float], Mapping[str, str]] = lambda wait: {}
+            if managed:  # stop, again: they end while this process still waits for nobody
+                ended = managed.ended
                 self.stack.callback(managed.stop)
             try:
-                collector = self.start_collector(urls, state, identity, dead)
+                collector = self.start_collector(urls, state, identity, ended)
             except ServerError:
                 if managed:
                     managed.ready()  # says better why one has ended
@@ -189,7 +190,8 @@ class Build:
                 proof=rollout.proof,
                 identity=identity,
                 takeover=rollout.servers.takeover,
-                dead=dead,
+                lost_after=rollout.servers.lost_after,
+                ended=ended,
             )
             self.stack.callback(sync.close)
             return collector, sync
@@ -211,7 +213,7 @@ class Build:
         urls: Sequence[str],
         state: bytes | None,
         identity: str,
-        dead: Callable[[float], str | None],
+        ended: Callable[[float], Mapping[str, str]],
     ) -> Collector:
         """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None
@@ -222,7 +224,7 @@ class Build:
                 collector_parts,
                 state=state,
                 identity=identity,
-                dead=dead,
+                ended=ended,
                 # Its warnings reach the screen through this process.
                 open_log=partial(log_to, self.attempt, "collector", screen=False),
             )

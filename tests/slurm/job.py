@@ -100,6 +100,11 @@ class Job(RunDir):
         rows = read_metrics(self.metrics) if self.metrics.exists() else []
         return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
 
+    def servers(self) -> list[float]:
+        """How many were given the weights after each step."""
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        return [row["sync/servers"] for row in rows if row["kind"] == "train"]
+
     def attempts(self) -> list[dict[str, Any]]:
         """What train.sbatch has written of each."""
         file = self.path / "attempts.jsonl"

@@ -40,6 +40,11 @@ class ServerUnavailable(ServerError):
     """A 5xx answer: another attempt may succeed."""
 
 
+class LoadAgain(ServerError):
+    """A load of weights met servers that are gone, or were: it is to be done anew, with those that
+    are there."""
+
+
 def quote(text: str) -> str:
     """``text`` on one line, and of bearable length."""
     line = " ".join(text.split())
