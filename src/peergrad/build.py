@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,7 +24,7 @@ from peergrad.parallel.groups import Groups, close_groups, init_groups
 from peergrad.parallel.job import Job
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.rollout.collector import Collector
-from peergrad.rollout.errors import ServerError
+from peergrad.rollout.errors import Ended, ServerError, none_ended
 from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, Rollouts
 from peergrad.rollout.servers import ManagedServers
 from peergrad.rollout.sync import WeightSync
@@ -170,9 +170,8 @@ class Build:
             managed = self.servers
             urls = managed.urls if managed else rollout.servers.urls
             identity = self.directory.identity()
-            ended: Callable[[float], Mapping[str, str]] = lambda wait: {}
-            if managed:  # stop, again: they end while this process still waits for nobody
-                ended = managed.ended
+            ended: Ended = managed.ended if managed else none_ended
+            if managed:  # again: they end while this process still waits for nobody
                 self.stack.callback(managed.stop)
             try:
                 collector = self.start_collector(urls, state, identity, ended)
@@ -213,7 +212,7 @@ class Build:
         urls: Sequence[str],
         state: bytes | None,
         identity: str,
-        ended: Callable[[float], Mapping[str, str]],
+        ended: Ended,
     ) -> Collector:
         """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None

@@ -13,7 +13,7 @@ import pickle
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from peergrad.algo.sampling import selects
 from peergrad.config import Config, OnError
 from peergrad.data import Prompt
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.errors import DEATH_SECONDS, ServerError
+from peergrad.rollout.errors import DEATH_SECONDS, Ended, ServerError, none_ended
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.scoring import Scorer, Scoring
@@ -80,7 +80,7 @@ class Collector:
         *,
         state: bytes | None = None,
         identity: str | None = None,
-        ended: Callable[[float], Mapping[str, str]] = lambda wait: {},
+        ended: Ended = none_ended,
         open_log: Callable[[], object] = int,
     ) -> None:
         """Returns at once. ``open_log`` and ``build`` run in the new process: top-level functions

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,9 +31,11 @@ from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control, finish
 from peergrad.rollout.errors import (
     DEATH_SECONDS,
+    Ended,
     LoadAgain,
     ServerError,
     cannot_connect,
+    none_ended,
     reason,
 )
 from peergrad.rollout.presence import absent, absent_for
@@ -86,7 +88,7 @@ class WeightSync:
         identity: str | None = None,
         takeover: bool = False,
         lost_after: float = 60.0,
-        ended: Callable[[float], Mapping[str, str]] = lambda wait: {},
+        ended: Ended = none_ended,
     ) -> None:
         """``timeout``: seconds that one bucket, and one control request, may take.
 
