@@ -95,13 +95,13 @@ def test_a_bad_node_is_left_out_if_there_are_spares(
     """Else the job ends, and says which it is and why."""
     with cluster.taken(1, 30_000):
         job = new_job("spared", *replayed, "run.steps=2")
-        job.submit(nodes=2, NEED_NODES="1")
+        job.submit(nodes=2, NEED_NODES="1", NO_PREFLIGHT="")
         job.wait_for("COMPLETED")
         (attempt,) = job.attempts()
         assert (attempt["nodes"], attempt["status"]) == (cluster.name(2), 0)
         assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed
         job = new_job("unspared", *replayed)
-        job.submit(nodes=2)
+        job.submit(nodes=2, NO_PREFLIGHT="")
         job.wait_for("FAILED")
     assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed and not job.attempts()
 
@@ -183,7 +183,7 @@ def test_a_run_outlives_a_serving_node_and_the_first_one(
         down.append(lost)
         cluster.crash(lost)
         job.wait_until(lambda: job.servers()[-1] == 1.0, "a step with one server", 60 + SLOW)
-        assert "5 s; the run goes on with the other servers, now 1" in job.printed
+        assert "; the run goes on with the other servers, now 1" in job.printed
         cluster.boot(down.pop())
         cluster.wait_idle(lost)
         down.append(trains)

@@ -41,6 +41,10 @@ class ServerUnavailable(ServerError):
     """A 5xx answer: another attempt may succeed."""
 
 
+class ServerGone(ServerError):
+    """A server that had something to do cannot be reached any more, and was given time."""
+
+
 class LoadAgain(ServerError):
     """A load of weights met servers that are gone, or were: it is to be done anew, with those that
     are there."""

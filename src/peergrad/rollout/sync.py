@@ -28,12 +28,13 @@ from peergrad.observing.parts import Parts
 from peergrad.rollout.answers import Asked, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
-from peergrad.rollout.control import Control, finish
+from peergrad.rollout.control import Control
 from peergrad.rollout.errors import (
     DEATH_SECONDS,
     Ended,
     LoadAgain,
     ServerError,
+    ServerGone,
     cannot_connect,
     none_ended,
     reason,
@@ -97,7 +98,7 @@ class WeightSync:
         cannot be reached may yet come back. ``ended``: what is known of servers that have ended, as
         ``ManagedServers.ended`` tells it; it explains a request that fails.
         """
-        self._control = Control(urls, timeout=timeout)
+        self._control = Control(urls, timeout=timeout, lost_after=lost_after)
         self._limit = bucket_mb << 20
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
@@ -126,7 +127,7 @@ class WeightSync:
             proof = self._load(named, version)
         except RuntimeError as error:
             ended = {u: words for u, words in self._ended(DEATH_SECONDS).items() if u in self.urls}
-            if self._loaded and self._left_behind(ended):
+            if self._loaded and self._left_behind(error, ended):
                 raise LoadAgain(f"servers were not there: {error}") from error
             if ended:
                 raise ServerError(next(iter(ended.values()))) from error
@@ -141,16 +142,21 @@ class WeightSync:
         """Of the servers that weights are loaded into."""
         return self._control.urls
 
-    def _left_behind(self, ended: Mapping[str, str]) -> bool:
+    def _left_behind(self, error: RuntimeError, ended: Mapping[str, str]) -> bool:
         """Whether another load may succeed: because servers that are gone are left out from now on
         (``ended``, or those that cannot be reached), or because they have come back."""
-        away = list(ended) or asyncio.run(absent(self.urls))
-        gone = list(ended) or asyncio.run(absent_for(away, self._lost_after))
+        gone = dict(ended)
+        if isinstance(error, ServerGone):
+            gone.setdefault(str(error.url), str(error))
+        away = list(gone) or asyncio.run(absent(self.urls))
+        if not gone:
+            seconds = self._lost_after
+            still = asyncio.run(absent_for(away, seconds))
+            gone = {url: f"{url}: cannot be reached for {seconds:g} s" for url in still}
         left = [url for url in self.urls if url not in gone]
         if not away or not left:
             return False
-        for url in gone:
-            why = ended.get(url, f"{url}: cannot be reached for {self._lost_after:g} s")
+        for why in gone.values():
             log.warning("%s; the run goes on with the other servers, now %d", why, len(left))
         self._control.urls, self._servers = left, None
         if self._group is not None:
@@ -228,7 +234,9 @@ class WeightSync:
         )
         work = dist.broadcast(bucket.flat, src=0, group=group.handle, async_op=True)
         try:
-            finish(answers)  # first: a server that refused will never join the broadcast
+            self._control.finish(
+                answers
+            )  # first: a server that refused will never join the broadcast
             work.wait()
         except BaseException as error:
             self._abandon(group)
@@ -278,7 +286,7 @@ class WeightSync:
             lambda: join_group(store, name, 0, world, backend, self._timeout)
         )
         try:
-            finish([*answers, cast(Future[Any], handle)])
+            self._control.finish([*answers, cast(Future[Any], handle)])
         except RuntimeError as error:  # torch's own errors are of this kind, too
             raise self._not_joined(error, f"{address}:{store.port}") from error
         return _Broadcast(name, handle.result())

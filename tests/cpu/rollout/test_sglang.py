@@ -12,7 +12,7 @@ from dataclasses import replace
 import aiohttp
 import numpy as np
 import pytest
-from fake_sglang import FakeServer, answer_generate, sample, wanted
+from fake_sglang import FakeServer, Vanishing, answer_generate, sample, wanted
 
 from peergrad.rollout.answers import Asked, parse_rollout, parse_scores, read_answers
 from peergrad.rollout.engine import Sampling
@@ -589,20 +589,6 @@ def test_a_dead_server_is_not_waited_for_however_many_retries_are_allowed():
     with pytest.raises(ServerError, match="connection refused"):
         generate(nowhere(), retries=1000, lost_after=1.0)
     assert time.monotonic() - began < 10
-
-
-class Vanishing:
-    """A place where a request is taken, and then nothing can be reached any more; nor does the
-    connection break, as when a machine loses its power."""
-
-    def __init__(self):
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._take_one, daemon=True).start()
-
-    def _take_one(self):
-        self._connection, _ = self._listening.accept()
-        self._listening.close()
 
 
 @pytest.fixture
