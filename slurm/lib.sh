@@ -147,10 +147,28 @@ watch_over() {
     for host in "${HOSTS[@]}"; do
         [ "$host" = "${SLURMD_NODENAME:-}" ] || others+=("$host")
     done
-    [ "${#others[@]}" -gt 0 ] || return 0
-    step watch "${others[@]:0:3}"
-    "${STEP[@]}" --no-kill --wait=0 --overlap --mem=0 --gres=none \
-        bash slurm/watch.sh "$SLURM_JOB_ID" "$SLURMD_NODENAME" &>"$LOGS/watch.log" &
+    for host in "${others[@]:0:3}"; do
+        step watch "$host"
+        "${STEP[@]}" --overlap bash slurm/watch.sh "$SLURM_JOB_ID" "$SLURMD_NODENAME" &>>"$LOGS/watch.log" &
+    done
+}
+
+# start_servers WORD...: on every serving node, until all have ended. A step for each: srun gives up
+# all of a step when one of its nodes is lost. The status is that of the last one that failed.
+start_servers() {
+    local host pid pids=() status=0
+    for host in "${SERVING[@]}"; do
+        step servers "$host"
+        "${STEP[@]}" bash slurm/task.sh servers "$@" &
+        pids+=($!)
+    done
+    trap 'kill -s USR1 "${pids[@]}" 2>/dev/null' USR1
+    trap 'kill -s TERM "${pids[@]}" 2>/dev/null' TERM
+    for pid in "${pids[@]}"; do
+        while alive "$pid"; do wait "$pid"; done # comes back for every signal
+        wait "$pid" || status=$?
+    done
+    return "$status"
 }
 
 alive() { kill -0 "$1" 2>/dev/null; }

@@ -184,6 +184,7 @@ def test_a_run_outlives_a_serving_node_and_the_first_one(
         cluster.crash(lost)
         job.wait_until(lambda: job.servers()[-1] == 1.0, "a step with one server", 60 + SLOW)
         assert "; the run goes on with the other servers, now 1" in job.printed
+        job.wait_until(lambda: job.nodes == [trains, serves], "Slurm to notice")
         cluster.boot(down.pop())
         cluster.wait_idle(lost)
         down.append(trains)
