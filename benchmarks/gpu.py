@@ -8,6 +8,7 @@ written after every part.
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,35 +46,37 @@ class Part:
     name: str
     limit: float  # seconds
     command: tuple[str, ...]
-    triton: bool = False  # interpreted where there is no GPU
 
 
-def parts(tiny: bool) -> list[Part]:
-    """In order: what says most about the rest first."""
-    trained = ("trainer.py", "--warmup=2", "--steps=5", "--groups=16")
-    small: tuple[str, ...] = ()
-    tests: tuple[str, ...] = ("tests/kernels",)
-    if tiny:
-        trained, small = ("trainer.py", "--tiny", "--warmup=1", "--steps=1"), ("--tiny",)
-        tests = ("tests/kernels/test_logits.py", "-k", "in_place or impossible or no_rows")
-    quick = ("--warmup=1", "--repeats=2") if tiny else ()
-    smaller = () if tiny else ("--micro-batch-tokens=4096",)
-    return [
-        Part("kernels", 120, ("gpu_tests.py", *tests), triton=True),
-        Part("collectives", 40, ("collectives.py", *small)),
-        Part("logprob", 150, ("logprob.py", *small, *quick)),
-        Part("trainer-0.6b", 60, trained),
-        Part("trainer-1.7b", 60, (*trained, "--shape=qwen3-1.7b", *smaller)),
-        Part("trainer-8b", 60, (*trained, "--shape=qwen3-8b", "--layers=8", *smaller)),
-        Part("sweep", 60, ("logprob.py", "--sweep=short", *small, *quick), triton=True),
-    ]
+STEPS = ("--warmup=2", "--steps=5")
+LARGE = (*STEPS, "--groups=8", "--micro-batch-tokens=4096")  # fits into 80 GB
+PARTS = (  # what says most about the rest comes first
+    Part("kernels", 150, ("gpu_tests.py", "tests/kernels")),
+    Part("collectives", 40, ("collectives.py",)),
+    Part("logprob", 150, ("logprob.py",)),
+    Part("trainer-0.6b", 60, ("trainer.py", "--groups=16", *STEPS)),
+    Part("trainer-1.7b", 60, ("trainer.py", "--shape=qwen3-1.7b", *LARGE)),
+    Part("trainer-8b", 60, ("trainer.py", "--shape=qwen3-8b", "--layers=8", *LARGE)),
+    Part("sweep", 60, ("logprob.py", "--sweep=short")),
+)
+INTERPRETED = ("kernels", "sweep")  # without a GPU, by Triton
+SMALL = {  # what --tiny adds to a script's command
+    "gpu_tests.py": ("-kin_place or no_rows",),
+    "collectives.py": ("--tiny",),
+    "logprob.py": ("--tiny", "--warmup=1", "--repeats=2"),
+    "trainer.py": ("--tiny", "--warmup=1", "--steps=1"),
+}
 
 
 def main() -> int:
     options = parse_arguments()
     deadline = time.monotonic() + 60 * options.minutes
-    card = read_card()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # parts end, too
+    card = read_card() or (None if options.tiny else ask_torch())
     gpu = card["name"] if card else None
+    if not (gpu or options.tiny):
+        print("error: there is no GPU here; on a CPU only --tiny ends", file=sys.stderr)
+        return 2
     result: dict[str, Any] = {
         "benchmark": "gpu",
         **described(card),
@@ -84,9 +87,11 @@ def main() -> int:
         "targets": [],
     }
     out = options.out or default_path(gpu, options)
-    for part in parts(options.tiny):
+    for part in PARTS:
         if options.only and part.name not in options.only:
             continue
+        if options.tiny:
+            part = replace(part, command=(*part.command, *SMALL[part.command[0]]))
         print(f"--- {part.name}, at most {part.limit:.0f} s", flush=True)
         made = run(part, min(part.limit, deadline - time.monotonic()), gpu)
         result["parts"][part.name] = made
@@ -100,16 +105,13 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [part.name for part in parts(tiny=False)]
+    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes: try it on a CPU")
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--minutes", type=float, default=8.8, help="until all is over")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    if not options.tiny and read_card() is None:
-        parser.error("there is no GPU (nvidia-smi names none); on a CPU only --tiny ends")
-    return options
+    return parser.parse_args()
 
 
 def default_path(gpu: str | None, options: argparse.Namespace) -> Path:
@@ -122,8 +124,9 @@ def default_path(gpu: str | None, options: argparse.Namespace) -> Path:
 
 def described(card: dict[str, str] | None) -> dict[str, Any]:
     """The machine; on one without the history, the commit that its packages were gathered at."""
-    memory = int(card["memory.total"]) << 20 if card else None
-    found = describe(card["name"] if card else None, memory)
+    card = card or {}
+    size = card.get("memory.total", "")  # MiB
+    found = describe(card.get("name"), int(size) << 20 if size.isdigit() else None)
     if found["git"]["commit"] is None:
         found["git"] = gpu_carry.carried_commit()
     return found
@@ -131,23 +134,34 @@ def described(card: dict[str, str] | None) -> dict[str, Any]:
 
 def read_card() -> dict[str, str] | None:
     """What ``nvidia-smi`` says of the first GPU; None without one."""
-    said = _smi(CARD)
-    try:
-        line = subprocess.run(said, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return dict(zip(CARD, line.splitlines()[0].split(", "), strict=True)) if line.strip() else None
+    said = _said(_smi(CARD))
+    return dict(zip(CARD, said.splitlines()[0].split(", "), strict=True)) if said else None
+
+
+def ask_torch() -> dict[str, str] | None:
+    """The same where ``nvidia-smi`` is missing or knows less."""
+    name = _said([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"])
+    return {"name": name} if name else None
 
 
 def _smi(fields: tuple[str, ...]) -> list[str]:
-    return ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i0"]
+    wanted = f"--query-gpu={','.join(fields)}"
+    return ["nvidia-smi", "--id=0", "--format=csv,noheader,nounits", wanted]
+
+
+def _said(command: list[str]) -> str:
+    """Nothing if it failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @contextmanager
 def watched(gpu: str | None) -> Iterator[dict[str, Any]]:
     """Clocks, power and temperature every two seconds; filled in at the end."""
     found: dict[str, Any] = {}
-    if gpu is None:
+    if gpu is None or shutil.which("nvidia-smi") is None:
         yield found
         return
     command = [*_smi((*WATCHED, THROTTLED)), "--loop=2"]
@@ -192,13 +206,14 @@ def run(part: Part, limit: float, gpu: str | None) -> dict[str, Any]:
 
 
 def environment(part: Part, gpu: str | None) -> dict[str, str]:
-    """Of a part: this checkout's sources. Without a GPU one thread, Triton's interpreter, and no
-    ``torch.compile``, which would call a C++ compiler for a minute."""
+    """Of a part: this checkout's sources, and gloo by the loopback. Without a GPU one thread,
+    Triton's interpreter, and no ``torch.compile``, which would call a compiler for a minute."""
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     found = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     if gpu is None:
         found |= {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-        found |= {"TRITON_INTERPRET": "1"} if part.triton else {}
+        found |= {"TRITON_INTERPRET": "1"} if part.name in INTERPRETED else {}
     return found
 
 

@@ -27,9 +27,11 @@ fi
 # that what runs is what was tried. A virtual environment of this project has everything.
 if [ "$PYTHON" != .venv/bin/python ] && [ -d "$WHEELS" ]; then
     rm -rf "$SITE"
-    for wheel in "$WHEELS"/*.whl; do
-        "$PYTHON" -m zipfile -e "$wheel" "$SITE"
-    done
+    "$PYTHON" - "$SITE" "$WHEELS"/*.whl <<'END'
+import sys, zipfile
+for wheel in sys.argv[2:]:
+    zipfile.ZipFile(wheel).extractall(sys.argv[1])
+END
     export PYTHONPATH="$PWD/$SITE${PYTHONPATH:+:$PYTHONPATH}"
 fi
 exec "$PYTHON" benchmarks/gpu.py "$@"

@@ -14,11 +14,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from machine import ROOT
+from summary import save_result
 
-ROOT = Path(__file__).resolve().parents[1]
 PLUGINS = ("pytest_timeout", "jaxtyping._pytest_plugin")  # no others, whatever is installed here
 LONGEST = 60  # seconds of a test, its compilation included
 CHARACTERS = 3000  # of a failure's report
@@ -72,7 +74,7 @@ class Record:
     def _write(self) -> None:
         kinds = [outcome for outcome, _ in self.found["tests"].values()]
         self.found["outcomes"] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-        self.path.write_text(json.dumps(self.found, indent=1))
+        save_result(self.path, self.found)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -94,15 +96,23 @@ def lost() -> str | None:
     return None
 
 
+def one_process(out: Path, wanted: list[str]) -> int:
+    """Pytest's exit status."""
+    tests = ModuleType("tests")  # a package of that name, wherever it is installed, hides ours
+    tests.__path__ = [str(ROOT / "tests")]
+    sys.modules["tests"] = tests
+    plugins = [word for name in PLUGINS for word in ("-p", name)]
+    limit = [f"--timeout={LONGEST}", "--timeout-method=thread"]
+    return int(pytest.main([*plugins, *limit, *wanted], plugins=[Record(out)]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--within", action="store_true", help=argparse.SUPPRESS)
     options, wanted = parser.parse_known_args()
     if options.within:
-        ours = [word for name in PLUGINS for word in ("-p", name)]
-        limit = [f"--timeout={LONGEST}", "--timeout-method=thread"]
-        return int(pytest.main([*ours, *limit, *wanted], plugins=[Record(options.out)]))
+        return one_process(options.out, wanted)
     options.out.unlink(missing_ok=True)
     command = [sys.executable, __file__, f"--out={options.out.resolve()}", "--within", *wanted]
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

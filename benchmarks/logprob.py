@@ -302,7 +302,7 @@ def sweep(tiny: bool, short: bool, repeats: int) -> Iterator[dict[str, Any]]:
     """The Triton kernels of the first section under other cuts, a few of them if ``short``."""
     from peergrad.kernels import triton as kernels
 
-    sizes = Sizes(4, 1000) if tiny else Sizes(8192, 151936)
+    sizes = Sizes(1, 300) if tiny else Sizes(8192, 151936)
     bench = Bench("from logits", sizes)
     cuts = ((256, 512), (4, 8), (2, 4)) if short else ((128, 256, 512), (2, 4, 8), (1, 2, 4, 8))
     for lanes, warps, tiles in itertools.product(*cuts):
