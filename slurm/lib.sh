@@ -141,6 +141,18 @@ record() {
         "$JOB" "$2" "$began" "$(cat "$1/ended")" "$from" "$(steps)" "$3" "$4" "$hosts" >>"$RUN/attempts.jsonl"
 }
 
+# watch_over: have up to three other nodes see that the job does not outlive this one.
+watch_over() {
+    local CONTAINER=() others=() host
+    for host in "${HOSTS[@]}"; do
+        [ "$host" = "${SLURMD_NODENAME:-}" ] || others+=("$host")
+    done
+    [ "${#others[@]}" -gt 0 ] || return 0
+    step watch "${others[@]:0:3}"
+    "${STEP[@]}" --no-kill --wait=0 --overlap --mem=0 --gres=none \
+        bash slurm/watch.sh "$SLURM_JOB_ID" "$SLURMD_NODENAME" &>"$LOGS/watch.log" &
+}
+
 alive() { kill -0 "$1" 2>/dev/null; }
 
 pause() { # that a trapped signal cuts short

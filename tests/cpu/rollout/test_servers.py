@@ -118,17 +118,19 @@ def test_a_server_that_dies_shows_its_last_words(managed, count):
 def test_a_server_that_is_killed_is_known_at_once(managed, count):
     last = count - 1
     with managed(HEALTHY, count=count) as servers:
-        assert servers.dead() is None and servers.dead(wait=0.1) is None
+        assert servers.ended() == servers.ended(wait=0.1) == {}
         os.kill(number(servers, last), signal.SIGKILL)
-        words = servers.dead(wait=10.0)
+        assert any(servers.ended(wait=0.1) for _ in range(100))
+        ((url, words),) = servers.ended().items()
         others = [psutil.Process(number(servers, index)) for index in range(last)]
         assert not any(map(has_ended, others))
+    assert url == servers.urls[last]
     assert re.fullmatch(
         rf"rollout\.servers: server {last} at {servers.urls[last]} was ended by SIGKILL, perhaps "
         rf"for want of memory; see \S+server_{last}\.log",
         words,
     )
-    assert servers.dead() is None  # stopped, not dead
+    assert servers.ended() == {}  # stopped, not dead
 
 
 @pytest.mark.parametrize("own", [{}, {"OMP_NUM_THREADS": "3"}])
@@ -164,7 +166,7 @@ def test_something_else_is_done_while_they_start(managed):
     servers = managed(HEALTHY)
     try:
         servers.start()
-        assert len(set(children()) - before) >= 1 and servers.dead() is None
+        assert len(set(children()) - before) >= 1 and not servers.ended()
         servers.ready()
     finally:
         servers.stop()
