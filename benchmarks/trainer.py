@@ -105,7 +105,9 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(options: argparse.Namespace, work: Work) -> None:
     numbers = {**asdict(work), "steps": options.steps}
     if options.layers is not None:
-        numbers["layers"] = options.layers
+        numbers["layers"], most = options.layers, SHAPES[options.shape]["num_hidden_layers"]
+        if options.layers > most:
+            raise ValueError(f"--layers {options.layers}: {options.shape} has {most}; cut, not add")
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -42,6 +42,13 @@ def test_a_target_is_a_share_of_the_floor_of_its_run() -> None:
     assert "estimate" not in compare([slower], None)[0]
 
 
+def test_what_is_carried_is_what_was_tried_here() -> None:
+    import gpu_carry
+
+    lines = (FOLDER.parent / "requirements-cpu.lock").read_text().splitlines()
+    assert set(gpu_carry.pinned()) <= set(lines)
+
+
 WRITES = """
 import sys, time
 from pathlib import Path
