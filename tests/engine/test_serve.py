@@ -163,7 +163,8 @@ def test_a_trainer_waits_for_servers_uses_them_and_learns_why_they_end(
     assert carried(urls[:1]) == ["0"]
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == [
-        f"{urls[k]}: cannot be reached for 1 s; the run goes on with the other servers, now {k}"
+        f"{urls[k]}: cannot be reached for 1 s; see whether it and its machine still run; the run "
+        f"goes on with the other servers, now {k}"
         for k in (2, 1)
     ]
 

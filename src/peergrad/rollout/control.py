@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from peergrad.rollout.errors import ServerError, ServerGone, reason
+from peergrad.rollout.errors import ServerError, ServerGone, out_of_reach, reason
 from peergrad.rollout.presence import CONNECT_SECONDS, absent
 from peergrad.rollout.reply import Reply
 from peergrad.rollout.requests import Json
@@ -84,11 +84,7 @@ class Control:
             away = {url: away.get(url, now) for url in asyncio.run(absent(self.urls))}
             for url, since in away.items():
                 if now - since >= self._lost_after:
-                    raise ServerGone(
-                        f"{url}: cannot be reached for {now - since:.0f} s; see whether its "
-                        "machine still runs",
-                        url=url,
-                    )
+                    raise ServerGone(out_of_reach(url, now - since), url=url)
 
     def run(self, fn: Callable[[], T]) -> Future[T]:
         """Run ``fn`` beside the requests."""

@@ -59,6 +59,11 @@ def none_ended(wait: float) -> dict[str, str]:
     return {}
 
 
+def out_of_reach(url: str, seconds: float) -> str:
+    """Of a server that was given time."""
+    return f"{url}: cannot be reached for {seconds:.0f} s; see whether it and its machine still run"
+
+
 def quote(text: str) -> str:
     """``text`` on one line, and of bearable length."""
     line = " ".join(text.split())

@@ -37,9 +37,10 @@ from peergrad.rollout.errors import (
     ServerGone,
     cannot_connect,
     none_ended,
+    out_of_reach,
     reason,
 )
-from peergrad.rollout.presence import absent, absent_for
+from peergrad.rollout.presence import absent
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
 from peergrad.rollout.requests import Json, score_payload
 from peergrad.rollout.versions import spell
@@ -47,6 +48,7 @@ from peergrad.rollout.versions import spell
 log = logging.getLogger(__name__)
 
 CLEAN_UP_SECONDS = 10.0
+POLL_SECONDS = 1.0
 NEEDED_INFO = ("tp_size", "pp_size", "device", "dtype", "quantization")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,11 +128,12 @@ class WeightSync:
                 self._claim.check(version)
             proof = self._load(named, version)
         except RuntimeError as error:
-            ended = {u: words for u, words in self._ended(DEATH_SECONDS).items() if u in self.urls}
-            if self._loaded and self._left_behind(error, ended):
+            was_away, gone = self._missing(error)
+            if self._loaded and was_away and len(gone) < len(self.urls):
+                self._leave_behind(gone)
                 raise LoadAgain(f"servers were not there: {error}") from error
-            if ended:
-                raise ServerError(next(iter(ended.values()))) from error
+            if gone:
+                raise ServerError(next(iter(gone.values()))) from error
             if (theft := self._claim.theft()) is not None:
                 raise theft from error
             raise
@@ -142,26 +145,31 @@ class WeightSync:
         """Of the servers that weights are loaded into."""
         return self._control.urls
 
-    def _left_behind(self, error: RuntimeError, ended: Mapping[str, str]) -> bool:
-        """Whether another load may succeed: because servers that are gone are left out from now on
-        (``ended``, or those that cannot be reached), or because they have come back."""
-        gone = dict(ended)
-        if isinstance(error, ServerGone):
-            gone.setdefault(str(error.url), str(error))
-        away = list(gone) or asyncio.run(absent(self.urls))
-        if not gone:
-            seconds = self._lost_after
-            still = asyncio.run(absent_for(away, seconds))
-            gone = {url: f"{url}: cannot be reached for {seconds:g} s" for url in still}
+    def _missing(self, error: RuntimeError) -> tuple[bool, dict[str, str]]:
+        """Whether a server was not there, which may be why ``error`` came about, and those that
+        will not come back, each with a word on why: it has ended, or was given time for that."""
+        began, wait, was_away = time.monotonic(), DEATH_SECONDS, False
+        while True:
+            gone = {url: why for url, why in self._ended(wait).items() if url in self.urls}
+            if isinstance(error, ServerGone):
+                gone.setdefault(str(error.url), str(error))
+            away = [] if gone else asyncio.run(absent(self.urls))
+            was_away = was_away or bool(gone or away)
+            seconds, wait = time.monotonic() - began, POLL_SECONDS
+            if gone or not away or not self._loaded:
+                return was_away, gone
+            if seconds >= self._lost_after:
+                return True, {url: out_of_reach(url, seconds) for url in away}
+            time.sleep(POLL_SECONDS)
+
+    def _leave_behind(self, gone: Mapping[str, str]) -> None:
+        """Go on without the servers that are ``gone``."""
         left = [url for url in self.urls if url not in gone]
-        if not away or not left:
-            return False
         for why in gone.values():
             log.warning("%s; the run goes on with the other servers, now %d", why, len(left))
         self._control.urls, self._servers = left, None
         if self._group is not None:
             self._abandon(self._group)
-        return True
 
     def _load(self, named: NamedTensors, version: int) -> Proof:
         began, sent, count = time.monotonic(), 0, 0
