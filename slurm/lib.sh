@@ -69,9 +69,7 @@ check() {
     local world=$((TRAIN_NODES * RANKS_PER_NODE)) words=("$@") whole place
     [ "$RESTART" = 0 ] || words+=(run.resume=true)
     step check "${HOSTS[0]}"
-    "${STEP[@]}" env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check "${words[@]}" \
-        >/dev/null || give_up $? # what would run, the run says itself
-    whole=$("${STEP[@]}" "$PYTHON" -m peergrad.main --cfg "$@") || give_up $?
+    whole=$("${STEP[@]}" env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check --cfg "${words[@]}") || give_up $?
     mapfile -t place < <(sed -n "/^run:/,/^[^ ]/ { s/^  \(name\|root\): //p }" <<<"$whole" | sed "s/^'\(.*\)'$/\1/")
     [ "${#place[@]}" = 2 ] || refuse "run.name, run.root: not found in the configuration"
     RUN=${place[1]}/${place[0]}
@@ -91,12 +89,10 @@ preflight() {
     divide
 }
 
-# give_up STATUS: end with it before anything has begun. If it was a SIGTERM that ended the step, and
-# none has come to this script, the job is being preempted, and begins anew.
+# give_up STATUS: end with it before anything has begun; begin anew if that is because the job is being
+# preempted, of which only the step has been told.
 give_up() {
-    case $1 in
-        75 | 143) [ "${asked:-}" = TERM ] || again ;;
-    esac
+    [ "$1" = 2 ] || [ "${asked:-}" = TERM ] || [ -z "$(if_preempted)" ] || again
     exit "$1"
 }
 
