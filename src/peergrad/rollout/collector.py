@@ -24,7 +24,6 @@ from typing import Any, cast
 from peergrad.algo.sampling import selects
 from peergrad.config import Config, OnError
 from peergrad.data import Prompt
-from peergrad.recording import write_groups
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import DEATH_SECONDS, ServerError
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
@@ -291,6 +290,8 @@ class _Worker:
         )
         log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
         if record is not None:
+            from peergrad.recording import write_groups  # Arrow, which runs do not need here
+
             await asyncio.to_thread(write_groups, record, result.groups)
         name = "the evaluation" if record else f"evaluation after step {version}"
         return replace(result, grading=scoring.numbers(name), groups=())
