@@ -31,7 +31,7 @@ export GLOO_SOCKET_IFNAME := lo
 train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
 # What make check reads with shellcheck, and with them what they source.
-SCRIPTS := .ci/run $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh
+SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh
 
 .PHONY: train test test-all test-slurm test-alone test-together check bench clean
 

@@ -149,6 +149,36 @@ record() {
         "$JOB" "$2" "$began" "$(cat "$1/ended")" "$from" "$(steps)" "$3" "$4" "$hosts" >>"$RUN/attempts.jsonl"
 }
 
+# watch_over: have up to three other nodes see that the job does not outlive this one.
+watch_over() {
+    local CONTAINER=() others=() host
+    for host in "${HOSTS[@]}"; do
+        [ "$host" = "${SLURMD_NODENAME:-}" ] || others+=("$host")
+    done
+    for host in "${others[@]:0:3}"; do
+        step watch "$host"
+        "${STEP[@]}" --overlap bash slurm/watch.sh "$SLURM_JOB_ID" "$SLURMD_NODENAME" &>>"$LOGS/watch.log" &
+    done
+}
+
+# start_servers WORD...: on every serving node, until all have ended. A step for each: srun gives up
+# all of a step when one of its nodes is lost. The status is that of the last one that failed.
+start_servers() {
+    local host pid pids=() status=0
+    for host in "${SERVING[@]}"; do
+        step servers "$host"
+        "${STEP[@]}" bash slurm/task.sh servers "$@" &
+        pids+=($!)
+    done
+    trap 'kill -s USR1 "${pids[@]}" 2>/dev/null' USR1
+    trap 'kill -s TERM "${pids[@]}" 2>/dev/null' TERM
+    for pid in "${pids[@]}"; do
+        while alive "$pid"; do wait "$pid"; done # comes back for every signal
+        wait "$pid" || status=$?
+    done
+    return "$status"
+}
+
 alive() { kill -0 "$1" 2>/dev/null; }
 
 pause() { # that a trapped signal cuts short

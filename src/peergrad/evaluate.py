@@ -140,6 +140,7 @@ def answer(config: Config, folder: Path, screen: Screen, stack: ExitStack) -> "E
     """Have servers answer and rewards grade; the answers are in ``folder``, the rest is told."""
     from peergrad.inputs import evaluation_parts
     from peergrad.rollout.collector import Collector
+    from peergrad.rollout.errors import none_ended
 
     managed = start_servers(config, folder, stack, ranks=0)
     urls = managed.urls if managed else config.rollout.servers.urls
@@ -149,7 +150,7 @@ def answer(config: Config, folder: Path, screen: Screen, stack: ExitStack) -> "E
         urls,
         evaluation_parts,
         identity=identity,
-        dead=managed.dead if managed else (lambda wait: None),
+        ended=managed.ended if managed else none_ended,
         open_log=partial(log_to, folder, "collector", screen=False),
     )
     stack.callback(collector.close)

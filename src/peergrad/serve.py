@@ -3,8 +3,8 @@
     python -m peergrad.serve --host node7 model.path=/models/qwen3-0.6b rollout.servers.count=8
 
 They are those that the same configuration has a run start beside itself, with the same options, and
-live as long as this program. Status 0: ended by a signal. 1: a server ended. 2: the configuration
-is wrong. 130: ended by an impatient second signal.
+live as long as this program. Status 0: ended by a signal. 1: the servers ended, or one did before
+all were there. 2: the configuration is wrong. 130: ended by an impatient second signal.
 """
 
 import logging
@@ -168,11 +168,11 @@ def heed_signals() -> Stop:
 
 
 def serve(config: Config, servers: "ManagedServers", stop: Stop) -> None:
-    """Until a signal comes. Raises RuntimeError if a server ends before, ValueError if SGLang
-    refuses its options."""
+    """Until a signal comes. Raises RuntimeError if a server ends before all were healthy, or once
+    none is left, ValueError if SGLang refuses its options."""
     for line in describe(config, servers).splitlines():
         _say(line)
-    began, up = time.monotonic(), 0
+    began, up, told = time.monotonic(), 0, set[str]()
     try:
         servers.start()
         while stop.reason() is None:
@@ -182,8 +182,12 @@ def serve(config: Config, servers: "ManagedServers", stop: Stop) -> None:
                 if up == len(servers.urls):
                     urls = ",".join(servers.urls)
                     _say(f"all are: rollout=external 'rollout.servers.urls=[{urls}]'")
-            if (dead := servers.dead()) is not None:
-                raise RuntimeError(dead)
+            ended = servers.ended()
+            for url in ended.keys() - told:
+                if up < len(servers.urls) or len(ended) == len(servers.urls):
+                    raise RuntimeError(ended[url])
+                told.add(url)
+                _say(f"{ended[url]}; the others go on")
             time.sleep(POLL_SECONDS)
     finally:
         servers.stop()

@@ -95,13 +95,13 @@ def test_a_bad_node_is_left_out_if_there_are_spares(
     """Else the job ends, and says which it is and why."""
     with cluster.taken(1, 30_000):
         job = new_job("spared", *replayed, "run.steps=2")
-        job.submit(nodes=2, NEED_NODES="1")
+        job.submit(nodes=2, NEED_NODES="1", NO_PREFLIGHT="")
         job.wait_for("COMPLETED")
         (attempt,) = job.attempts()
         assert (attempt["nodes"], attempt["status"]) == (cluster.name(2), 0)
         assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed
         job = new_job("unspared", *replayed)
-        job.submit(nodes=2)
+        job.submit(nodes=2, NO_PREFLIGHT="")
         job.wait_for("FAILED")
     assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed and not job.attempts()
 
@@ -186,21 +186,33 @@ def test_servers_that_end_end_the_job(new_job: NewJob, model: Path) -> None:
 
 
 @pytest.mark.engine
-def test_a_serving_node_that_loses_power_is_replaced(
+def test_a_run_outlives_a_serving_node_and_the_first_one(
     cluster: Cluster, new_job: NewJob, model: Path
 ) -> None:
-    """The job is requeued, goes on with another node from its last checkpoint, and finishes."""
-    job = new_job("replaced", f"model.path={model}", *SERVED, "run.steps=6")
-    job.submit(nodes=2)
+    """The power of one serving node fails: the run goes on with the other. That of the node that
+    trains and runs the script fails: another node has the job requeued, and it goes on there."""
+    job = new_job("outlives", f"model.path={model}", *SERVED, "rollout.servers.lost_after=5")
+    job.submit("run.steps=100000", nodes=3, TRAIN_NODES="1")
     job.wait_until((job.checkpoints / "latest").exists, "a checkpoint", SLOW)
-    assert job.nodes == [1, 2]
-    cluster.crash(2)
+    trains, serves, lost = job.nodes
+    assert job.servers() == [2.0] * job.step
+    down = []
     try:
-        job.wait_for("COMPLETED", 60 + SLOW)
+        down.append(lost)
+        cluster.crash(lost)
+        job.wait_until(lambda: job.servers()[-1] == 1.0, "a step with one server", 60 + SLOW)
+        assert "; the run goes on with the other servers, now 1" in job.printed
+        job.wait_until(lambda: job.nodes == [trains, serves], "Slurm to notice")
+        cluster.boot(down.pop())
+        cluster.wait_idle(lost)
+        down.append(trains)
+        cluster.crash(trains)
+        job.wait_until(lambda: job.facts()["Restarts"] == "1", "to be requeued", 180)
+        job.wait_until(lambda: len(job.attempts()) == 1, "another attempt", 180)
+        assert trains not in job.nodes and serves in job.nodes
+        (first,) = job.attempts()
+        assert first["status"] is None and first["to_step"] >= 1
     finally:
-        cluster.boot(2)
-        cluster.wait_idle(2)
-    assert 2 not in job.nodes
-    lost, last = job.attempts()
-    assert lost["status"] != 0 and last["from_step"] >= 1
-    assert (last["status"], last["to_step"]) == (0, 6)
+        for node in down:
+            cluster.boot(node)
+            cluster.wait_idle(node)

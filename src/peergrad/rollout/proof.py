@@ -38,6 +38,7 @@ class Proof:
     verified: int  # engine tensors found equal to what was sent, on every server
     unverified: int  # engine tensors whose digest cannot be known: sharded, quantised, experts, GPU
     canary: Group | None
+    servers: int = 1  # that hold the weights
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the sync
 
 

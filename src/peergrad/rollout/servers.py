@@ -95,6 +95,7 @@ class ManagedServers:
         self._log_dir = log_dir
         self._processes: Sequence[subprocess.Popen[bytes] | Child] = []  # of the servers
         self._roots: list[subprocess.Popen[bytes]] = []  # that we have started: of their trees
+        self._words: dict[int, str] = {}  # the last ones of those that have ended
         self._began = 0.0
         self._fixed: dict[str, Any] = {
             "model-path": model_path,
@@ -144,23 +145,23 @@ class ManagedServers:
     ) -> None:
         self.stop()
 
-    def dead(self, wait: float = 0.0) -> str | None:
-        """What is known of the first server that has ended by itself, on one line; None while all
-        run. May be asked at any time. ``wait``: seconds that one whose connections just broke may
-        take to end."""
+    def ended(self, wait: float = 0.0) -> dict[str, str]:
+        """What is known of the servers that have ended by themselves, a line each, by URL. May be
+        asked at any time. ``wait``: seconds that those whose connections just broke may take to
+        end, if not all have."""
         deadline = time.monotonic() + wait
         while True:
             for index, process in enumerate(self._processes):
-                if (status := process.poll()) is not None:
-                    return self._last_words(index, status)
-            if time.monotonic() >= deadline:
-                return None
+                if index not in self._words and (status := process.poll()) is not None:
+                    self._words[index] = self._last_words(index, status)
+            if len(self._words) == len(self.urls) or time.monotonic() >= deadline:
+                return {self.urls[index]: words for index, words in self._words.items()}
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """End the servers with all their processes; safe to call again."""
         _end(self._roots)
-        self._processes, self._roots = [], []
+        self._processes, self._roots, self._words = [], [], {}
         self._http.close()
 
     def options(self, index: int) -> list[str]:
@@ -254,9 +255,9 @@ class ManagedServers:
         self._rising = [index for index in self._rising if index not in found]
         for index in found:
             log.info("server %d healthy after %.0f s", index, seconds)
-        if self._rising and (dead := self.dead()) is not None:
+        if self._rising and (ended := self.ended()):
             check_args(self._config.args)  # says better what it is
-            raise RuntimeError(dead)
+            raise RuntimeError(next(iter(ended.values())))
         if self._rising and seconds > limit:
             late = self._rising[0]
             raise RuntimeError(

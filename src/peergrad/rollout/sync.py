@@ -4,10 +4,11 @@ The only user of torch.distributed in this package, and only on rank 0 of the tr
 with the servers a process group of its own, apart from the trainer's groups.
 """
 
+import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +28,19 @@ from peergrad.observing.parts import Parts
 from peergrad.rollout.answers import Asked, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
-from peergrad.rollout.control import Control, finish
-from peergrad.rollout.errors import DEATH_SECONDS, ServerError, cannot_connect, reason
+from peergrad.rollout.control import Control
+from peergrad.rollout.errors import (
+    DEATH_SECONDS,
+    Ended,
+    LoadAgain,
+    ServerError,
+    ServerGone,
+    cannot_connect,
+    none_ended,
+    reason,
+)
 from peergrad.rollout.held import checksums, new_digests, server_infos
+from peergrad.rollout.presence import absent, absent_for
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
 from peergrad.rollout.requests import Json, score_payload
 from peergrad.rollout.versions import spell
@@ -61,6 +72,9 @@ class WeightSync:
     digests are compared *before* generation goes on. Requests in flight resume by themselves and
     continue with the new weights. After a failure in between, the servers stay paused, for their
     weights are then neither the old nor the new; a later ``load`` that succeeds puts it right.
+
+    Servers that are gone once the run has begun are left out, if others are there: ``urls`` are
+    those that are left.
     """
 
     def __init__(
@@ -73,22 +87,25 @@ class WeightSync:
         timeout: float = 300.0,
         identity: str | None = None,
         takeover: bool = False,
-        dead: Callable[[float], str | None] = lambda wait: None,
+        lost_after: float = 60.0,
+        ended: Ended = none_ended,
     ) -> None:
         """``timeout``: seconds that one bucket, and one control request, may take.
 
         ``identity``: the run that the servers must belong to (``claim``); None: to nobody.
-        ``takeover``: take them from another run. ``dead``: what is known of a server that has
-        ended, as ``ManagedServers.dead`` tells it; it explains a request that fails.
+        ``takeover``: take them from another run. ``lost_after``: seconds for which a server that
+        cannot be reached may yet come back. ``ended``: what is known of servers that have ended, as
+        ``ManagedServers.ended`` tells it; it explains a request that fails.
         """
-        self._control = Control(urls, timeout=timeout)
+        self._control = Control(urls, timeout=timeout, lost_after=lost_after)
         self._limit = bucket_mb << 20
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
         self._canary = canary_tokens(vocab_size)
         self._identity = identity
         self._claim = Claim(self._control, identity, takeover=takeover)
-        self._dead = dead
+        self._ended, self._lost_after = ended, lost_after
+        self._loaded = False
         self._group: _Broadcast | None = None
         self._abandoned: list[_Broadcast] = []  # to free one would wait for its broadcast
         self._servers: list[Json] | None = None
@@ -97,21 +114,53 @@ class WeightSync:
     def load(self, named: NamedTensors, version: int) -> Proof:
         """Broadcast pairs of HF name and full tensor; returns when all servers generate from them.
 
-        Holds one bucket beside what the iterator holds. Raises ServerError if a server fails or was
-        taken by another run, RuntimeError if the servers end up with other weights than were sent,
-        and ValueError if another run has them at the first call.
+        Holds one bucket beside what the iterator holds. Raises LoadAgain if a server was not there
+        but now all of ``urls`` are, ServerError if one fails or was taken by another run,
+        RuntimeError if the servers end up with other weights than were sent, and ValueError if
+        another run has them at the first call.
         """
         self._parts = Parts()
         try:
             with self._parts.time("claim"):
                 self._claim.check(version)
-            return self._load(named, version)
+            proof = self._load(named, version)
         except RuntimeError as error:
-            if (dead := self._dead(DEATH_SECONDS)) is not None:
-                raise ServerError(dead) from error
+            ended = {u: words for u, words in self._ended(DEATH_SECONDS).items() if u in self.urls}
+            if self._loaded and self._left_behind(error, ended):
+                raise LoadAgain(f"servers were not there: {error}") from error
+            if ended:
+                raise ServerError(next(iter(ended.values()))) from error
             if (theft := self._claim.theft()) is not None:
                 raise theft from error
             raise
+        self._loaded = True
+        return proof
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the servers that weights are loaded into."""
+        return self._control.urls
+
+    def _left_behind(self, error: RuntimeError, ended: Mapping[str, str]) -> bool:
+        """Whether another load may succeed: because servers that are gone are left out from now on
+        (``ended``, or those that cannot be reached), or because they have come back."""
+        gone = dict(ended)
+        if isinstance(error, ServerGone):
+            gone.setdefault(str(error.url), str(error))
+        away = list(gone) or asyncio.run(absent(self.urls))
+        if not gone:
+            seconds = self._lost_after
+            still = asyncio.run(absent_for(away, seconds))
+            gone = {url: f"{url}: cannot be reached for {seconds:g} s" for url in still}
+        left = [url for url in self.urls if url not in gone]
+        if not away or not left:
+            return False
+        for why in gone.values():
+            log.warning("%s; the run goes on with the other servers, now %d", why, len(left))
+        self._control.urls, self._servers = left, None
+        if self._group is not None:
+            self._abandon(self._group)
+        return True
 
     def _load(self, named: NamedTensors, version: int) -> Proof:
         began, sent, count = time.monotonic(), 0, 0
@@ -142,7 +191,13 @@ class WeightSync:
             "sync of version %d took %.2f s (%d bytes in %d buckets, %d servers)",
             *(version, seconds, sent, count, len(self._control.urls)),
         )
-        return Proof(version, *counts, canary=canary, seconds=self._parts.seconds)
+        return Proof(
+            version,
+            *counts,
+            canary=canary,
+            servers=len(self.urls),
+            seconds=self._parts.seconds,
+        )
 
     def close(self) -> None:
         """Leave the group, and the servers to other runs; they may be gone already."""
@@ -178,7 +233,9 @@ class WeightSync:
         )
         work = dist.broadcast(bucket.flat, src=0, group=group.handle, async_op=True)
         try:
-            finish(answers)  # first: a server that refused will never join the broadcast
+            self._control.finish(
+                answers
+            )  # first: a server that refused will never join the broadcast
             work.wait()
         except BaseException as error:
             self._abandon(group)
@@ -228,7 +285,7 @@ class WeightSync:
             lambda: join_group(store, name, 0, world, backend, self._timeout)
         )
         try:
-            finish([*answers, cast(Future[Any], handle)])
+            self._control.finish([*answers, cast(Future[Any], handle)])
         except RuntimeError as error:  # torch's own errors are of this kind, too
             raise self._not_joined(error, f"{address}:{store.port}") from error
         return _Broadcast(name, handle.result())

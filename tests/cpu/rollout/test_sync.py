@@ -13,8 +13,8 @@ from fake_sglang import FakeServer
 
 from peergrad.config import Proof as ProofMode
 from peergrad.rollout import claim
+from peergrad.rollout.errors import ServerError
 from peergrad.rollout.proof import CANARY_TOKENS
-from peergrad.rollout.sglang import ServerError
 from peergrad.rollout.sync import WeightSync, join_group, local_address
 
 TIMEOUT = timedelta(seconds=30)
@@ -333,7 +333,8 @@ def test_a_canary_scored_with_another_runs_weights_is_an_error(servers, owned):
 def test_a_dead_managed_server_explains_what_failed():
     with FakeServer() as server:
         url = server.url
-    sync = WeightSync([url], vocab_size=50, dead=lambda wait: "server 0 ended with exit code 3")
+    words = {url: "server 0 ended with exit code 3"}
+    sync = WeightSync([url], vocab_size=50, ended=lambda wait: words)
     with pytest.raises(ServerError, match=r"^server 0 ended with exit code 3$") as error:
         sync.load(weights(), 1)
     assert "connection refused" in str(error.value.__cause__)

@@ -1,0 +1,43 @@
+"""Whether anything listens where a server should be.
+
+Asked of the kernel alone, by opening a connection: a server that computes, is paused or has a long
+queue is there all the same, one whose process or machine is gone is not.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+CONNECT_SECONDS = 10.0
+POLL_SECONDS = 1.0
+
+
+async def reachable(url: str) -> bool:
+    """Whether a connection to the server at ``url`` can be opened now."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with suppress(OSError):  # of which TimeoutError is one
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(parts.hostname, port)
+        writer.close()
+        return True
+    return False
+
+
+async def absent(urls: Sequence[str]) -> list[str]:
+    """Those of ``urls`` where nothing can be reached now."""
+    found = await asyncio.gather(*map(reachable, urls))
+    return [url for url, there in zip(urls, found, strict=True) if not there]
+
+
+async def absent_for(urls: Sequence[str], seconds: float) -> list[str]:
+    """Those of ``urls`` where nothing can be reached for ``seconds`` from now; returns before that
+    once all of them can be."""
+    deadline = time.monotonic() + seconds
+    missing = await absent(urls)
+    while missing and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_SECONDS)
+        missing = await absent(missing)
+    return missing
