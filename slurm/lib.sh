@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The parts of train.sbatch, some of which eval.sbatch shares, in the order in which it uses them. It says what the variables mean.
+# The parts of train.sbatch in the order in which it uses them; it says what the variables mean. eval.sbatch
+# uses some of them, too.
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
