@@ -19,10 +19,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from peergrad.config import Config, require
-from peergrad.running.commandline import FLAGS, parse
+from peergrad.running.commandline import read_valued
 from peergrad.running.compose import compose_config
 from peergrad.running.ending import FINISHED, INTERRUPTED, Ending, refuse
-from peergrad.running.hints import distance
 from peergrad.running.logs import log_to
 from peergrad.running.place import Place
 from peergrad.running.stopping import Stop
@@ -101,21 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read(arguments: Sequence[str]) -> Options:
     """The options and overrides. Raises ValueError with one line for anything else, and
     SystemExit(0) after ``--help``, which is printed."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(HELP, end="")
-        raise SystemExit(0)
-    values: dict[str, str] = {}
-    others, words = [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in VALUED:
-            others.append(_passed(word))
-            continue
-        value = value if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise ValueError(f"{name}: has no value; write {name} <value>, see --help")
-        values[name] = value
-    parsed, port = parse(others), values.get("--port", str(Options.port))
+    values, parsed = read_valued(arguments, VALUED, HELP)
+    port = values.get("--port", str(Options.port))
     require(port.isdecimal(), "--port", port, "must be a whole number", f"use {Options.port}")
     return Options(
         values.get("--host", Options.host),
@@ -124,17 +110,6 @@ def read(arguments: Sequence[str]) -> Options:
         parsed.check,
         parsed.overrides,
     )
-
-
-def _passed(word: str) -> str:
-    """``word`` if it may be somebody else's to read."""
-    name = word.partition("=")[0]
-    if name in FLAGS and name != "--check":
-        raise ValueError(f"{name}: is an option of peergrad.main; ask that, or see --help")
-    near = [known for known in VALUED if name[:1] == "-" and distance(name, known) <= 2]
-    if near:
-        raise ValueError(f"{name}: there is no such option; did you mean {near[0]}?")
-    return word
 
 
 def build(config: Config, options: Options) -> "ManagedServers":

@@ -106,21 +106,39 @@ def test_a_bad_node_is_left_out_if_there_are_spares(
     assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed and not job.attempts()
 
 
-def test_a_stopped_run_goes_on_where_it_was(new_job: NewJob, replayed: list[str]) -> None:
-    """Two nodes, a tensor rank on each; USR1 as before the time limit, requeue, resume, the end;
-    the weights are those of a run that nothing disturbed."""
+def preempt(cluster: Cluster) -> None:
+    """A job that is more urgent and takes all nodes, for a second."""
+    everywhere = ("--partition=urgent", f"--nodes={len(cluster.nodes)}", "--exclusive")
+    cluster.slurm("sbatch", *everywhere, "--output=/dev/null", "--wrap=srun sleep 1")
+
+
+def test_a_stopped_and_preempted_run_ends_as_if_nothing_had_been(
+    cluster: Cluster, new_job: NewJob, replayed: list[str]
+) -> None:
+    """Two nodes, a tensor rank on each. Preempted while it is checked; USR1, as before the time
+    limit; preempted while it trains. Each time it is requeued. The weights are those of a run that
+    nothing disturbed."""
     job = new_job("stopped", *replayed, "parallel.tensor=2")
-    job.submit(nodes=2, TRAIN_NODES="2")
+    job.submit(nodes=2, TRAIN_NODES="2", NO_PREFLIGHT="1")
+    job.wait_until(lambda: job.processes("peergrad.main"), "the check")
+    preempt(cluster)
     job.wait_until(lambda: job.step >= 2, "step 2")
     job.signal("USR1")
     whole = new_job("whole", *replayed, "parallel.tensor=2")
     run_in_turn(2, [MAIN, *whole.overrides])
-    job.wait_for("COMPLETED", 180)
-    first, second = job.attempts()
-    assert 2 <= first["to_step"] == second["from_step"] < STEPS == second["to_step"]
-    assert (first["status"], second["status"], second["why"]) == (75, 0, "finished")
-    assert (second["restart"], job.facts()["Restarts"]) == (1, "1")
-    assert (job.path / "slurm" / "latest").resolve().name == f"{job.id}.1"
+    job.wait_until(lambda: job.attempts() and job.step > job.attempts()[0]["to_step"], "more steps")
+    preempt(cluster)
+    job.wait_for("COMPLETED", 240)
+    first, second, third = job.attempts()
+    assert [(each["status"], each["why"]) for each in (first, second, third)] == [
+        (75, "stopped and saved, for USR1"),
+        (75, "stopped and saved, preempted"),
+        (0, "finished"),
+    ]
+    assert 2 <= first["to_step"] == second["from_step"] < second["to_step"]
+    assert second["to_step"] == third["from_step"] < STEPS == third["to_step"]
+    assert (first["restart"], third["restart"], job.facts()["Restarts"]) == (1, 3, "3")
+    assert (job.path / "slurm" / "latest").resolve().name == f"{job.id}.3"
     assert_same_weights(job.hf, whole.hf)
 
 

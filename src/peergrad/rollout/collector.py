@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 from peergrad.algo.sampling import selects
@@ -118,11 +119,17 @@ class Collector:
         return cast(Taken | None, self._call("take", version, until=until))
 
     def evaluate(
-        self, version: int, *, until: Callable[[], object] = _never
+        self,
+        version: int,
+        *,
+        record: Path | None = None,
+        until: Callable[[], object] = _never,
     ) -> EvaluationResult | None:
         """Answer the held-out prompts with the present weights; None if there are none, or if
-        ``until`` became true before."""
-        return cast(EvaluationResult | None, self._call("evaluate", version, until=until))
+        ``until`` became true before. ``record``: the file to put the answers into, which do not
+        come with the result."""
+        result = self._call("evaluate", version, record, until=until)
+        return cast(EvaluationResult | None, result)
 
     def state(self) -> bytes:
         """Prompt position, groups waiting and prompts in flight, for a checkpoint."""
@@ -261,7 +268,7 @@ class _Worker:
         )  # fmt: skip
         return taken
 
-    async def evaluate(self, version: int) -> EvaluationResult | None:
+    async def evaluate(self, version: int, record: Path | None) -> EvaluationResult | None:
         prompts = self._parts.held_out[: self._evaluation.prompts]
         if not prompts:
             return None
@@ -286,7 +293,12 @@ class _Worker:
             count_failed=self._reward.on_error is OnError.zero,
         )
         log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
-        return replace(result, grading=scoring.numbers(f"evaluation after step {version}"))
+        if record is not None:
+            from peergrad.recording import write_groups  # Arrow, which runs do not need here
+
+            await asyncio.to_thread(write_groups, record, result.groups)
+        name = "the evaluation" if record else f"evaluation after step {version}"
+        return replace(result, grading=scoring.numbers(name), groups=())
 
     async def state(self) -> bytes:
         return pickle.dumps(self._stream.state())

@@ -83,11 +83,14 @@ class ManagedServers:
         seed: int = 0,
         weight_version: int = 0,
         address: Address | None = None,
+        ranks: int | None = None,
     ) -> None:
         """``address``: where they listen, with the GPUs of this machine to themselves. None: beside
-        a trainer, at free ports that only this machine sees."""
+        a trainer, at free ports that only this machine sees. ``ranks``: of that trainer on this
+        machine, which have the first GPUs; None: as many as torchrun says."""
         self._config = config
         self._alone = address is not None
+        self._ranks = 0 if self._alone else ranks
         self._address = address or Address("127.0.0.1", free_ports(config.count))
         self._log_dir = log_dir
         self._processes: Sequence[subprocess.Popen[bytes] | Child] = []  # of the servers
@@ -180,7 +183,8 @@ class ManagedServers:
         """Of server ``index``, counted among those that this process sees."""
         args = {flag(key): value for key, value in self._config.args.items()}
         # Behind the GPUs of this node's trainer ranks, unless told otherwise.
-        ranks = "0" if self._alone else os.environ.get("LOCAL_WORLD_SIZE", "1")
+        told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        ranks = told if self._ranks is None else self._ranks
         first, step = int(args.get("base-gpu-id", ranks)), int(args.get("gpu-id-step", 1))
         size = self._config.tensor * step
         return range(first + index * size, first + (index + 1) * size, step)

@@ -40,6 +40,7 @@ from peergrad.rollout.errors import (
     out_of_reach,
     reason,
 )
+from peergrad.rollout.held import checksums, new_digests, server_infos
 from peergrad.rollout.presence import absent
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
 from peergrad.rollout.requests import Json, score_payload
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 
 CLEAN_UP_SECONDS = 10.0
 POLL_SECONDS = 1.0
-NEEDED_INFO = ("tp_size", "pp_size", "device", "dtype", "quantization")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def init_payload(
@@ -313,35 +312,18 @@ class WeightSync:
 
     def _server_info(self) -> list[Json]:
         if self._servers is None:
-            infos = self._control.get("/server_info")
-            for url, info in zip(self._control.urls, infos, strict=True):
-                if missing := [name for name in NEEDED_INFO if name not in info]:
-                    raise ServerError(
-                        f"{url}: /server_info tells no {missing[0]}; use SGLang 0.5.21 or later, "
-                        "and name the workers themselves, not a router",
-                        url=url,
-                    )
-            self._servers = infos
+            self._servers = server_infos(self._control)
         return self._servers
 
     def _new_digests(self) -> Digests | None:
         """None if not even the names of the engine's tensors can be known."""
-        servers = self._server_info()
-        if self._proof is not ProofMode.auto or any(s["quantization"] for s in servers):
-            return None
-        known = all(s["device"] == "cpu" and s["tp_size"] == s["pp_size"] == 1 for s in servers)
-        dtypes = {s["dtype"] for s in servers}
-        return Digests(DTYPES.get(dtypes.pop()) if known and len(dtypes) == 1 else None)
+        known = self._proof is ProofMode.auto
+        return new_digests(self._server_info()) if known else None
 
     def _compare(self, digests: Digests | None) -> tuple[int, int]:
         if self._proof is not ProofMode.auto:
             return 0, 0
-        answers = self._control.post("/weights_checker", {"action": "checksum"})
-        held = {
-            url: _checksums(url, answer)
-            for url, answer in zip(self._control.urls, answers, strict=True)
-        }
-        return compare(None if digests is None else digests.result(), held)
+        return compare(None if digests is None else digests.result(), checksums(self._control))
 
     def _score_canary(self, version: int) -> Group | None:
         if self._proof is ProofMode.off:
@@ -399,18 +381,6 @@ def local_address(url: str) -> str:
         raise ServerError(
             f"{url}: there is no way there from this machine ({reason(error)}); correct the host "
             "in rollout.servers.urls",
-            url=url,
-        ) from error
-
-
-def _checksums(url: str, answer: Json) -> list[dict[str, str]]:
-    """The digests of each of a server's ranks."""
-    try:
-        return [dict(rank["checksums"]) for rank in answer["ranks"]]
-    except (LookupError, TypeError, ValueError) as error:
-        raise ServerError(
-            f"{url}: answered /weights_checker in another form than SGLang's; use the SGLang that "
-            "peergrad pins, or set rollout.proof=canary",
             url=url,
         ) from error
 

@@ -57,10 +57,10 @@ def managed(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(module, "GPU_SERVER", stand_in.__name__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "src")]))
 
-    def build(script="", **config):
+    def build(script="", ranks=None, **config):
         config = ServersConfig(**{"start_timeout": 20.0, **config})
         built = ManagedServers(
-            config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs"
+            config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs", ranks=ranks
         )
         if script:
             port = lambda index: built.urls[index].rpartition(":")[2]  # noqa: E731
@@ -289,6 +289,8 @@ def test_each_server_has_gpus_of_its_own(managed):
     assert "--base-gpu-id 4" in " ".join(servers.options(0))
     assert "--base-gpu-id 6" in " ".join(servers.options(1))
     assert "sleep-on-idle" not in servers.options(0)
+    assert [*managed(count=2, tensor=2).gpus(1)] == [3, 4]  # behind one rank
+    assert [*managed(ranks=0, count=2, tensor=2).gpus(1)] == [2, 3]
 
 
 @pytest.fixture
