@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,7 @@ GPU_SERVER = "sglang.launch_server"
 # Until servers are forked: OpenBLAS starts its threads as soon as it is loaded.
 LOADING = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
+CORE_DUMPS = "CUDA_ENABLE_USER_TRIGGERED_COREDUMP"  # CUDA's own
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0
 
@@ -319,6 +321,10 @@ def _environment(index: int, tensor: int) -> dict[str, str]:
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # healthy while paused, too
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "0"  # logprobs are those at rollout.temperature
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # One whose worker has died would first wait a minute for dumps that nobody can or has asked to
+    # make, and look alive meanwhile.
+    env.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", str(int(shutil.which("py-spy") is not None)))
+    env.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", env.get(CORE_DUMPS, "0"))
     if not torch.cuda.is_available():
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", CPU_MODELS)
