@@ -113,7 +113,6 @@ def _from_hidden(tiny: bool) -> Iterator[Line]:
     for dtype in (BF16, FP32):
         label = f"peergrad, logits {str(dtype)[6:]}"
         yield name, whole, label, partial(methods.linear, small, dtype)
-    yield name, whole, "peergrad tiled", methods.tiled
     yield name, whole, "torch eager", lambda: methods.eager_head
     yield name, whole, "verl", methods.verl
 
@@ -301,16 +300,16 @@ def run(tiny: bool, warmup: int, repeats: int) -> Iterator[dict[str, Any]]:
 
 def sweep(repeats: int) -> Iterator[dict[str, Any]]:
     """The Triton kernels of the first section under other cuts."""
-    from peergrad.kernels import triton as kernels
+    from peergrad.kernels import triton_stages as kernels
 
     bench = Bench("from logits", Sizes(8192, 151936))
-    for lanes, warps, tiles in itertools.product((128, 256, 512), (2, 4, 8), (1, 2, 4, 8)):
-        if lanes < 32 * warps:
+    for vectors, warps, tiles in itertools.product((128, 256, 512), (2, 4, 8), (1, 2, 4, 8)):
+        if vectors < 32 * warps:
             continue
-        kernels.LANES, kernels.WARPS, kernels.TILES = lanes, warps, tiles
+        kernels.VECTORS, kernels.WARPS, kernels.TILES = vectors, warps, tiles
         found = measure(bench, "peergrad", methods.ours(entropy=True), warmup=2, repeats=repeats)
         yield {"section": "sweep", "text": "8192 x 151936", **found} | {
-            "method": f"{lanes} lanes, {warps} warps, {tiles} tiles"
+            "method": f"{vectors} vectors, {warps} warps, {tiles} tiles"
         }
 
 

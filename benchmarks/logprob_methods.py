@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from peergrad.kernels import fused_linear_grpo, linear_logprob, vocab_parallel_logprob
+from peergrad.kernels import fused_linear_loss, linear_logprob, vocab_parallel_logprob
 
 
 class Missing(Exception):
@@ -151,7 +151,7 @@ def fused(chunk: int, logits: torch.dtype) -> FromHidden:
         def derivative(logp: Tensor, entropy: Tensor, rows: Tensor | slice) -> Any:
             return (d_logp[rows] * logp).sum(), d_logp[rows], None
 
-        loss, logp, _ = fused_linear_grpo(
+        loss, logp, _ = fused_linear_loss(
             hidden,
             weight,
             targets,
@@ -180,18 +180,6 @@ def linear(chunk: int, logits: torch.dtype) -> FromHidden:
             temperature=1.0,
             chunk=chunk,
             logits=logits,
-        )
-        return Outputs([logp], [d_logp], logp)
-
-    return run
-
-
-def tiled() -> FromHidden:
-    score = _peer("peergrad.kernels.tiled", gpu=True).tiled_linear_logprob
-
-    def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
-        logp, _ = score(
-            hidden, weight, targets, group=None, vocab_size=weight.shape[0], temperature=1.0
         )
         return Outputs([logp], [d_logp], logp)
 

@@ -121,6 +121,18 @@ def test_a_bad_logit_spoils_its_own_row_only(value: float) -> None:
     assert not run(logits, targets, 1.0, 700, idle, None)[2][2].any()
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-9, 1e-30])
+def test_tiny_temperatures_with_impossible_columns(temperature: float) -> None:
+    """Whole blocks of -inf, as guided decoding leaves them: the entropy was NaN."""
+    logits, targets, *_ = draw(3, 4096, 4096, torch.float32)
+    logits[:, :3000] = -INF
+    logits[:, 4000] = 40.0
+    targets[:] = torch.tensor([4000, 4000, 4001])
+    logp, entropy, gradient = run(logits, targets, temperature, 4096, None, torch.ones(3))
+    assert logp[:2].tolist() == [0.0, 0.0] and logp[2] < -1e6 and not entropy.any()
+    assert torch.isfinite(gradient).all()
+
+
 def test_impossible_rows() -> None:
     """A target at -inf has probability 0; a row of nothing but -inf has none at all."""
     logits, targets = torch.zeros(3, 50), torch.tensor([4, 4, 4])
@@ -267,7 +279,7 @@ def test_no_rows_and_strides() -> None:
     logp, _ = vocab_parallel_logprob(logits, nothing, valid_vocab=32, **options)
     logp.sum().backward()
     assert logp.shape == (0,) and logits.grad is not None and logits.grad.shape == (0, 32)
-    with pytest.raises(ValueError, match="logits must be dense in the vocabulary"):
+    with pytest.raises(ValueError, match="must be dense in the vocabulary"):
         vocab_parallel_logprob(torch.zeros(4, 2).t(), nothing, valid_vocab=4, **options)
     # rows of a wider buffer
     wide = draw(3, 128, 128, torch.float32)[0]

@@ -1,17 +1,9 @@
-"""The three stages in plain PyTorch, float32 throughout: what the Triton kernels compute.
+"""The three stages in plain PyTorch, float32 throughout: what the Triton kernels compute, too.
 
-R rows, w columns of this rank's shard. With raw logits x, temperature T, k = log2(e) / T and the
-block's largest logit m, a block is reduced to four numbers per row:
-
-    z_j = (x_j - m) k,    d = sum 2^z,    s = sum 2^z z,    t = x_target if it is here, else -inf
-
-and two blocks are merged by moving both to the common m:
-
-    d(m') = 2^((m - m') k) d(m),    s(m') = 2^((m - m') k) (s(m) + (m - m') k d(m))
-    log p_target = (t - m) / T - log2 d ln 2,    H = (log2 d - s / d) ln 2
-
-Logits only ever enter as differences to a logit: a common offset, however large, costs nothing.
+R rows, w columns of this rank's shard. README.md derives the formulas and names the letters.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +11,11 @@ from torch import Tensor
 from peergrad.kernels.shard import LN2, LOG2E, Shard
 
 FLOOR = -1e30
-"""Stands for -inf: ``-inf - -inf`` would be NaN, and ``0 * -inf`` too."""
+"""The least that counts as a largest logit: ``-inf - -inf`` would be NaN."""
+LEAST = -1000.0
+"""The least exponent: 2 to it is 0 as it is, but ``0 * -inf`` would be NaN."""
+SLICE = 2**17
+"""Logits worked on at a time: two float32 copies of them stay in a core's cache."""
 
 
 def partials(
@@ -30,45 +26,56 @@ def partials(
     ``logits`` ``[R, w]`` in any floating dtype, ``targets`` ``[R]`` global ids (negative: ignored),
     ``temperature`` ``[R]`` float32. Without ``entropy`` s is 0.
     """
-    x = logits.float().clamp(min=FLOOR)
-    x[:, shard.valid :] = FLOOR
-    x = x.reshape(len(x), shard.blocks, shard.width // shard.blocks)
-    m = x.amax(2)
-    z = x.sub_(m[:, :, None]).mul_((LOG2E / temperature)[:, None, None])
-    e = z.exp2()
-    d = e.sum(2)
-    s = e.mul_(z).sum(2) if entropy else torch.zeros_like(d)
+    sums = logits.new_empty(shard.blocks, len(logits), 4, dtype=torch.float32)
+    for rows, x, exponentials in _slices(logits):
+        x[:, shard.valid :] = -torch.inf
+        z = x.view(len(x), shard.blocks, shard.step)
+        m = z.amax(2).clamp_(min=FLOOR)
+        z.sub_(m[:, :, None]).mul_((LOG2E / temperature[rows])[:, None, None])
+        if entropy:
+            e = torch.exp2(z.clamp_(min=LEAST), out=exponentials.view_as(z))
+            d = e.sum(2)
+            s = e.mul_(z).sum(2)
+        else:
+            d = z.exp2_().sum(2)
+            s = torch.zeros_like(d)
+        sums[:, rows, :3] = torch.stack((m, d, s), -1).transpose(0, 1)
     column = targets - shard.first
     here = (column >= 0) & (column < shard.valid)
     column = column.clamp(0, shard.width - 1)[:, None]
     mine = torch.where(here[:, None], logits.gather(1, column).float(), -torch.inf)
-    block = column // (shard.width // shard.blocks)
-    t = torch.full_like(m, -torch.inf).scatter(1, block, mine)
-    return torch.stack((m, d, s, t), -1).transpose(0, 1).contiguous()
+    sums[:, :, 3] = -torch.inf
+    sums[:, :, 3].scatter_(0, column.t() // shard.step, mine.t())
+    return sums
 
 
 def merge(
-    parts: Tensor, targets: Tensor, temperature: Tensor
+    sums: Tensor, targets: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """logp ``[R]``, entropy ``[R]`` and what the backward stage needs, ``(m, log2 d)``, from all
     blocks ``[B, R, 4]``, merged in order. Ignored rows get 0; a row of nothing but -inf gets NaN.
     """
     scale = LOG2E / temperature
-    m, d, s, t = parts[0].unbind(1)
-    for part in parts[1:]:
-        other = part.unbind(1)
-        peak = torch.maximum(m, other[0])
-        mine, theirs = ((x - peak) * scale for x in (m, other[0]))
-        a, b = mine.exp2(), theirs.exp2()
-        s = a * (s + mine * d) + b * (other[2] + theirs * other[1])
-        d = a * d + b * other[1]
-        m, t = peak, torch.maximum(t, other[3])
+    m, d, s, t = sums[0].unbind(1)
+    for block in sums[1:]:
+        peak = torch.maximum(m, block[:, 0])
+        mine = _moved(m, d, s, peak, scale)
+        theirs = _moved(block[:, 0], block[:, 1], block[:, 2], peak, scale)
+        m, d, s = peak, mine[0] + theirs[0], mine[1] + theirs[1]
+        t = torch.maximum(t, block[:, 3])
     d = torch.where(m <= FLOOR, torch.nan, d)
     log2d = d.log2()
     scored = targets >= 0
     logp = torch.where(scored, (t - m) / temperature - log2d * LN2, 0.0)
     entropy = torch.where(scored, (log2d - s / d) * LN2, 0.0)
     return logp, entropy, (m, log2d)
+
+
+def _moved(m: Tensor, d: Tensor, s: Tensor, peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """d and s, taken at the maximum m, as they are at ``peak``."""
+    move = ((m - peak) * scale).clamp(min=LEAST)
+    a = move.exp2()
+    return a * d, a * (s + move * d)
 
 
 def dlogits(
@@ -91,14 +98,38 @@ def dlogits(
     ``active_first`` makes it. Padding columns and rows with factors 0 get 0, whatever their logits.
     """
     c0, c1, c2 = (factor[:, None] for factor in factors)
-    x = logits if source is None else logits.index_select(0, source)
-    x = x.float().clamp(min=FLOOR)
-    log2p = x.sub_(saved[0][:, None]).mul_((LOG2E / temperature)[:, None]).sub_(saved[1][:, None])
-    gradient = log2p.exp2().mul_(c0 + c1 * log2p if entropy else c0)
+    m, log2d = (value[:, None] for value in saved)
+    k = (LOG2E / temperature)[:, None]
+    idle = ((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]
     column = targets - shard.first
     here = (column >= 0) & (column < shard.valid)
     at = column.clamp(0, shard.width - 1)[:, None]
-    gradient.scatter_add_(1, at, torch.where(here[:, None], c2, 0.0))
-    gradient[:, shard.valid :] = 0.0
-    gradient[((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]] = 0.0
-    return out.copy_(gradient)
+    c2 = torch.where(here[:, None], c2, 0.0)
+    for rows, z, exponentials in _slices(logits, source, len(out)):
+        z.sub_(m[rows]).mul_(k[rows])
+        if entropy:
+            log2p = z.sub_(log2d[rows]).clamp_(min=LEAST)
+            p = torch.exp2(log2p, out=exponentials)
+            g = log2p.mul_(c1[rows]).add_(c0[rows]).mul_(p)
+        else:
+            g = z.exp2_().mul_(c0[rows] * (-log2d[rows]).exp2())
+        g.scatter_add_(1, at[rows], c2[rows])
+        g[:, shard.valid :] = 0.0
+        g[idle[rows]] = 0.0
+        out[rows] = g
+    return out
+
+
+def _slices(
+    logits: Tensor, source: Tensor | None = None, rows: int | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few rows at a time: which, a float32 copy of them, and as much memory besides. Row i is row
+    ``source[i]`` of the logits, or i."""
+    total, width = logits.shape[0] if rows is None else rows, logits.shape[1]
+    size = max(1, min(SLICE // width, total))
+    x, more = logits.new_empty(2, size, width, dtype=torch.float32)
+    for first in range(0, total, size):
+        part = slice(first, min(first + size, total))
+        count = part.stop - first
+        wanted = logits[part] if source is None else logits.index_select(0, source[part])
+        yield part, x[:count].copy_(wanted), more[:count]
