@@ -3,8 +3,6 @@
 R rows, w columns of this rank's shard. README.md derives the formulas and names the letters.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,8 @@ FLOOR = -1e30
 """The least that counts as a largest logit: ``-inf - -inf`` would be NaN."""
 LEAST = -1000.0
 """The least exponent: 2 to it is 0 as it is, but ``0 * -inf`` would be NaN."""
-SLICE = 2**17
-"""Logits worked on at a time: two float32 copies of them stay in a core's cache."""
+SLICE = 2**18
+"""Logits worked on at a time: float32 copies of them stay in the cache."""
 
 
 def partials(
@@ -27,19 +25,24 @@ def partials(
     ``temperature`` ``[R]`` float32. Without ``entropy`` s is 0.
     """
     sums = logits.new_empty(shard.blocks, len(logits), 4, dtype=torch.float32)
-    for rows, x, exponentials in _slices(logits):
-        x[:, shard.valid :] = -torch.inf
-        z = x.view(len(x), shard.blocks, shard.step)
-        m = z.amax(2).clamp_(min=FLOOR)
-        z.sub_(m[:, :, None]).mul_((LOG2E / temperature[rows])[:, None, None])
+    m, d, s = logits.new_zeros(3, len(logits), shard.blocks, dtype=torch.float32)
+    k = (LOG2E / temperature)[:, None, None]
+    slices = _slices(len(logits), shard.width)
+    room, more = logits.new_empty(2, slices[0].stop, *shard.shape, dtype=torch.float32)
+    for rows in slices:
+        x, z = logits[rows].view(-1, *shard.shape), room[: rows.stop - rows.start]
+        if x.dtype != torch.float32 or shard.valid < shard.width:
+            x = z.copy_(x)
+            x.flatten(1)[:, shard.valid :] = -torch.inf
+        largest = torch.amax(x, 2, out=m[rows]).clamp_(min=FLOOR)
+        torch.sub(x, largest[:, :, None], out=z).mul_(k[rows])
         if entropy:
-            e = torch.exp2(z.clamp_(min=LEAST), out=exponentials.view_as(z))
-            d = e.sum(2)
-            s = e.mul_(z).sum(2)
+            e = torch.exp2(z.clamp_(min=LEAST), out=more[: len(z)])
+            torch.sum(e, 2, out=d[rows])
+            torch.sum(e.mul_(z), 2, out=s[rows])
         else:
-            d = z.exp2_().sum(2)
-            s = torch.zeros_like(d)
-        sums[:, rows, :3] = torch.stack((m, d, s), -1).transpose(0, 1)
+            torch.sum(z.exp2_(), 2, out=d[rows])
+    sums[:, :, :3] = torch.stack((m, d, s)).permute(2, 1, 0)
     column = targets - shard.first
     here = (column >= 0) & (column < shard.valid)
     column = column.clamp(0, shard.width - 1)[:, None]
@@ -100,36 +103,31 @@ def dlogits(
     c0, c1, c2 = (factor[:, None] for factor in factors)
     m, log2d = (value[:, None] for value in saved)
     k = (LOG2E / temperature)[:, None]
-    idle = ((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]
-    column = targets - shard.first
-    here = (column >= 0) & (column < shard.valid)
-    at = column.clamp(0, shard.width - 1)[:, None]
-    c2 = torch.where(here[:, None], c2, 0.0)
-    for rows, z, exponentials in _slices(logits, source, len(out)):
-        z.sub_(m[rows]).mul_(k[rows])
+    column = (targets - shard.first)[:, None]
+    c2_here = torch.where((column >= 0) & (column < shard.valid), c2, 0.0)
+    column = column.clamp(0, shard.width - 1)
+    slices = _slices(len(out), shard.width)
+    room, more = logits.new_empty(2, slices[0].stop, shard.width, dtype=torch.float32)
+    for rows in slices:
+        x = logits[rows] if source is None else logits.index_select(0, source[rows])
+        z = out[rows] if out.dtype == torch.float32 else room[: len(x)]
+        x = x if x.dtype == torch.float32 else z.copy_(x)
+        torch.sub(x, m[rows], out=z).mul_(k[rows])
         if entropy:
-            log2p = z.sub_(log2d[rows]).clamp_(min=LEAST)
-            p = torch.exp2(log2p, out=exponentials)
-            g = log2p.mul_(c1[rows]).add_(c0[rows]).mul_(p)
+            p = torch.exp2(z.sub_(log2d[rows]).clamp_(min=LEAST), out=more[: len(x)])
+            z.mul_(c1[rows]).add_(c0[rows]).mul_(p)
         else:
-            g = z.exp2_().mul_(c0[rows] * (-log2d[rows]).exp2())
-        g.scatter_add_(1, at[rows], c2[rows])
-        g[:, shard.valid :] = 0.0
-        g[idle[rows]] = 0.0
-        out[rows] = g
+            z.exp2_().mul_(c0[rows] * (-log2d[rows]).exp2())
+        z.scatter_add_(1, column[rows], c2_here[rows])
+        if out.dtype != torch.float32:
+            out[rows] = z
+    out[:, shard.valid :] = 0.0
+    idle = ((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]
+    out[idle] = 0.0
     return out
 
 
-def _slices(
-    logits: Tensor, source: Tensor | None = None, rows: int | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few rows at a time: which, a float32 copy of them, and as much memory besides. Row i is row
-    ``source[i]`` of the logits, or i."""
-    total, width = logits.shape[0] if rows is None else rows, logits.shape[1]
-    size = max(1, min(SLICE // width, total))
-    x, more = logits.new_empty(2, size, width, dtype=torch.float32)
-    for first in range(0, total, size):
-        part = slice(first, min(first + size, total))
-        count = part.stop - first
-        wanted = logits[part] if source is None else logits.index_select(0, source[part])
-        yield part, x[:count].copy_(wanted), more[:count]
+def _slices(rows: int, width: int) -> list[slice]:
+    """Rows that are worked on at a time, at least one slice; the first is the longest."""
+    size = max(1, min(SLICE // width, rows))
+    return [slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]

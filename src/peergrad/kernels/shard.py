@@ -42,6 +42,11 @@ class Shard:
         return self.width // self.blocks
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks and columns of one."""
+        return self.blocks, self.step
+
+    @property
     def all_columns(self) -> int:
         """Columns of all ranks, padding included."""
         return self.width * (1 if self.group is None else self.group.size())
