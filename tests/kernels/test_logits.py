@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peergrad.kernels import vocab_parallel_logprob
 from peergrad.kernels.backend import stages
-from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.shard import BLOCKS, Shard
 from tests.kernels.conftest import TRITON
 from tests.kernels.oracle import draw, exact
@@ -157,8 +157,8 @@ def test_rows_more_than_2_to_the_31_apart() -> None:
     kernels = stages(far.device, plain=False)
     parts = kernels.partials(far, targets, ones, shard, entropy=True)
     logp, entropy, saved = kernels.merge(parts, targets, ones)
-    factors = row_factors(ones, ones, entropy, ones, targets)
-    kernels.dlogits(far, targets, ones, saved, factors, shard, out=far, entropy=True)
+    scores = Scores(targets, ones, *saved, entropy, ones, ones)
+    kernels.dlogits(far, scores, shard, out=far)
     for ours, theirs in zip((logp, entropy, far), expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -176,11 +176,9 @@ def sharded(ranks: int, logits: Tensor, targets: Tensor, tau: Tensor, valid: int
         for x, shard in zip(columns, shards, strict=True)
     ]
     logp, entropy, saved = kernels.merge(torch.cat(parts), targets, tau)
-    factors = row_factors(*up, entropy, tau, targets)
+    scores = Scores(targets, tau, *saved, entropy, *up)
     gradients = [
-        kernels.dlogits(
-            x, targets, tau, saved, factors, shard, out=torch.empty_like(x), entropy=True
-        )
+        kernels.dlogits(x, scores, shard, out=torch.empty_like(x))
         for x, shard in zip(columns, shards, strict=True)
     ]
     return logp, entropy, torch.cat(gradients, 1)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.projection import Projection
 from peergrad.kernels.shard import Shard
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE
@@ -157,11 +158,9 @@ class Rank:
     def dlogits(self, dtype: torch.dtype, *, compact: bool) -> None:
         logits, out = (self.projection.buffer(self.rows, t) for t in (dtype, BF16))
         targets, source = self.numbers(2, torch.int64)
-        tau, m, log2d, c0, c1, c2 = self.numbers(6)
-        kernels.dlogits(
-            logits, targets, tau, (m, log2d), (c0, c1, c2), self.projection.shard, out=out,
-            source=source if compact else None, entropy=True,
-        )  # fmt: skip
+        scores = Scores(targets, *self.numbers(6))
+        source_or_none = source if compact else None
+        kernels.dlogits(logits, scores, self.projection.shard, out=out, source=source_or_none)
 
 
 def layouts(kernel: Any) -> set[str]:

@@ -1,35 +1,32 @@
-"""From dL/dlogp and dL/dentropy of a row to the three factors of its gradient, and which rows have
-one."""
+"""What the gradient of a row's logits is made from, and which rows have one."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peergrad.kernels.shard import LN2
 
-Factors = tuple[Tensor, Tensor, Tensor]
+class Scores(NamedTuple):
+    """What is known of rows when something flows into their log probabilities and entropies."""
 
+    targets: Tensor  # [R] int64, as all others are [R] float32
+    temperature: Tensor
+    largest: Tensor  # logit, m
+    log2d: Tensor
+    entropy: Tensor
+    d_logp: Tensor
+    d_entropy: Tensor | None  # None: nothing flows into it
 
-def row_factors(
-    d_logp: Tensor | None,
-    d_entropy: Tensor | None,
-    entropy: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-) -> Factors:
-    """(c0, c1, c2), each ``[R]`` float32, such that
+    def at(self, rows: Tensor | slice) -> "Scores":
+        """Of some of the rows."""
+        return Scores(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
-        dL/dx_j = p_j (c0 + c1 log2 p_j) + c2 [j = target]
-
-    from d logp / dx_j = ([j = target] - p_j) / T and d H / dx_j = -p_j (log p_j + H) / T. All three
-    are 0 for ignored rows and for rows that nothing flows into.
-    """
-    scored = targets >= 0
-    inverse = 1 / temperature
-    zero = torch.zeros_like(temperature)
-    d_logp = zero if d_logp is None else torch.where(scored, d_logp, 0.0)
-    d_entropy = zero if d_entropy is None else torch.where(scored, d_entropy, 0.0)
-    c0 = -inverse * (d_logp + torch.where(d_entropy == 0, 0.0, d_entropy * entropy))
-    return c0, -inverse * d_entropy * LN2, inverse * d_logp
+    def active(self) -> Tensor:
+        """Which rows have a gradient: not the ignored ones, nor those that nothing flows into."""
+        flows = self.d_logp != 0
+        if self.d_entropy is not None:
+            flows |= self.d_entropy != 0
+        return flows & (self.targets >= 0)
 
 
 class ActiveRows:
@@ -44,9 +41,8 @@ class ActiveRows:
     def __init__(self) -> None:
         self._before: Arriving | None = None
 
-    def of(self, factors: Factors) -> Tensor | None:
+    def of(self, active: Tensor) -> Tensor | None:
         """Rows as ``active_first`` orders them; None: take all."""
-        active = torch.stack(factors).ne(0).any(0)
         before, count = self._before, Arriving(active.sum(), active.numel())
         self._before = count
         if (before is not None and before.complete()) or count.complete():

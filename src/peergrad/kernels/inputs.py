@@ -72,7 +72,9 @@ def check_derivative(found: Any, rows: int) -> tuple[Tensor, Tensor, Tensor | No
     for name, x in zip(("dL/dlogp", "dL/dentropy"), derivatives, strict=True):
         if x is not None and x.shape != (rows,):
             _refuse(name, x, f"must be [{rows}], one for each row of the chunk", "expand it")
-    return loss, derivatives[0], derivatives[1]
+    d_logp, d_entropy = (None if x is None else x.float().contiguous() for x in derivatives)
+    assert d_logp is not None
+    return loss, d_logp, d_entropy
 
 
 def hold(ok: Tensor, message: str) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.inputs import check_derivative, check_projection, check_rows
-from peergrad.kernels.projection import Known, Pass, Projection, WeightGradient, adds_directly
+from peergrad.kernels.projection import Pass, Projection, WeightGradient, adds_directly
 
 Derivative = Callable[[Tensor, Tensor, Tensor | slice], tuple[Tensor, Tensor, Tensor | None]]
 """(logp [r], entropy [r], their rows) -> (loss, dL/dlogp [r], dL/dentropy [r] or None), of a loss
@@ -53,19 +53,18 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, targets, temperature, entropy, *saved = ctx.saved_tensors
+        hidden, targets, temperature, entropy, m, log2d = ctx.saved_tensors
         gradient = WeightGradient(ctx.weight, needed=ctx.needs_input_grad[1])
-        factors = row_factors(grads[0], grads[1], entropy, temperature, targets)
+        d_logp = torch.zeros_like(entropy) if grads[0] is None else grads[0].contiguous()
+        d_entropy = None if grads[1] is None else grads[1].contiguous()
+        scores = Scores(targets, temperature, m, log2d, entropy, d_logp, d_entropy)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         run = Pass(ctx.projection, len(hidden), gradient=True)
         for chunk in ctx.projection.chunks(len(hidden)):
-            c0, c1, c2 = (factor[chunk] for factor in factors)
             run.backward(
                 run.project(hidden[chunk]),
                 hidden[chunk],
-                Known(*(row[chunk] for row in (targets, temperature, *saved))),
-                (c0, c1, c2),
-                entropy=grads[1] is not None,
+                scores.at(chunk),
                 d_hidden=None if d_hidden is None else d_hidden[chunk],
                 d_weight=gradient.total,
             )
@@ -94,7 +93,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             y, tau = targets[chunk], temperature[chunk]
             logits = run.project(hidden[chunk])
             sums = shard.gather(stages.partials(logits, y, tau, shard, entropy=True))
-            logp[chunk], entropy[chunk], saved = stages.merge(sums, y, tau)
+            logp[chunk], entropy[chunk], (m, log2d) = stages.merge(sums, y, tau)
             found = derivative(logp[chunk], entropy[chunk], chunk)
             chunk_loss, d_logp, d_entropy = check_derivative(found, len(y))
             loss += chunk_loss
@@ -102,9 +101,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                 run.backward(
                     logits,
                     hidden[chunk],
-                    Known(y, tau, *saved),
-                    row_factors(d_logp, d_entropy, entropy[chunk], tau, y),
-                    entropy=d_entropy is not None,
+                    Scores(y, tau, m, log2d, entropy[chunk], d_logp, d_entropy),
                     d_hidden=None if d_hidden is None else d_hidden[chunk],
                     d_weight=gradient.total,
                 )

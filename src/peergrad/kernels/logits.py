@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from peergrad.kernels.backend import stages
-from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.inputs import check_logits, check_projection, check_rows
 from peergrad.kernels.products import add_product, multiply
 from peergrad.kernels.projection import Projection, WeightGradient
@@ -45,18 +45,13 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 "vocab_parallel_logprob(inplace=True): the logits were overwritten by the first "
                 "backward pass; pass inplace=False to differentiate twice"
             )
-        logits, targets, temperature, entropy, *saved = ctx.saved_tensors
+        logits, targets, temperature, entropy, m, log2d = ctx.saved_tensors
         ctx.spent = ctx.inplace
-        ctx.stages.dlogits(
-            logits.detach(),
-            targets,
-            temperature,
-            tuple(saved),
-            row_factors(d_logp, d_entropy, entropy, temperature, targets),
-            ctx.shard,
-            out=(out := logits.detach() if ctx.inplace else torch.empty_like(logits)),
-            entropy=d_entropy is not None,
-        )
+        d_logp = torch.zeros_like(entropy) if d_logp is None else d_logp.contiguous()
+        d_entropy = None if d_entropy is None else d_entropy.contiguous()
+        scores = Scores(targets, temperature, m, log2d, entropy, d_logp, d_entropy)
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        ctx.stages.dlogits(logits.detach(), scores, ctx.shard, out=out)
         if ctx.inplace:  # whoever else saved the logits is to be told: a kernel does not
             increment_version(logits)
         return out, None, None, None, None, None, None

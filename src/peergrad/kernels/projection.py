@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from peergrad.kernels.backend import stages
-from peergrad.kernels.gradient import ActiveRows, Factors
+from peergrad.kernels.gradient import ActiveRows, Scores
 from peergrad.kernels.products import add_product, multiply
 from peergrad.kernels.shard import Shard
 
@@ -53,15 +52,6 @@ class Projection:
         return whole[:, :width]
 
 
-class Known(NamedTuple):
-    """What is known of each row of a chunk when its gradient is taken."""
-
-    targets: Tensor
-    temperature: Tensor
-    largest: Tensor  # logit
-    log2d: Tensor
-
-
 class Pass:
     """One way through all chunks of a projection, and the memory for a chunk.
 
@@ -88,37 +78,22 @@ class Pass:
         self,
         logits: Tensor,
         hidden: Tensor,
-        known: Known,
-        factors: Factors,
+        scores: Scores,
         *,
-        entropy: bool,
         d_hidden: Tensor | None,
         d_weight: Tensor | None,
     ) -> None:
         """Gradients of a chunk: ``d_hidden`` ``[R, H]`` (zeros before) is written, float32
         ``d_weight`` ``[w, H]`` added to.
 
-        ``logits`` are overwritten. Rows whose factors are all 0 take part in neither product.
+        ``logits`` are overwritten. Rows that nothing flows into take part in neither product.
         """
-        source = self.active.of(factors)
+        source = self.active.of(scores.active())
         count = len(hidden) if source is None else source.numel()
         if not count:
             return
-        if source is not None:
-            known = Known(*(row[source] for row in known))
-            c0, c1, c2 = (factor[source] for factor in factors)
-            factors = c0, c1, c2
-        out = self.projection.stages.dlogits(
-            logits,
-            known.targets,
-            known.temperature,
-            (known.largest, known.log2d),
-            factors,
-            self.projection.shard,
-            out=self.d_logits[:count],
-            source=source,
-            entropy=entropy,
-        )
+        projection, out = self.projection, self.d_logits[:count]
+        projection.stages.dlogits(logits, scores, projection.shard, out=out, source=source)
         states = self.states[:count]
         if d_weight is not None:
             if source is not None:

@@ -6,6 +6,7 @@ R rows, w columns of this rank's shard. README.md derives the formulas and names
 import torch
 from torch import Tensor
 
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.shard import LN2, LOG2E, Shard
 
 FLOOR = -1e30
@@ -82,28 +83,21 @@ def _moved(m: Tensor, d: Tensor, s: Tensor, peak: Tensor, scale: Tensor) -> tupl
 
 
 def dlogits(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    saved: tuple[Tensor, Tensor],
-    factors: tuple[Tensor, Tensor, Tensor],
-    shard: Shard,
-    *,
-    out: Tensor,
-    source: Tensor | None = None,
-    entropy: bool,
+    logits: Tensor, scores: Scores, shard: Shard, *, out: Tensor, source: Tensor | None = None
 ) -> Tensor:
-    """``p_j (c0 + c1 log2 p_j) + c2 [j = target]`` into ``out`` ``[A, w]``; ``factors`` is (c0, c1,
-    c2), each ``[A]``, as is everything but ``logits``.
+    """``p_j (c0 + c1 log2 p_j) + c2 [j = target]`` into ``out`` ``[A, w]``.
 
-    Without ``entropy`` c1 is taken as 0. Row i of ``out`` belongs to row ``source[i]`` of
-    ``logits`` (None: i); ``out`` may be the first rows of ``logits`` itself if ``source`` is as
-    ``active_first`` makes it. Padding columns and rows with factors 0 get 0, whatever their logits.
+    Row i of ``out`` belongs to row ``source[i]`` of ``logits`` and ``scores`` (None: i); ``out``
+    may be the first rows of ``logits`` itself if ``source`` is as ``active_first`` makes it.
+    Padding columns and rows without a gradient get 0, whatever their logits.
     """
-    c0, c1, c2 = (factor[:, None] for factor in factors)
-    m, log2d = (value[:, None] for value in saved)
-    k = (LOG2E / temperature)[:, None]
-    column = (targets - shard.first)[:, None]
+    entropy = scores.d_entropy is not None
+    scores = scores if source is None else scores.at(source)
+    idle = ~scores.active()
+    c0, c1, c2 = (factor[:, None] for factor in _factors(scores))
+    m, log2d = scores.largest[:, None], scores.log2d[:, None]
+    k = (LOG2E / scores.temperature)[:, None]
+    column = (scores.targets - shard.first)[:, None]
     c2_here = torch.where((column >= 0) & (column < shard.valid), c2, 0.0)
     column = column.clamp(0, shard.width - 1)
     slices = _slices(len(out), shard.width)
@@ -122,9 +116,18 @@ def dlogits(
         if out.dtype != torch.float32:
             out[rows] = z
     out[:, shard.valid :] = 0.0
-    idle = ((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]
     out[idle] = 0.0
     return out
+
+
+def _factors(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """(c0, c1, c2), each ``[R]``, from d logp / dx_j = ([j = target] - p_j) / T and
+    d H / dx_j = -p_j (log p_j + H) / T."""
+    inverse, d_entropy = 1 / scores.temperature, scores.d_entropy
+    if d_entropy is None:
+        d_entropy = torch.zeros_like(inverse)
+    c0 = scores.d_logp + torch.where(d_entropy == 0, 0.0, d_entropy * scores.entropy)
+    return -inverse * c0, -inverse * d_entropy * LN2, inverse * scores.d_logp
 
 
 def _slices(rows: int, width: int) -> list[slice]:

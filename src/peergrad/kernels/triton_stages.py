@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peergrad.kernels import reference
 from peergrad.kernels import shard as constants
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.shard import Shard
 
 FLOOR = tl.constexpr(reference.FLOOR)
@@ -28,7 +29,7 @@ VECTORS, TILES, WARPS = 256, 4, 4
 SIZES = ["stride", "out_stride", "rows", "first", "blocks", "step", "width", "valid", "programs"]
 PER_ROW = [
     *("targets", "temperature", "logp", "entropy", "peak", "log2d", "source"),
-    *("factor0", "factor1", "factor2"),
+    *("upstream_logp", "upstream_entropy"),
 ]
 jit = triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PER_ROW)
 
@@ -150,7 +151,8 @@ def _gradient(x, columns, target, m, bits, k, c0, c1, c2, ENTROPY: tl.constexpr)
 
 @jit
 def dlogits_kernel(
-    logits, out, source, targets, temperature, peak, log2d, factor0, factor1, factor2,
+    logits, out, source, targets, temperature, peak, log2d, entropy, upstream_logp,
+    upstream_entropy,
     stride, out_stride, first, width, valid, programs,
     COMPACT: tl.constexpr, UNIT: tl.constexpr, ENTROPY: tl.constexpr,
     VECTORS: tl.constexpr, TILES: tl.constexpr,
@@ -160,21 +162,30 @@ def dlogits_kernel(
     row = tl.program_id(0) // programs
     start = tl.program_id(0) % programs * (TILES * VECTORS * VECTOR)
     width *= UNIT
-    c0 = tl.load(factor0 + row)
-    c1 = tl.load(factor1 + row)
-    c2 = tl.load(factor2 + row)
-    m = tl.load(peak + row)
-    bits = tl.load(log2d + row)
-    k = LOG2E / tl.load(temperature + row)
-    target = (tl.load(targets + row) - first).to(tl.int32)
     origin = row.to(tl.int64)
+    out += origin * out_stride * UNIT
     if COMPACT:
         origin = tl.load(source + row)
     logits += origin * stride * UNIT
-    out += row.to(tl.int64) * out_stride * UNIT
+    target = tl.load(targets + origin)
+    tau = tl.load(temperature + origin)
+    a = tl.load(upstream_logp + origin)
+    idle = a == 0
+    c0 = -a / tau
+    c1 = 0.0
+    c2 = a / tau
+    if ENTROPY:
+        b = tl.load(upstream_entropy + origin)
+        idle = idle & (b == 0)
+        c0 -= tl.where(b == 0, 0.0, b * tl.load(entropy + origin)) / tau
+        c1 = -b * LN2 / tau
+    idle = idle | (target < 0)
+    target = (target - first).to(tl.int32)
+    m = tl.load(peak + origin)
+    bits = tl.load(log2d + origin)
+    k = LOG2E / tau
     vectors = tl.arange(0, VECTORS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # An idle row is not even read: what is NaN there stays there.
-    idle = (c0 == 0) & (c1 == 0) & (c2 == 0)
     real = tl.where(idle, 0, valid)
     tile: tl.constexpr = VECTORS * VECTOR
     for i in tl.static_range(TILES):
@@ -232,16 +243,7 @@ def merge(
 
 
 def dlogits(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    saved: tuple[Tensor, Tensor],
-    factors: tuple[Tensor, Tensor, Tensor],
-    shard: Shard,
-    *,
-    out: Tensor,
-    source: Tensor | None = None,
-    entropy: bool,
+    logits: Tensor, scores: Scores, shard: Shard, *, out: Tensor, source: Tensor | None = None
 ) -> Tensor:
     """See ``reference.dlogits``; last dimensions must be dense."""
     rows, unit = out.shape[0], _unit(shard, logits, out)
@@ -249,9 +251,9 @@ def dlogits(
     if rows:
         with torch.cuda.device_of(logits):
             dlogits_kernel[(rows * programs,)](
-                logits, out, source, targets, temperature, *saved, *factors,
-                logits.stride(0) // unit, out.stride(0) // unit, shard.first, shard.width // unit,
-                shard.valid, programs, COMPACT=source is not None, UNIT=unit, ENTROPY=entropy,
-                VECTORS=VECTORS, TILES=TILES, num_warps=WARPS,
+                logits, out, source, *scores, logits.stride(0) // unit, out.stride(0) // unit,
+                shard.first, shard.width // unit, shard.valid, programs, COMPACT=source is not None,
+                UNIT=unit, ENTROPY=scores.d_entropy is not None, VECTORS=VECTORS, TILES=TILES,
+                num_warps=WARPS,
             )  # fmt: skip
     return out
