@@ -31,22 +31,22 @@ export GLOO_SOCKET_IFNAME := lo
 train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
 # What make check reads with shellcheck, and with them what they source.
-SCRIPTS := .ci/run $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh
+SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh
 
 .PHONY: train test test-all test-slurm test-alone test-together check bench clean
 
 train: $(READY) $(MODEL)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
-# Every area, with one whole run; the rest is in test-all. Two parts at a time, as most tests keep
-# one core busy; where make can, each part prints when it is done.
-HALVES := $(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O)
+# Every area, with one whole run; the rest is in test-all. The parts run beside each other, as most
+# tests keep one core busy, and those of Slurm half of one; where make can, each prints when it is done.
+PARTS := $(MAKE) --no-print-directory -j $(if $(filter output-sync,$(.FEATURES)),-O)
 
 test: $(READY)
-	@$(HALVES) test-alone test-together TESTS="not slow and not slurm"
+	@$(PARTS) test-alone test-together TESTS="not slow and not slurm"
 
 test-all: $(READY)
-	@$(HALVES) test-alone test-together test-slurm TESTS="slow"
+	@$(PARTS) test-alone test-together test-slurm TESTS="slow"
 
 # A real Slurm of emulated nodes, for root alone: skipped, and why, where it cannot run.
 test-slurm: $(READY)

@@ -12,15 +12,7 @@ call allocates beyond its inputs, gradients included but for the head's float32 
 a trainer holds anyway and peergrad adds to (others return one in the head's dtype). Errors are the
 largest of 64 rows against float64: of logp, and of the gradient relative to its norm.
 
-On a GPU machine that has PyTorch, Triton, NumPy and rich but no network, fetch elsewhere (here for
-Python 3.12), with what the peers need; all are optional:
-
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
-        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d wheels \\
-        megatron-core==0.16.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
-
-    pip install --no-index --no-deps --target site wheels/*.whl                  # on the machine
-    PYTHONPATH=src:site python benchmarks/logprob.py
+All peers are optional; ``gpu.sh`` gathers them for a machine without a network.
 """
 
 import argparse
@@ -40,8 +32,10 @@ from machine import describe, load_average, result_path, title
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from summary import Spread, spread, write_result
+from summary import Spread, save_result, spread, write_result
 from torch import Tensor
+
+from peergrad.kernels import triton_runs
 
 CHECKED = 64  # rows compared with float64
 GPU = torch.cuda.is_available()
@@ -285,30 +279,38 @@ def run(tiny: bool, warmup: int, repeats: int) -> Iterator[dict[str, Any]]:
         for *_, name, build in group:
             record = {"section": section, "sizes": asdict(sizes), "text": sizes.text()}
             record["method"] = name
-            try:
-                record |= measure(bench, name, build(), warmup=warmup, repeats=repeats)
+            record |= _measured(bench, name, build, warmup=warmup, repeats=repeats)
+            if "seconds" in record:
                 record["floor"] = floor_seconds(section, sizes, speed)
-            except Missing as reason:
-                record["missing"] = str(reason)
-            except Exception as error:  # a peer's, or too little memory: the rest goes on
-                record["failed"] = f"{type(error).__name__}: {error}"[:300]
             yield record
             if GPU:
                 torch.cuda.empty_cache()
         del bench
 
 
-def sweep(repeats: int) -> Iterator[dict[str, Any]]:
-    """The Triton kernels of the first section under other cuts."""
+def _measured(bench: Bench, name: str, build: Build, **options: int) -> dict[str, Any]:
+    try:
+        return measure(bench, name, build(), **options)
+    except Missing as reason:
+        return {"missing": str(reason)}
+    except Exception as error:  # a peer's, or too little memory: the rest goes on
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def sweep(tiny: bool, short: bool, repeats: int) -> Iterator[dict[str, Any]]:
+    """The Triton kernels of the first section under other cuts, a few of them if ``short``."""
     from peergrad.kernels import triton_stages as kernels
 
-    bench = Bench("from logits", Sizes(8192, 151936))
-    for vectors, warps, tiles in itertools.product((128, 256, 512), (2, 4, 8), (1, 2, 4, 8)):
+    sizes = Sizes(1, 300) if tiny else Sizes(8192, 151936)
+    bench = Bench("from logits", sizes)
+    cuts = ((256, 512), (4, 8), (2, 4)) if short else ((128, 256, 512), (2, 4, 8), (1, 2, 4, 8))
+    for vectors, warps, tiles in itertools.product(*cuts):
         if vectors < 32 * warps:
             continue
         kernels.VECTORS, kernels.WARPS, kernels.TILES = vectors, warps, tiles
-        found = measure(bench, "peergrad", methods.ours(entropy=True), warmup=2, repeats=repeats)
-        yield {"section": "sweep", "text": "8192 x 151936", **found} | {
+        build = partial(methods.ours, entropy=True)
+        found = _measured(bench, "peergrad", build, warmup=2, repeats=repeats)
+        yield {"section": "sweep", "text": sizes.text(), **found} | {
             "method": f"{vectors} vectors, {warps} warps, {tiles} tiles"
         }
 
@@ -347,31 +349,35 @@ def show(records: list[dict[str, Any]], machine: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes: try the script on a CPU")
-    parser.add_argument("--sweep", action="store_true", help="try cuts of the Triton kernels")
+    said = "try all cuts of the Triton kernels, or eight"
+    parser.add_argument("--sweep", nargs="?", const="all", choices=("all", "short"), help=said)
     parser.add_argument("--warmup", type=int, default=3, help="calls left out")
     parser.add_argument("--repeats", type=int, default=15, help="calls measured")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    if not (GPU or options.tiny) or (options.sweep and not GPU):
+    if not (GPU or options.tiny):
         raise ValueError("there is no GPU; on a CPU only --tiny ends in reasonable time")
+    if options.sweep and not triton_runs(DEVICE):
+        raise ValueError("--sweep is of Triton kernels; without a GPU set TRITON_INTERPRET=1")
     gpu = torch.cuda.get_device_name() if GPU else None
     memory = torch.cuda.get_device_properties(0).total_memory if GPU else None
     result = describe(gpu, memory) | {"load_average_before": load_average()}
     stream = (
-        sweep(options.repeats)
+        sweep(options.tiny, options.sweep == "short", options.repeats)
         if options.sweep
         else run(options.tiny, options.warmup, options.repeats)
     )
+    out = options.out or result_path(gpu, "logprob-sweep" if options.sweep else "logprob")
     records = []
     for record in stream:
         records.append(record)
         print(
             f"{len(records)}: {record.get('section', 'floors')}, {record.get('method')}", flush=True
         )
+        plain = {"warmup": options.warmup, "records": [_plain(r) for r in records]}
+        save_result(out, result | plain)
     show([r for r in records if "section" in r], title(result))
-    result |= {"warmup": options.warmup, "records": [_plain(r) for r in records]}
-    suffix = "logprob-sweep" if options.sweep else "logprob"
-    write_result(options.out or result_path(gpu, suffix), result)
+    write_result(out, result | plain)
     return 0
 
 

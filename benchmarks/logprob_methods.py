@@ -5,9 +5,11 @@ cannot run on this machine raises ``Missing`` with the reason, and is listed wit
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import torch
@@ -214,6 +216,11 @@ def cut_cross_entropy() -> FromHidden:
 
 
 def verl() -> FromHidden:
+    if find_spec("verl") is not None:
+        for package in ("verl", "verl.utils"):  # whose own initialisers import ray and much more
+            spec = find_spec(package)
+            assert spec is not None
+            sys.modules.setdefault(package, module_from_spec(spec))
     linear_cross_entropy = _peer(
         "verl.utils.kernel.linear_cross_entropy", gpu=True
     ).linear_cross_entropy

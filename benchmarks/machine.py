@@ -33,7 +33,7 @@ def describe(gpu: str | None = None, memory: int | None = None) -> dict[str, Any
             "kernel": platform.release(),
         },
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
-        "git": _git(),
+        "git": git_state(),
     }
 
 
@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Commit, and whether the sources differ from it; nulls outside a git checkout."""
 
     def git(*arguments: str) -> str | None:

@@ -121,7 +121,14 @@ def as_json(spreads: Mapping[str, Spread]) -> dict[str, dict[str, Any]]:
     return {key: asdict(value) for key, value in spreads.items()}
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
+def save_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Whole or not at all, whatever ends this process: also for what is not finished yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    save_result(path, result)
     print(f"written to {path}")

@@ -21,6 +21,15 @@ QWEN3_0P6B = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
+QWEN3_1P7B = QWEN3_0P6B | {"hidden_size": 2048, "intermediate_size": 6144}
+QWEN3_8B = QWEN3_0P6B | {
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"qwen3-0.6b": QWEN3_0P6B, "qwen3-1.7b": QWEN3_1P7B, "qwen3-8b": QWEN3_8B}
 TINY = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -49,19 +58,22 @@ TINY_WORK = Work(4, 4, prompt=16, answer=32, micro_batch_tokens=256, logprob_chu
 
 
 def write_model(folder: Path, sizes: dict[str, int]) -> None:
-    """An HF checkpoint of Qwen3's architecture: tied embeddings, bfloat16 matrices from N(0, 0.02),
-    norms of 1."""
+    """An HF checkpoint of Qwen3's architecture: tied embeddings unless ``sizes`` say otherwise,
+    bfloat16 matrices from N(0, 0.02), norms of 1.
+
+    Drawn on the GPU if there is one: a core takes minutes for the largest."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    config = Qwen3Config(**sizes, rope_parameters=rope, tie_word_embeddings=True)
+    config = Qwen3Config(**{"tie_word_embeddings": True, **sizes}, rope_parameters=rope)
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     tensors = {name: _tensor(size, generator) for name, size in _sizes(sizes).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _tensor(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    empty = torch.empty(size, dtype=torch.bfloat16)
-    return empty.fill_(1) if len(size) == 1 else empty.normal_(0, 0.02, generator=generator)
+    empty = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    drawn = empty.fill_(1) if len(size) == 1 else empty.normal_(0, 0.02, generator=generator)
+    return drawn.cpu()
 
 
 def _sizes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -81,11 +93,12 @@ def _sizes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    layers = range(sizes["num_hidden_layers"])
+    layers, table = range(sizes["num_hidden_layers"]), (sizes["vocab_size"], hidden)
     return {
-        "model.embed_tokens.weight": (sizes["vocab_size"], hidden),
+        "model.embed_tokens.weight": table,
         **{f"model.layers.{i}.{name}.weight": size for i in layers for name, size in layer.items()},
         "model.norm.weight": (hidden,),
+        **({} if sizes.get("tie_word_embeddings", True) else {"lm_head.weight": table}),
     }
 
 

@@ -1,6 +1,7 @@
 """The trainer's part of a step on one GPU (or the CPU), without an engine.
 
     python benchmarks/trainer.py            # Qwen3-0.6B's shape, bfloat16, one GPU
+    python benchmarks/trainer.py --shape qwen3-8b --layers 8
     python benchmarks/trainer.py --tiny     # seconds on a CPU: shows that the script works
 
 A model of random weights trains on made-up groups of given sizes: reference pass (the KL
@@ -8,22 +9,11 @@ term is on), update (forward, backward, optimizer), and an export of every weigh
 into a buffer on the device, as a weight sync reads them. The layers are those of the ``torch``
 spec, so Transformer Engine is not needed. The device is waited for before every reading of the
 clock. MFU counts as ``flops.py`` says; the peak is known for a few devices, else
-``--peak-tflops``.
+``--peak-tflops``. A model whose weights, gradients and moments (20 bytes a weight, the reference
+included) do not fit keeps its shape and loses layers: ``--layers``.
 
-On a GPU machine that has PyTorch, transformers, safetensors and rich but no network, nothing else
-needs to be installed there than three wheels, and of this repository it takes ``benchmarks/`` and
-``src/``. Fetch them elsewhere (here for Python 3.12):
-
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
-        --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d wheels \\
-        megatron-core==0.16.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
-
-    pip install --no-index --no-deps --target site wheels/*.whl                  # on the machine
-    PYTHONPATH=src:site python benchmarks/trainer.py
-
-They are wanted by ``peergrad.parallel`` (megatron-core) and ``peergrad.algo`` (jaxtyping, which
-needs wadler-lindig). Hydra, SGLang, Transformer Engine and the rest of ``pyproject.toml`` are not
-imported. Found by running ``--tiny`` with these packages and no others.
+It imports neither Hydra nor SGLang nor Transformer Engine; ``gpu.sh`` runs it on a machine that has
+PyTorch alone, and gathers beforehand what it needs there.
 """
 
 import argparse
@@ -43,7 +33,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from summary import Spread, as_json, phase_seconds, summarise, write_result
-from synthetic import QWEN3_0P6B, TINY, TINY_WORK, Work, make_groups, write_model
+from synthetic import SHAPES, TINY, TINY_WORK, Work, make_groups, write_model
 
 from peergrad.algo.division import divide
 from peergrad.algo.grading import AlgoState, grade
@@ -81,17 +71,17 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
     described = {**describe(gpu, memory), "load_average_before": load_average()}
-    dtype = Dtype[options.dtype]
+    dtype, sizes = Dtype[options.dtype], model_sizes(options)
     peak = options.peak_tflops or (peak_tflops(gpu) if gpu and dtype is Dtype.bfloat16 else None)
     with tempfile.TemporaryDirectory(prefix="peergrad-trainer-") as folder:
-        write_model(Path(folder), TINY if options.tiny else QWEN3_0P6B)
+        write_model(Path(folder), sizes)
         result = benchmark(work, folder, dtype, peak, warmup=options.warmup, steps=options.steps)
     show(result, title(described))
     name = "trainer-tiny" if options.tiny else "trainer"
     result["summary"] = as_json(result["summary"])
     write_result(
         options.out or result_path(gpu, name),
-        {"benchmark": name, **described, "work": asdict(work), **result},
+        {"benchmark": name, **described, "shape": options.shape, "work": asdict(work), **result},
     )
     return 0
 
@@ -99,6 +89,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model and few tokens")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="of the model")
+    parser.add_argument("--layers", type=int, help="of them, fewer than the shape has")
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, left out")
     for name, value in asdict(Work()).items():
@@ -112,6 +104,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(options: argparse.Namespace, work: Work) -> None:
     numbers = {**asdict(work), "steps": options.steps}
+    if options.layers is not None:
+        numbers["layers"], most = options.layers, SHAPES[options.shape]["num_hidden_layers"]
+        if options.layers > most:
+            raise ValueError(f"--layers {options.layers}: {options.shape} has {most}; cut, not add")
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -119,6 +115,15 @@ def check_arguments(options: argparse.Namespace, work: Work) -> None:
         raise ValueError(f"--warmup {options.warmup}: must not be negative")
     if not (torch.cuda.is_available() or options.tiny):
         raise ValueError("there is no GPU; on a CPU only --tiny ends in reasonable time")
+
+
+def model_sizes(options: argparse.Namespace) -> dict[str, int]:
+    """Of ``--shape``; with ``--tiny`` small ones, of which the embeddings alone are its."""
+    shape = SHAPES[options.shape]
+    tied = {k: v for k, v in shape.items() if k == "tie_word_embeddings"}
+    sizes = TINY | tied if options.tiny else shape
+    layers = options.layers or sizes["num_hidden_layers"]
+    return sizes | {"num_hidden_layers": min(layers, sizes["num_hidden_layers"])}
 
 
 def configure(work: Work, folder: str, dtype: Dtype, steps: int) -> Config:

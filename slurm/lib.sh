@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The parts of train.sbatch, in the order in which it uses them. It says what the variables mean.
+# The parts of train.sbatch in the order in which it uses them; it says what the variables mean. eval.sbatch
+# uses some of them, too.
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
@@ -50,7 +51,7 @@ name_nodes() {
     elif [ -n "$DRY_RUN" ]; then
         mapfile -t HOSTS < <(seq -f node%g "${NODES:-1}")
     else
-        refuse "this is no Slurm job: sbatch slurm/train.sbatch ..., or bash slurm/train.sbatch --dry-run ..."
+        refuse "this is no Slurm job: sbatch $0 ..., or bash $0 --dry-run ..."
     fi
 }
 
@@ -66,13 +67,11 @@ step() {
 
 # check WORD...: end the job unless the configuration can run. RUN: the run's folder.
 check() {
-    local world=$((TRAIN_NODES * RANKS_PER_NODE)) words=("$@") place
+    local world=$((TRAIN_NODES * RANKS_PER_NODE)) words=("$@") whole place
     [ "$RESTART" = 0 ] || words+=(run.resume=true)
     step check "${HOSTS[0]}"
-    "${STEP[@]}" env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check "${words[@]}" \
-        >/dev/null || exit $? # what would run, the run says itself
-    mapfile -t place < <("${STEP[@]}" "$PYTHON" -m peergrad.main --cfg "$@" |
-        sed -n "/^run:/,/^[^ ]/ { s/^  \(name\|root\): //p }" | sed "s/^'\(.*\)'$/\1/")
+    whole=$("${STEP[@]}" env WORLD_SIZE="$world" "$PYTHON" -m peergrad.main --check --cfg "${words[@]}") || give_up $?
+    mapfile -t place < <(sed -n "/^run:/,/^[^ ]/ { s/^  \(name\|root\): //p }" <<<"$whole" | sed "s/^'\(.*\)'$/\1/")
     [ "${#place[@]}" = 2 ] || refuse "run.name, run.root: not found in the configuration"
     RUN=${place[1]}/${place[0]}
 }
@@ -86,9 +85,16 @@ preflight() {
         --ports "$MASTER_PORT,$SERVER_PORT-$((SERVER_PORT + SERVERS_PER_NODE - 1))" "${PREFLIGHT[@]}" "$@" || status=$?
     case $status in
         0 | 3) mapfile -t -n "$NEED_NODES" HOSTS <"$found/good_nodes" ;;
-        *) exit "$status" ;;
+        *) give_up "$status" ;;
     esac
     divide
+}
+
+# give_up STATUS: end with it before anything has begun; begin anew if that is because the job is being
+# preempted, of which only the step has been told.
+give_up() {
+    [ "$1" = 2 ] || [ "${asked:-}" = TERM ] || [ -z "$(if_preempted)" ] || again
+    exit "$1"
 }
 
 # urls: of all servers, joined by commas.
@@ -102,16 +108,19 @@ urls() {
     (IFS=,; echo "${found[*]}")
 }
 
-# print_steps: what each node would run, in words of a shell.
+# print_steps: what each node would run, its commands in the arrays train and serve.
+# shellcheck disable=SC2154   # train.sbatch's
 print_steps() {
     local rank host
+    for rank in "${!TRAINING[@]}"; do print_step "${TRAINING[rank]}" "PET_NODE_RANK=$rank" "${train[@]}"; done
+    for host in "${SERVING[@]}"; do print_step "$host" "${serve[@]}"; done
+}
+
+# print_step HOST WORD...: what the host would run, quoted for a shell; before the first, in which container.
+print_step() {
     [ "${#CONTAINER[@]}" = 0 ] || echo "container:$(printf ' %q' "${CONTAINER[@]}")"
-    for rank in "${!TRAINING[@]}"; do
-        echo "${TRAINING[rank]}: PET_NODE_RANK=$rank$(printf ' %q' "${train[@]}")"
-    done
-    for host in "${SERVING[@]}"; do
-        echo "$host:$(printf ' %q' "${serve[@]}")"
-    done
+    CONTAINER=()
+    echo "$1:$(printf ' %q' "${@:2}")"
 }
 
 # steps: of the run's newest checkpoint.
@@ -141,6 +150,36 @@ record() {
         "$JOB" "$2" "$began" "$(cat "$1/ended")" "$from" "$(steps)" "$3" "$4" "$hosts" >>"$RUN/attempts.jsonl"
 }
 
+# watch_over: have up to three other nodes see that the job does not outlive this one.
+watch_over() {
+    local CONTAINER=() others=() host
+    for host in "${HOSTS[@]}"; do
+        [ "$host" = "${SLURMD_NODENAME:-}" ] || others+=("$host")
+    done
+    for host in "${others[@]:0:3}"; do
+        step watch "$host"
+        "${STEP[@]}" --overlap bash slurm/watch.sh "$SLURM_JOB_ID" "$SLURMD_NODENAME" &>>"$LOGS/watch.log" &
+    done
+}
+
+# start_servers WORD...: on every serving node, until all have ended. A step for each: srun gives up
+# all of a step when one of its nodes is lost. The status is that of the last one that failed.
+start_servers() {
+    local host pid pids=() status=0
+    for host in "${SERVING[@]}"; do
+        step servers "$host"
+        "${STEP[@]}" bash slurm/task.sh servers "$@" &
+        pids+=($!)
+    done
+    trap 'kill -s USR1 "${pids[@]}" 2>/dev/null' USR1
+    trap 'kill -s TERM "${pids[@]}" 2>/dev/null' TERM
+    for pid in "${pids[@]}"; do
+        while alive "$pid"; do wait "$pid"; done # comes back for every signal
+        wait "$pid" || status=$?
+    done
+    return "$status"
+}
+
 alive() { kill -0 "$1" 2>/dev/null; }
 
 pause() { # that a trapped signal cuts short
@@ -151,6 +190,7 @@ pause() { # that a trapped signal cuts short
 # bring_down NAME PID: have the step end, within GRACE seconds of its own accord. ENDED: its status.
 # srun hands USR1 on by itself; scancel cannot any more once the job is being cancelled. After TERM
 # srun kills its tasks.
+# shellcheck disable=SC2034   # train.sbatch reads ENDED
 bring_down() {
     local pid=$2 end=$((SECONDS + GRACE))
     ENDED=0
@@ -176,19 +216,23 @@ report_servers() {
 
 # close_attempt STATUS FIRST: the attempt's line. FIRST: the step that ended first. OUTCOME: whether
 # to go on in another attempt.
+# shellcheck disable=SC2034   # train.sbatch reads OUTCOME
 close_attempt() {
     local why="the step $2 failed"
     OUTCOME=again
     case $1 in
         0) OUTCOME=finished why=finished ;;
         2) OUTCOME=wrong why="the configuration is wrong" ;;
-        75) why="stopped and saved${asked:+, for $asked}" ;;
+        75) why="stopped and saved${asked:+, for $asked}$(if_preempted)" ;;
     esac
     [ "$2" = trainer ] || why="the step servers ended"
     if [ "$RUN/DONE" -nt "$LOGS/began" ]; then OUTCOME=finished why=finished; fi
     record "$LOGS" "$RESTART" "$1" "$why"
     say "attempt $RESTART: $why (status $1), step $(steps)"
 }
+
+# if_preempted: a word if a more urgent job wants the nodes, of which only the steps have been told.
+if_preempted() { [[ $(scontrol show job "$JOB") != *PreemptTime=[0-9]* ]] || echo ", preempted"; }
 
 # requeue: go on in another attempt, unless too many have come to nothing.
 requeue() {
@@ -197,10 +241,16 @@ requeue() {
         awk '{ idle = $2 > $1 ? 0 : idle + 1 } END { print idle + 0 }')
     if ((idle > MAX_RESTARTS)); then
         say "not tried again: $idle attempts in a row have saved nothing, MAX_RESTARTS = $MAX_RESTARTS"
-    elif scontrol requeue "$JOB"; then
+    else
+        again
+    fi
+}
+
+# again: end in favour of another attempt, if Slurm allows it.
+again() {
+    if scontrol requeue "$JOB"; then
         say "requeued"
         exit 0
-    else
-        say "Slurm does not requeue this job; submit it again with run.resume=true"
     fi
+    say "Slurm does not requeue this job; submit it again with run.resume=true"
 }

@@ -24,7 +24,7 @@ from peergrad.parallel.groups import Groups, close_groups, init_groups
 from peergrad.parallel.job import Job
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.rollout.collector import Collector
-from peergrad.rollout.errors import ServerError
+from peergrad.rollout.errors import Ended, ServerError, none_ended
 from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, Rollouts
 from peergrad.rollout.servers import ManagedServers
 from peergrad.rollout.sync import WeightSync
@@ -170,11 +170,11 @@ class Build:
             managed = self.servers
             urls = managed.urls if managed else rollout.servers.urls
             identity = self.directory.identity()
-            dead = managed.dead if managed else (lambda wait: None)
+            ended: Ended = managed.ended if managed else none_ended
             if managed:  # again: they end while this process still waits for nobody
                 self.stack.callback(managed.stop)
             try:
-                collector = self.start_collector(urls, state, identity, dead)
+                collector = self.start_collector(urls, state, identity, ended)
             except ServerError:
                 if managed:
                     managed.ready()  # says better why one has ended
@@ -189,7 +189,8 @@ class Build:
                 proof=rollout.proof,
                 identity=identity,
                 takeover=rollout.servers.takeover,
-                dead=dead,
+                lost_after=rollout.servers.lost_after,
+                ended=ended,
             )
             self.stack.callback(sync.close)
             return collector, sync
@@ -211,7 +212,7 @@ class Build:
         urls: Sequence[str],
         state: bytes | None,
         identity: str,
-        dead: Callable[[float], str | None],
+        ended: Ended,
     ) -> Collector:
         """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None
@@ -222,7 +223,7 @@ class Build:
                 collector_parts,
                 state=state,
                 identity=identity,
-                dead=dead,
+                ended=ended,
                 # Its warnings reach the screen through this process.
                 open_log=partial(log_to, self.attempt, "collector", screen=False),
             )

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from peergrad.rollout.servers import ManagedServers
 
 
-def start_servers(config: Config, attempt: Path, stack: ExitStack) -> "ManagedServers | None":
+def start_servers(
+    config: Config, attempt: Path, stack: ExitStack, *, ranks: int | None = None
+) -> "ManagedServers | None":
     """Servers of our own that are on their way, logs in ``attempt``; ``stack`` ends them. None if
-    the run has none. They load beside the trainer; ``ready`` waits for them."""
+    the run has none. They load beside the trainer; ``ready`` waits for them. ``ranks``: see
+    ``ManagedServers``."""
     rollout = config.rollout
     if rollout.replay is not None or rollout.servers.mode is ServerMode.external:
         return None
@@ -25,6 +28,7 @@ def start_servers(config: Config, attempt: Path, stack: ExitStack) -> "ManagedSe
         dtype=config.model.dtype,
         log_dir=attempt,
         seed=config.run.seed,
+        ranks=ranks,
     )
     stack.callback(servers.stop)
     servers.start()

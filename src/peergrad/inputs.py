@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 def collector_parts(config: Config, heard: Callable[[str], None] = lambda text: None) -> Parts:
     """What the collector process works with; runs in that process. ``heard`` is told how far the
     prompts are read."""
+    return _parts(config, heard, trains=True)
+
+
+def evaluation_parts(config: Config, heard: Callable[[str], None] = lambda text: None) -> Parts:
+    """The same for an evaluation alone, which does not read data.source."""
+    return _parts(config, heard, trains=False)
+
+
+def _parts(config: Config, heard: Callable[[str], None], *, trains: bool) -> Parts:
     tokenizer = load_tokenizer(config.model.path)
     data, seed, vocab = config.data, config.run.seed, read_shape(config.model.path).vocab
 
@@ -33,9 +42,9 @@ def collector_parts(config: Config, heard: Callable[[str], None] = lambda text: 
             data, source, split=split, tokenizer=tokenizer, seed=seed, vocab=vocab, heard=heard
         )
 
-    records = load(data.source, "train", seed)
     # A seed of its own kind: the held-out order must not change with run.seed.
     held_out = [] if data.held_out is None else load(data.held_out, "test", 0)
+    records = load(data.source, "train", seed) if trains else held_out
     return Parts(
         prompts=Prompts(records, shuffle=data.shuffle, seed=seed),
         held_out=held_out,

@@ -4,7 +4,7 @@
     python -m peergrad.launch --nproc-per-node 4 parallel.tensor=2 parallel.pipeline=2 ...
 
 ``--cfg`` prints the composed configuration and stops, ``--objective`` the objective; ``--check``
-checks all that needs no start, and says what would run.
+checks all that needs no start, and says what would run, or with ``--cfg`` the configuration.
 """
 
 import gc
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         place = find_place()
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        only_shown = options.cfg or options.objective
+        only_shown = (options.cfg or options.objective) and not options.check
         config, text = compose_config(options.overrides, allow_missing=only_shown)
         if only_shown:
             print(text if options.cfg else explain(config), end="")
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.check:
                 run(chosen, directory, place, ending)
             elif place.rank == 0:
-                print(check_all(chosen, directory, place), end="")
+                found = check_all(chosen, directory, place)
+                print(text if options.cfg else found, end="")
         except BaseException as error:
             return ending.end(error)
     return FINISHED

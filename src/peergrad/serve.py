@@ -3,8 +3,8 @@
     python -m peergrad.serve --host node7 model.path=/models/qwen3-0.6b rollout.servers.count=8
 
 They are those that the same configuration has a run start beside itself, with the same options, and
-live as long as this program. Status 0: ended by a signal. 1: a server ended. 2: the configuration
-is wrong. 130: ended by an impatient second signal.
+live as long as this program. Status 0: ended by a signal. 1: the servers ended, or one did before
+all were there. 2: the configuration is wrong. 130: ended by an impatient second signal.
 """
 
 import logging
@@ -19,10 +19,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from peergrad.config import Config, require
-from peergrad.running.commandline import FLAGS, parse
+from peergrad.running.commandline import read_valued
 from peergrad.running.compose import compose_config
 from peergrad.running.ending import FINISHED, INTERRUPTED, Ending, refuse
-from peergrad.running.hints import distance
 from peergrad.running.logs import log_to
 from peergrad.running.place import Place
 from peergrad.running.stopping import Stop
@@ -101,21 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read(arguments: Sequence[str]) -> Options:
     """The options and overrides. Raises ValueError with one line for anything else, and
     SystemExit(0) after ``--help``, which is printed."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(HELP, end="")
-        raise SystemExit(0)
-    values: dict[str, str] = {}
-    others, words = [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in VALUED:
-            others.append(_passed(word))
-            continue
-        value = value if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise ValueError(f"{name}: has no value; write {name} <value>, see --help")
-        values[name] = value
-    parsed, port = parse(others), values.get("--port", str(Options.port))
+    values, parsed = read_valued(arguments, VALUED, HELP)
+    port = values.get("--port", str(Options.port))
     require(port.isdecimal(), "--port", port, "must be a whole number", f"use {Options.port}")
     return Options(
         values.get("--host", Options.host),
@@ -124,17 +110,6 @@ def read(arguments: Sequence[str]) -> Options:
         parsed.check,
         parsed.overrides,
     )
-
-
-def _passed(word: str) -> str:
-    """``word`` if it may be somebody else's to read."""
-    name = word.partition("=")[0]
-    if name in FLAGS and name != "--check":
-        raise ValueError(f"{name}: is an option of peergrad.main; ask that, or see --help")
-    near = [known for known in VALUED if name[:1] == "-" and distance(name, known) <= 2]
-    if near:
-        raise ValueError(f"{name}: there is no such option; did you mean {near[0]}?")
-    return word
 
 
 def build(config: Config, options: Options) -> "ManagedServers":
@@ -193,11 +168,11 @@ def heed_signals() -> Stop:
 
 
 def serve(config: Config, servers: "ManagedServers", stop: Stop) -> None:
-    """Until a signal comes. Raises RuntimeError if a server ends before, ValueError if SGLang
-    refuses its options."""
+    """Until a signal comes. Raises RuntimeError if a server ends before all were healthy, or once
+    none is left, ValueError if SGLang refuses its options."""
     for line in describe(config, servers).splitlines():
         _say(line)
-    began, up = time.monotonic(), 0
+    began, up, told = time.monotonic(), 0, set[str]()
     try:
         servers.start()
         while stop.reason() is None:
@@ -207,8 +182,12 @@ def serve(config: Config, servers: "ManagedServers", stop: Stop) -> None:
                 if up == len(servers.urls):
                     urls = ",".join(servers.urls)
                     _say(f"all are: rollout=external 'rollout.servers.urls=[{urls}]'")
-            if (dead := servers.dead()) is not None:
-                raise RuntimeError(dead)
+            ended = servers.ended()
+            for url in ended.keys() - told:
+                if up < len(servers.urls) or len(ended) == len(servers.urls):
+                    raise RuntimeError(ended[url])
+                told.add(url)
+                _say(f"{ended[url]}; the others go on")
             time.sleep(POLL_SECONDS)
     finally:
         servers.stop()

@@ -112,13 +112,14 @@ def sync_weights(
     Raises RuntimeError if the canary text's logprobs differ by more than
     ``rollout.max_canary_gap``; without that limit a large difference is a warning.
     """
-    proof = rollouts.load_weights(policy.weights(), version)
+    proof = rollouts.load_weights(policy.weights, version)
     if proof is None:
         return {}
     numbers = {
         "version/engine": float(version),
         "sync/verified": float(proof.verified),
         "sync/unverified": float(proof.unverified),
+        "sync/servers": float(proof.servers),
     }
     parts = Parts(proof.seconds)
     if proof.canary is not None:

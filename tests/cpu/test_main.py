@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peergrad.config import Config
-from peergrad.main import finish
+from peergrad.main import finish, main
 from peergrad.running.lock import FolderLock
 from peergrad.running.ports import free_ports
 from peergrad.running.rundir import RunDir
@@ -80,6 +80,18 @@ def test_a_server_that_is_not_there_is_waited_for_except_by_a_check(
     now = f"rollout.servers.urls = '{url}': cannot be reached (connection refused); "
     assert done.stderr.startswith(f"error: {now if check else late}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_check_may_print_the_configuration(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it passes, which the exit status tells a script."""
+    asked = overrides(model, tmp_path, "--check", "--cfg")
+    assert main(asked) == 0
+    assert capsys.readouterr().out.startswith("run:\n  name: a\n")
+    assert main([*asked, "data.source=/no/such.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: data.source = '/no/such.jsonl': ")
 
 
 def test_rows_without_a_number_do_not_fail_a_finished_run(

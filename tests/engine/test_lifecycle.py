@@ -45,8 +45,9 @@ def test_servers_live_and_die_apart(
         began = time.monotonic()
         servers.start()
         assert time.monotonic() - began < 1
-        words = servers.dead(wait=START_TIMEOUT)
-        assert words is not None and words.startswith(
+        wait_for(lambda: bool(servers.ended()), START_TIMEOUT)
+        ((url, words),) = servers.ended().items()
+        assert url == servers.urls[2] and words.startswith(
             f"rollout.servers: server 2 at {servers.urls[2]} ended with exit code 2 (its log says "
             "'sglang serve: error: unrecognized arguments: --no-such 9'); see "
         )
@@ -60,8 +61,9 @@ def test_servers_live_and_die_apart(
             }  # no other: they are forked
             assert len(answer(url)) == 3
         trees[1][0].kill()
-        wait_for(lambda: "server 1 at" in str(servers.dead()), 5)
-        assert f"{servers.urls[1]} was ended by SIGKILL, perhaps for want of" in str(servers.dead())
+        wait_for(lambda: len(servers.ended()) == 2, 5)
+        words = servers.ended()[servers.urls[1]]
+        assert f"{servers.urls[1]} was ended by SIGKILL, perhaps for want of" in words
         wait_for(lambda: not any(map(is_alive, trees[1])), 5)
         assert len(answer(servers.urls[0])) == 3
         started = set(psutil.Process().children(recursive=True)) - before

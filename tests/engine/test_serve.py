@@ -20,6 +20,7 @@ from peergrad.config import Config, Dtype, ServerMode
 from peergrad.observing.screen import Screen
 from peergrad.rollout.address import Address
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.errors import LoadAgain
 from peergrad.rollout.probe import probe
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.sync import WeightSync
@@ -106,7 +107,7 @@ def carried(urls: list[str]) -> list[str]:
 async def answers(urls: list[str], prompt: list[int]) -> list[object]:
     """One for each of several requests, which go to the servers in turns."""
     engine = SGLangEngine(urls, request_timeout=60.0, identity=RUN)
-    engine.set_version(0)
+    engine.set_version(1)
     try:
         sampling = Sampling(n=4, max_new_tokens=16)
         asked = [engine.generate(prompt, sampling, request_id=str(i)) for i in range(4)]
@@ -116,9 +117,9 @@ async def answers(urls: list[str], prompt: list[int]) -> list[object]:
 
 
 def test_a_trainer_waits_for_servers_uses_them_and_learns_why_they_end(
-    serving, paths, models, capsys
+    serving, paths, models, capsys, caplog
 ) -> None:
-    served = serving(2)
+    served = serving(3)
     config, urls = served.config(paths["A"]), served.address.urls
     with Screen(1) as screen:
         facts = probe(config, RUN, waiting=screen.waiting)
@@ -127,11 +128,26 @@ def test_a_trainer_waits_for_servers_uses_them_and_learns_why_they_end(
     assert said[0].endswith(f"waiting for servers, for {START_TIMEOUT:g} s at most: {refused}")
     assert [(each.url, each.layers, each.warnings) for each in facts] == [(u, 2, ()) for u in urls]
 
-    sync = WeightSync(urls, vocab_size=100, bucket_mb=1, timeout=60.0, identity=RUN)
-    assert sync.load(models["B"].state_dict().items(), 0).verified == 19
-    assert carried(urls) == [f"{RUN}:0"] * 2
+    weights = [*models["B"].state_dict().items()]
+    sync = WeightSync(urls, vocab_size=100, timeout=60.0, identity=RUN, lost_after=1.0)
+    sync._limit = 20_000  # bytes of a bucket, so that there are several
+    assert sync.load(weights, 0).verified == 19
+    assert carried(urls) == [f"{RUN}:0"] * 3
+
+    def lose_one() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from weights[:10]
+        served.server(2).kill()
+        yield from weights[10:]
+
+    # One dies while weights are sent: those that held on to the broken broadcast get them anew.
+    tree = served.tree()
+    with pytest.raises(LoadAgain):
+        sync.load(lose_one(), 1)
+    proof = sync.load(weights, 1)
+    assert (sync.urls, proof.servers, proof.verified) == (urls[:2], 2, 19)
+    assert carried(urls[:2]) == [f"{RUN}:1"] * 2
     prompt = [5, 9, 30]
-    rollouts = asyncio.run(answers(urls, prompt))
+    rollouts = asyncio.run(answers(urls[:2], prompt))
     assert len({tuple(rollout.tokens) for rollout in rollouts}) == len(rollouts)
     for rollout in rollouts:
         tokens = torch.tensor([*prompt, *rollout.tokens.tolist()])
@@ -139,14 +155,28 @@ def test_a_trainer_waits_for_servers_uses_them_and_learns_why_they_end(
             logits = models["B"](tokens[None]).logits[0, len(prompt) - 1 : -1]
         own = logits.log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0]
         assert np.abs(own.numpy() - rollout.logprobs).max() < 1e-4
-    sync.close()
-    assert carried(urls) == ["0"] * 2
-
-    tree = served.tree()
     served.server(1).kill()
+    with pytest.raises(LoadAgain):
+        sync.load(weights, 2)
+    assert (sync.load(weights, 2).servers, sync.urls) == (1, urls[:1])
+    sync.close()
+    assert carried(urls[:1]) == ["0"]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        f"{urls[k]}: cannot be reached for 1 s; see whether it and its machine still run; the run "
+        f"goes on with the other servers, now {k}"
+        for k in (2, 1)
+    ]
+
+    served.server(0).kill()
     words = served.end(tree)
     assert served.process.returncode == 1
-    assert f"\nerror: rollout.servers: server 1 at {urls[1]} was ended by SIGKILL" in words
+    for index in (2, 1):
+        line = (
+            rf"\nrollout\.servers: server {index} at {urls[index]} was ended .*; the others go on\n"
+        )
+        assert re.search(line, words)
+    assert f"\nerror: rollout.servers: server 0 at {urls[0]} was ended by SIGKILL" in words
 
 
 @pytest.mark.slow

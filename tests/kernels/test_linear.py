@@ -18,7 +18,7 @@ from peergrad.kernels import (
     vocab_parallel_logprob,
 )
 from peergrad.kernels.gradient import ActiveRows, Arriving, active_first
-from tests.kernels.conftest import INTERPRETED, TRITON
+from tests.kernels.conftest import COMPILED, INTERPRETED
 from tests.kernels.oracle import exact
 from tests.spawn import run_ranks
 
@@ -104,7 +104,7 @@ def test_equals_float64(method: str, rows: int, chunk: int) -> None:
     wanted = oracle(hidden, weight, tuple(rest))
     for ours, theirs in zip((logp, entropy, x.grad, w.grad), wanted, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=2e-6)
-    assert loss == pytest.approx(float(rest[2] @ logp + rest[3] @ entropy), abs=1e-5)
+    assert float(loss) == pytest.approx(float(rest[2] @ logp + rest[3] @ entropy), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,6 +133,8 @@ def test_upstream_scale() -> None:
     _, _, d_hidden, d_weight = oracle(hidden, weight, tuple(rest))
     torch.testing.assert_close(x.grad.double(), 3 * d_hidden, atol=2e-5, rtol=2e-6)
     torch.testing.assert_close(w.grad.double(), 3 * d_weight, atol=2e-5, rtol=2e-6)
+    if COMPILED:
+        return  # there the device says so, and is lost to this process
     w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="must reach backward\\(\\) unscaled"):
         run("fused", x, w, tuple(rest), scale=3.0)
@@ -150,7 +152,7 @@ def test_without_gradients_main_gradient_is_left_alone() -> None:
     with torch.no_grad():
         loss, logp, _ = fused_linear_loss(leaf(hidden), w, targets, derivative, **options)
     assert not loss.requires_grad and not w.main_grad.any()  # type: ignore[attr-defined]
-    assert loss == pytest.approx(float(a @ logp), abs=1e-5)
+    assert float(loss) == pytest.approx(float(a @ logp), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["linear", "logits"])
@@ -233,8 +235,7 @@ def test_scoring_and_training_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch) 
     """The ratio before the first step is exactly 1. In a process of its own: MKL rounds one product
     in two ways (seen on a CPU without AVX-512) unless told otherwise before it is first used."""
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    compiled = TRITON and not INTERPRETED
-    assert (bits_agree() if compiled else run_ranks(1, bits_agree)[0]) == [True] * 4
+    assert (bits_agree() if COMPILED else run_ranks(1, bits_agree)[0]) == [True] * 4
 
 
 @pytest.mark.parametrize(

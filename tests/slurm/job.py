@@ -30,10 +30,11 @@ class Job(RunDir):
         self.id: str | None = None
 
     def submit(self, *overrides: str, nodes: int, **variables: str) -> None:
-        """With one rank a training node, and one server a serving one, unless told otherwise."""
+        """With one rank a training node, one server a serving one, and nodes that are taken as they
+        are, unless told otherwise."""
         site = self.path.with_suffix(".site")  # the emulated nodes' GPUs have no driver
         site.write_text("PREFLIGHT=(--gpus 0 --min-memory-gb 0 --min-disk-gb 0 --min-shm-gb 0)\n")
-        sizes = {"RANKS_PER_NODE": "1", "SERVERS_PER_NODE": "1"}
+        sizes = {"RANKS_PER_NODE": "1", "SERVERS_PER_NODE": "1", "NO_PREFLIGHT": "1"}
         sizes |= {"PYTHON": sys.executable, "SITE": str(site)}
         self.id = self._cluster.slurm(
             *("sbatch", "--parsable", f"--nodes={nodes}", "--time=60", f"--output={self._output}"),
@@ -99,6 +100,11 @@ class Job(RunDir):
         """The last that was trained."""
         rows = read_metrics(self.metrics) if self.metrics.exists() else []
         return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
+
+    def servers(self) -> list[float]:
+        """How many were given the weights after each step."""
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        return [row["sync/servers"] for row in rows if row["kind"] == "train"]
 
     def attempts(self) -> list[dict[str, Any]]:
         """What train.sbatch has written of each."""

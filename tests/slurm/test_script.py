@@ -100,3 +100,12 @@ def test_a_sweep_takes_its_words_from_a_line(tmp_path: Path) -> None:
     assert words[-len(AWKWARD) - 2 :] == [*AWKWARD, "optim.lr=4e-6", "experiment=mine"]
     done = dry_run(str(file), SLURM_ARRAY_TASK_ID="3", **sweep)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {file}: has no line 3; ")
+
+
+def test_an_evaluation_has_a_server_on_every_gpu_of_its_node() -> None:
+    """Unless it is told otherwise; more nodes than one are refused."""
+    found = steps(dry_run("--dry-run", *AWKWARD, script="eval", SERVERS_PER_NODE="4").stdout)
+    module = ["python", "-m", "peergrad.evaluate"]
+    assert found == {"node1": [*module, "rollout.servers.count=4", *AWKWARD]}
+    done = dry_run("--dry-run", *AWKWARD, script="eval", NODES="2")
+    assert done.returncode == 2 and done.stderr.startswith("error: sbatch --nodes = 2: ")

@@ -95,32 +95,50 @@ def test_a_bad_node_is_left_out_if_there_are_spares(
     """Else the job ends, and says which it is and why."""
     with cluster.taken(1, 30_000):
         job = new_job("spared", *replayed, "run.steps=2")
-        job.submit(nodes=2, NEED_NODES="1")
+        job.submit(nodes=2, NEED_NODES="1", NO_PREFLIGHT="")
         job.wait_for("COMPLETED")
         (attempt,) = job.attempts()
         assert (attempt["nodes"], attempt["status"]) == (cluster.name(2), 0)
         assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed
         job = new_job("unspared", *replayed)
-        job.submit(nodes=2)
+        job.submit(nodes=2, NO_PREFLIGHT="")
         job.wait_for("FAILED")
     assert f"{cluster.name(1)}: port = 30000: is taken by " in job.printed and not job.attempts()
 
 
-def test_a_stopped_run_goes_on_where_it_was(new_job: NewJob, replayed: list[str]) -> None:
-    """Two nodes, a tensor rank on each; USR1 as before the time limit, requeue, resume, the end;
-    the weights are those of a run that nothing disturbed."""
+def preempt(cluster: Cluster) -> None:
+    """A job that is more urgent and takes all nodes, for a second."""
+    everywhere = ("--partition=urgent", f"--nodes={len(cluster.nodes)}", "--exclusive")
+    cluster.slurm("sbatch", *everywhere, "--output=/dev/null", "--wrap=srun sleep 1")
+
+
+def test_a_stopped_and_preempted_run_ends_as_if_nothing_had_been(
+    cluster: Cluster, new_job: NewJob, replayed: list[str]
+) -> None:
+    """Two nodes, a tensor rank on each. Preempted while it is checked; USR1, as before the time
+    limit; preempted while it trains. Each time it is requeued. The weights are those of a run that
+    nothing disturbed."""
     job = new_job("stopped", *replayed, "parallel.tensor=2")
-    job.submit(nodes=2, TRAIN_NODES="2")
+    job.submit(nodes=2, TRAIN_NODES="2", NO_PREFLIGHT="1")
+    job.wait_until(lambda: job.processes("peergrad.main"), "the check")
+    preempt(cluster)
     job.wait_until(lambda: job.step >= 2, "step 2")
     job.signal("USR1")
     whole = new_job("whole", *replayed, "parallel.tensor=2")
     run_in_turn(2, [MAIN, *whole.overrides])
-    job.wait_for("COMPLETED", 180)
-    first, second = job.attempts()
-    assert 2 <= first["to_step"] == second["from_step"] < STEPS == second["to_step"]
-    assert (first["status"], second["status"], second["why"]) == (75, 0, "finished")
-    assert (second["restart"], job.facts()["Restarts"]) == (1, "1")
-    assert (job.path / "slurm" / "latest").resolve().name == f"{job.id}.1"
+    job.wait_until(lambda: job.attempts() and job.step > job.attempts()[0]["to_step"], "more steps")
+    preempt(cluster)
+    job.wait_for("COMPLETED", 240)
+    first, second, third = job.attempts()
+    assert [(each["status"], each["why"]) for each in (first, second, third)] == [
+        (75, "stopped and saved, for USR1"),
+        (75, "stopped and saved, preempted"),
+        (0, "finished"),
+    ]
+    assert 2 <= first["to_step"] == second["from_step"] < second["to_step"]
+    assert second["to_step"] == third["from_step"] < STEPS == third["to_step"]
+    assert (first["restart"], third["restart"], job.facts()["Restarts"]) == (1, 3, "3")
+    assert (job.path / "slurm" / "latest").resolve().name == f"{job.id}.3"
     assert_same_weights(job.hf, whole.hf)
 
 
@@ -168,21 +186,33 @@ def test_servers_that_end_end_the_job(new_job: NewJob, model: Path) -> None:
 
 
 @pytest.mark.engine
-def test_a_serving_node_that_loses_power_is_replaced(
+def test_a_run_outlives_a_serving_node_and_the_first_one(
     cluster: Cluster, new_job: NewJob, model: Path
 ) -> None:
-    """The job is requeued, goes on with another node from its last checkpoint, and finishes."""
-    job = new_job("replaced", f"model.path={model}", *SERVED, "run.steps=6")
-    job.submit(nodes=2)
+    """The power of one serving node fails: the run goes on with the other. That of the node that
+    trains and runs the script fails: another node has the job requeued, and it goes on there."""
+    job = new_job("outlives", f"model.path={model}", *SERVED, "rollout.servers.lost_after=5")
+    job.submit("run.steps=100000", nodes=3, TRAIN_NODES="1")
     job.wait_until((job.checkpoints / "latest").exists, "a checkpoint", SLOW)
-    assert job.nodes == [1, 2]
-    cluster.crash(2)
+    trains, serves, lost = job.nodes
+    assert job.servers() == [2.0] * job.step
+    down = []
     try:
-        job.wait_for("COMPLETED", 60 + SLOW)
+        down.append(lost)
+        cluster.crash(lost)
+        job.wait_until(lambda: job.servers()[-1] == 1.0, "a step with one server", 60 + SLOW)
+        assert "; the run goes on with the other servers, now 1" in job.printed
+        job.wait_until(lambda: job.nodes == [trains, serves], "Slurm to notice")
+        cluster.boot(down.pop())
+        cluster.wait_idle(lost)
+        down.append(trains)
+        cluster.crash(trains)
+        job.wait_until(lambda: job.facts()["Restarts"] == "1", "to be requeued", 180)
+        job.wait_until(lambda: len(job.attempts()) == 1, "another attempt", 180)
+        assert trains not in job.nodes and serves in job.nodes
+        (first,) = job.attempts()
+        assert first["status"] is None and first["to_step"] >= 1
     finally:
-        cluster.boot(2)
-        cluster.wait_idle(2)
-    assert 2 not in job.nodes
-    lost, last = job.attempts()
-    assert lost["status"] != 0 and last["from_step"] >= 1
-    assert (last["status"], last["to_step"]) == (0, 6)
+        for node in down:
+            cluster.boot(node)
+            cluster.wait_idle(node)

@@ -24,8 +24,8 @@ def check(config: Config, *, world: int) -> None:
         _check_reference(config, reference, shape)
     check_recording(config)
     check_batch(config, world)
-    _check_lengths(config, shape)
-    _check_ids(config, shape)
+    check_lengths(config, shape)
+    check_ids(config, shape)
     _check_epochs(config)
     if config.run.epochs is None:  # else once their number is known
         check_steps(config)
@@ -97,7 +97,8 @@ def _check_reference(config: Config, reference: Shape, policy: Shape) -> None:
     )
 
 
-def _check_lengths(config: Config, shape: Shape) -> None:
+def check_lengths(config: Config, shape: Shape) -> None:
+    """Prompt and answer fit into the model's context."""
     longest, limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape.max_length
     require(
         longest <= limit,
@@ -109,7 +110,8 @@ def _check_lengths(config: Config, shape: Shape) -> None:
     )
 
 
-def _check_ids(config: Config, shape: Shape) -> None:
+def check_ids(config: Config, shape: Shape) -> None:
+    """Stop tokens are tokens of the model."""
     ids, most = config.rollout.stop_token_ids, shape.vocab - 1
     require(
         all(0 <= token <= most for token in ids),

@@ -96,7 +96,7 @@ def _check_inputs(config: Config, shape: Shape, heard: Callable[[str], None]) ->
         tokenizer = load_tokenizer(config.model.path)
         chat = config.data.chat
         facts = tokenizer_facts(tokenizer, config.model.path, vocab=shape.vocab, chat=chat)
-        read = partial(_read_source, config, tokenizer, vocab=shape.vocab, heard=heard)
+        read = partial(read_source, config, tokenizer, vocab=shape.vocab, heard=heard)
         train, held_out, shared = _read_sources(config, tokenizer, read)
         check_function(config.reward)
         counted = _counted(config, train.prompts)
@@ -199,14 +199,14 @@ def _read_sources(
     """Training and held-out prompts, as the collector reads them, and how many are both."""
     data = config.data
     train = read("data.source")
-    _check_answer_lengths(config, train.prompts, tokenizer)
+    check_answer_lengths(config, train.prompts, tokenizer, "data.source")
     if data.held_out is None:
-        return _describe(data.source, train), None, 0
+        return describe(data.source, train), None, 0
     test = read("data.held_out")
-    return _describe(data.source, train), _describe(data.held_out, test), test.shared(train)
+    return describe(data.source, train), describe(data.held_out, test), test.shared(train)
 
 
-def _read_source(
+def read_source(
     config: Config,
     tokenizer: "PreTrainedTokenizerBase",
     option: str,
@@ -233,10 +233,10 @@ def _read_source(
     return loaded
 
 
-def _check_answer_lengths(
-    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
+def check_answer_lengths(
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", option: str
 ) -> None:
-    """An exact match needs room for the answer and the end token."""
+    """An exact match needs room for the answer and the end token. ``option`` names the prompts."""
     if config.reward.kind is not RewardKind.arithmetic:
         return
     lengths: set[int] = set()
@@ -249,12 +249,12 @@ def _check_answer_lengths(
         least <= config.rollout.max_new_tokens,
         "rollout.max_new_tokens",
         config.rollout.max_new_tokens,
-        f"is too few for any answer of data.source: the shortest takes {least} with its end token",
+        f"is too few for any answer of {option}: the shortest takes {least} with its end token",
         f"use at least {max(lengths) + 1}",
     )
 
 
-def _describe(source: str | Sequence[str], loaded: Loaded) -> Source:
+def describe(source: str | Sequence[str], loaded: Loaded) -> Source:
     lengths = loaded.prompts.lengths()
     return Source(
         source_name(source),

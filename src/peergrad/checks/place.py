@@ -11,17 +11,22 @@ from peergrad.storage import existing
 
 
 def check_folder(config: Config) -> None:
-    """Raise ValueError unless the run's folder can be written, by writing there: permissions do not
-    tell of read-only file systems."""
-    root, remedy = config.run.root, "choose another folder, or correct its permissions"
+    """Raise ValueError unless the run's folder can be written."""
+    check_writable("run.root", config.run.root, run_folder(config))
+
+
+def check_writable(key: str, value: str, folder: Path) -> None:
+    """Raise ValueError, about ``key = value``, unless ``folder`` can be made or written, by writing
+    there: permissions do not tell of read-only file systems."""
+    remedy = "choose another folder, or correct its permissions"
     try:
-        place = existing(run_folder(config))
-        require(place.is_dir(), "run.root", root, f"{place} is a file, not a folder", remedy)
+        place = existing(folder)
+        require(place.is_dir(), key, value, f"{place} is a file, not a folder", remedy)
         with tempfile.TemporaryDirectory(prefix=".peergrad-check-", dir=place):
             pass
     except OSError as error:
         rule = f"cannot be written to ({error.strerror})"
-        raise ValueError(f"run.root = {root!r}: {rule}; {remedy}") from error
+        raise ValueError(f"{key} = {value!r}: {rule}; {remedy}") from error
 
 
 def run_folder(config: Config) -> Path:

@@ -24,6 +24,7 @@ from peergrad.config import (
     Spec,
     SurrogateKind,
 )
+from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 
@@ -46,6 +47,22 @@ def plan(config: Config, world: int, inputs: Inputs) -> str:
     return _table(
         [*_model(config, world, inputs), *_work(config, inputs), *_results(config, inputs)]
     )
+
+
+def evaluation_plan(config: Config, shape: Shape, held_out: Source) -> str:
+    """What an evaluation alone will do, in some lines, and what is perhaps not meant."""
+    evaluation, dtype = config.evaluation, config.model.dtype.name
+    size = f"{_count(parameters(shape))} parameters in {dtype}"
+    used, longest = min(evaluation.prompts, held_out.prompts), config.rollout.max_new_tokens
+    rows = [
+        ("model", f"{_path(config.model.path, 40)}: {size}"),
+        ("prompts", f"the first {used} of {_source(held_out)}"),
+        ("answers", f"{evaluation.samples} to each, {_drawn(config)}, of at most {longest} tokens"),
+        ("reward", _reward(config)),
+        ("servers", _servers(config)),
+        *(("warning", note) for note in held_out.notes),
+    ]
+    return _table(rows)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -94,10 +111,10 @@ def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
         return
     assert inputs.train is not None
     yield "prompts", _source(inputs.train)
-    processes = _plural(config.reward.workers, "process", "processes")
-    own = f"{config.reward.function} in {processes}"
-    yield "reward", REWARDS.get(config.reward.kind, own)
-    yield "servers", _servers(config)
+    yield "reward", _reward(config)
+    stale = config.rollout.max_staleness
+    lag = f"; answers up to {_plural(stale, 'version')} old" if stale else ""
+    yield "servers", _servers(config) + lag
     yield "evaluation", _evaluation(config, inputs)
 
 
@@ -193,13 +210,12 @@ def _source(source: Source) -> str:
 
 
 def _servers(config: Config) -> str:
-    servers, stale = config.rollout.servers, config.rollout.max_staleness
-    lag = f"; answers up to {_plural(stale, 'version')} old" if stale else ""
+    servers = config.rollout.servers
     if servers.mode is ServerMode.external:
         more = len(servers.urls) - 2
-        return " ".join(servers.urls[:2]) + (f" and {more} more" if more > 0 else "") + lag
+        return " ".join(servers.urls[:2]) + (f" and {more} more" if more > 0 else "")
     tensor = f" of TP {servers.tensor}" if servers.tensor > 1 else ""
-    return f"{servers.count}{tensor}, started and stopped by the run{lag}"
+    return f"{servers.count}{tensor}, started and stopped by the run"
 
 
 def _evaluation(config: Config, inputs: Inputs) -> str:
@@ -207,10 +223,20 @@ def _evaluation(config: Config, inputs: Inputs) -> str:
     if held_out is None or not evaluation.every:
         return "none" if evaluation.every else "none (evaluation.every=0)"
     used = min(evaluation.prompts, held_out.prompts)
-    answers = "greedy" if not evaluation.temperature else f"temperature {evaluation.temperature:g}"
     samples = f" x {evaluation.samples}" if evaluation.samples > 1 else ""
     where = f"{used} of {held_out.prompts} in {_path(held_out.name, 25)}"
-    return f"every {_plural(evaluation.every, 'step')}: {where}{samples}, {answers}"
+    return f"every {_plural(evaluation.every, 'step')}: {where}{samples}, {_drawn(config)}"
+
+
+def _drawn(config: Config) -> str:
+    """How answers to held-out prompts are drawn."""
+    heat = config.evaluation.temperature
+    return f"temperature {heat:g}" if heat else "greedy"
+
+
+def _reward(config: Config) -> str:
+    processes = _plural(config.reward.workers, "process", "processes")
+    return REWARDS.get(config.reward.kind, f"{config.reward.function} in {processes}")
 
 
 def _spec(config: Config) -> str:

@@ -53,6 +53,9 @@ class ServersConfig:
     """Seconds that a run waits for external servers which are not there yet, as when
     ``peergrad.serve`` is started beside it; 0: one that is not there is an error at once. A check
     waits for nobody."""
+    lost_after: float = 60.0
+    """Seconds that a server may be out of reach before the run goes on without it, on those that
+    are left. One that ends is gone at once where the run has started it."""
     takeover: bool = False
     """Take external servers that carry the weights of another run. Only if that run is dead: one
     that ends by itself, also by an error or Ctrl-C, leaves its servers free."""
@@ -69,6 +72,7 @@ class ServersConfig:
         at_least("rollout.servers.count", self.count, 1)
         at_least("rollout.servers.tensor", self.tensor, 1)
         positive("rollout.servers.start_timeout", self.start_timeout, "use 300")
+        seconds("rollout.servers.lost_after", self.lost_after, 60)
         external = self.mode is ServerMode.external
         require(
             bool(self.urls) == external,

@@ -18,13 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 from peergrad.algo.sampling import selects
 from peergrad.config import Config, OnError
 from peergrad.data import Prompt
 from peergrad.rollout.engine import Sampling
-from peergrad.rollout.errors import DEATH_SECONDS, ServerError
+from peergrad.rollout.errors import DEATH_SECONDS, Ended, ServerError, none_ended
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
 from peergrad.rollout.scoring import Scorer, Scoring
@@ -80,17 +81,17 @@ class Collector:
         *,
         state: bytes | None = None,
         identity: str | None = None,
-        dead: Callable[[float], str | None] = lambda wait: None,
+        ended: Ended = none_ended,
         open_log: Callable[[], object] = int,
     ) -> None:
         """Returns at once. ``open_log`` and ``build`` run in the new process: top-level functions
         of modules that are quick to import. ``state``: what ``state()`` returned in an earlier
-        run. ``identity``: the run whose weights every answer must be drawn with. ``dead``: what is
-        known of a server that has ended, as ``ManagedServers.dead`` tells it; it ends whatever
-        waits for servers.
+        run. ``identity``: the run whose weights every answer must be drawn with. ``ended``: what
+        is known of servers that have ended, as ``ManagedServers.ended`` tells it; once none is left
+        nothing waits for them.
         """
         self.heard: Callable[[str], None] = lambda text: None
-        self._dead = dead
+        self._ended, self._servers = ended, len(urls)
         context = multiprocessing.get_context("spawn")  # fork would copy CUDA and its threads
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have children, and rewards run in processes of their own.
@@ -108,9 +109,9 @@ class Collector:
         """The servers are about to get weights ``version``: answers may be drawn with them."""
         self._call("expect", version)
 
-    def set_version(self, version: int) -> None:
-        """The servers hold weights ``version``."""
-        self._call("set_version", version)
+    def set_version(self, version: int, urls: Sequence[str] | None = None) -> None:
+        """The servers at ``urls``, None for all, hold weights ``version``: ask no others."""
+        self._call("set_version", version, urls)
 
     def take(self, version: int, *, until: Callable[[], object] = _never) -> Taken | None:
         """The groups that step ``version`` trains on; waits for them, or ``until`` is true: then
@@ -118,11 +119,17 @@ class Collector:
         return cast(Taken | None, self._call("take", version, until=until))
 
     def evaluate(
-        self, version: int, *, until: Callable[[], object] = _never
+        self,
+        version: int,
+        *,
+        record: Path | None = None,
+        until: Callable[[], object] = _never,
     ) -> EvaluationResult | None:
         """Answer the held-out prompts with the present weights; None if there are none, or if
-        ``until`` became true before."""
-        return cast(EvaluationResult | None, self._call("evaluate", version, until=until))
+        ``until`` became true before. ``record``: the file to put the answers into, which do not
+        come with the result."""
+        result = self._call("evaluate", version, record, until=until)
+        return cast(EvaluationResult | None, result)
 
     def state(self) -> bytes:
         """Prompt position, groups waiting and prompts in flight, for a checkpoint."""
@@ -154,8 +161,7 @@ class Collector:
             if kind == "result":
                 return content
             if kind == "error":
-                if (dead := self._dead(DEATH_SECONDS)) is not None:
-                    raise ServerError(dead)
+                self._require_servers(wait=DEATH_SECONDS)
                 raise_here(*content)
             elif kind == "progress":
                 self.heard(content)
@@ -172,9 +178,13 @@ class Collector:
             return True
         if not self._process.is_alive():
             return True
-        if (dead := self._dead(0.0)) is not None:
-            raise ServerError(dead)
+        self._require_servers()
         return False
+
+    def _require_servers(self, wait: float = 0.0) -> None:
+        """Raise ServerError if all have ended."""
+        if len(ended := self._ended(wait)) == self._servers:
+            raise ServerError(next(iter(ended.values())))
 
     def _receive(self) -> tuple[str, Any]:
         try:
@@ -207,6 +217,7 @@ class _Worker:
             max_concurrency=rollout.max_concurrency,
             request_timeout=rollout.request_timeout,
             retries=rollout.retries,
+            lost_after=rollout.servers.lost_after,
             identity=identity,
             vocab_size=parts.vocab_size,
         )
@@ -241,9 +252,9 @@ class _Worker:
     async def expect(self, version: int) -> None:
         self._engine.expect(version)
 
-    async def set_version(self, version: int) -> None:
-        log.info("the servers hold weights of version %d", version)
-        self._engine.set_version(version)
+    async def set_version(self, version: int, urls: Sequence[str] | None) -> None:
+        self._engine.set_version(version, urls)
+        log.info("%d servers hold weights of version %d", len(self._engine.urls), version)
         self._stream.set_version(version)
 
     async def take(self, version: int) -> Taken:
@@ -257,7 +268,7 @@ class _Worker:
         )  # fmt: skip
         return taken
 
-    async def evaluate(self, version: int) -> EvaluationResult | None:
+    async def evaluate(self, version: int, record: Path | None) -> EvaluationResult | None:
         prompts = self._parts.held_out[: self._evaluation.prompts]
         if not prompts:
             return None
@@ -282,7 +293,12 @@ class _Worker:
             count_failed=self._reward.on_error is OnError.zero,
         )
         log.info("evaluation after step %d: pass rate %.3f", version, result.pass_rate)
-        return replace(result, grading=scoring.numbers(f"evaluation after step {version}"))
+        if record is not None:
+            from peergrad.recording import write_groups  # Arrow, which runs do not need here
+
+            await asyncio.to_thread(write_groups, record, result.groups)
+        name = "the evaluation" if record else f"evaluation after step {version}"
+        return replace(result, grading=scoring.numbers(name), groups=())
 
     async def state(self) -> bytes:
         return pickle.dumps(self._stream.state())

@@ -3,6 +3,8 @@
 This goes to the servers themselves; no router forwards it.
 """
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
@@ -11,22 +13,28 @@ from typing import Any, TypeVar
 
 import httpx
 
-from peergrad.rollout.errors import ServerError, reason
+from peergrad.rollout.errors import ServerError, ServerGone, out_of_reach, reason
+from peergrad.rollout.presence import CONNECT_SECONDS, absent
 from peergrad.rollout.reply import Reply
 from peergrad.rollout.requests import Json
 
 T = TypeVar("T")
 
-CONNECT_SECONDS = 10.0
+WATCH_SECONDS = 10.0
 KEEP_SECONDS = 3.0  # an idle connection; servers close theirs after 5, also under a request
 
 
 class Control:
     """Blocking requests to all servers in parallel; results come in the order of ``urls``."""
 
-    def __init__(self, urls: Sequence[str], *, timeout: float = 300.0) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, timeout: float = 300.0, lost_after: float = 60.0
+    ) -> None:
+        """``timeout``: seconds that a request may take. ``lost_after``: that a server with one may
+        be out of reach meanwhile; a machine that loses its power breaks no connection."""
         self.urls = [url.rstrip("/") for url in urls]
         self._timeout = timeout
+        self._lost_after = lost_after
         self._http = httpx.Client(
             trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEP_SECONDS)
         )
@@ -39,15 +47,14 @@ class Control:
         timeout: float | None = None,
         urls: Sequence[str] | None = None,
     ) -> list[Json]:
-        """POST ``body`` to every server, or to ``urls``. Raises ServerError if one fails, or takes
-        too long."""
+        """POST ``body`` to every server, or to ``urls``. Raises as ``finish`` does."""
         urls = self.urls if urls is None else urls
         requests = [self._submit("POST", url, path, body or {}, timeout) for url in urls]
-        return finish(requests)
+        return self.finish(requests)
 
     def get(self, path: str, *, timeout: float | None = None) -> list[Json]:
-        """GET ``path`` from every server."""
-        return finish([self._submit("GET", url, path, None, timeout) for url in self.urls])
+        """GET ``path`` from every server. Raises as ``finish`` does."""
+        return self.finish([self._submit("GET", url, path, None, timeout) for url in self.urls])
 
     def answers(self, path: str, *, timeout: float) -> dict[str, Json]:
         """GET ``path``: the answers of those servers that give one in time, by URL."""
@@ -61,6 +68,23 @@ class Control:
             self._submit("POST", url, path, body, None)
             for url, body in zip(self.urls, bodies, strict=True)
         ]
+
+    def finish(self, futures: Sequence[Future[T]]) -> list[T]:
+        """All results. Raises the first failure as soon as there is one, of a request ServerError;
+        and ServerGone once a server has been out of reach for ``lost_after``."""
+        away: dict[str, float] = {}
+        pause = min(WATCH_SECONDS, self._lost_after / 4)
+        while True:
+            done, left = wait(futures, pause, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if not left:
+                return [future.result() for future in futures]
+            now = time.monotonic()
+            away = {url: away.get(url, now) for url in asyncio.run(absent(self.urls))}
+            for url, since in away.items():
+                if now - since >= self._lost_after:
+                    raise ServerGone(out_of_reach(url, now - since), url=url)
 
     def run(self, fn: Callable[[], T]) -> Future[T]:
         """Run ``fn`` beside the requests."""
@@ -102,14 +126,6 @@ class Control:
         reply = Reply(url, path, response.status_code, response.content).checked()
         answer = reply.json() if reply.content else {}
         return answer if isinstance(answer, dict) else {"answer": answer}
-
-
-def finish(futures: Sequence[Future[T]]) -> list[T]:
-    """All results, or the first failure as soon as there is one."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
-    return [future.result() for future in futures]
 
 
 def _beside(function: Callable[[], T]) -> Future[T]:

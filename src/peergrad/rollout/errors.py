@@ -1,6 +1,7 @@
 """What goes wrong between us and a server, each as one line that names the server."""
 
 import re
+from collections.abc import Callable, Mapping
 from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 
 import aiohttp
@@ -38,6 +39,29 @@ class ServerError(RuntimeError):
 
 class ServerUnavailable(ServerError):
     """A 5xx answer: another attempt may succeed."""
+
+
+class ServerGone(ServerError):
+    """A server that had something to do cannot be reached any more, and was given time."""
+
+
+class LoadAgain(ServerError):
+    """A load of weights met servers that are gone, or were: it is to be done anew, with those that
+    are there."""
+
+
+Ended = Callable[[float], Mapping[str, str]]
+"""What is known of servers that have ended, by URL, as ``ManagedServers.ended`` tells it."""
+
+
+def none_ended(wait: float) -> dict[str, str]:
+    """Of servers that this process has not started."""
+    return {}
+
+
+def out_of_reach(url: str, seconds: float) -> str:
+    """Of a server that was given time."""
+    return f"{url}: cannot be reached for {seconds:.0f} s; see whether it and its machine still run"
 
 
 def quote(text: str) -> str:

@@ -38,6 +38,7 @@ class Proof:
     verified: int  # engine tensors found equal to what was sent, on every server
     unverified: int  # engine tensors whose digest cannot be known: sharded, quantised, experts, GPU
     canary: Group | None
+    servers: int = 1  # that hold the weights
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the sync
 
 
@@ -50,7 +51,7 @@ class Digests:
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         """``dtype``: that of unsharded CPU servers; None if only names can be known, not values."""
-        self._dtype = dtype
+        self.dtype = dtype
         self._digests: dict[str, str | None] = {}
         self._partial: dict[str, _Parts] = {}
 
@@ -59,7 +60,7 @@ class Digests:
             return
         engine_name, index, count = _place(name)
         parts = self._partial.setdefault(engine_name, _Parts(count))
-        known = tensor.dtype == self._dtype
+        known = tensor.dtype == self.dtype
         parts.add(index, tensor.detach() if known else None, pad=name.endswith(VOCABULARY))
         if parts.complete:
             self._digests[engine_name] = parts.digest()
@@ -69,7 +70,7 @@ class Digests:
         """Engine tensor name -> digest, None where only the name is known."""
         if self._partial:
             raise RuntimeError(
-                f"the weights that were sent lack parts of {_some(self._partial)}: all of "
+                f"the weights that were sent lack parts of {some_of(self._partial)}: all of "
                 f"{sorted(FUSED)} must be among policy.weights(), for the engine fuses them"
             )
         return self._digests
@@ -121,7 +122,7 @@ def compare(
     """
     first, *others = held
     problems = [
-        f"{url} holds other values than {first} of {_some(names)}"
+        f"{url} holds other values than {first} of {some_of(names)}"
         for url in others
         if len(held[url]) == len(held[first]) and (names := _differing(held[first], held[url]))
     ]
@@ -131,14 +132,13 @@ def compare(
     known = {name: digest for name, digest in expected.items() if digest is not None}
     for url, ranks in held.items():
         theirs = {name for rank in ranks for name in rank if not _is_expert(name)}
-        wrong = {n for rank in ranks for n in rank.keys() & known.keys() if rank[n] != known[n]}
         for what, which in {
-            "holds other values than were sent of": wrong,
+            "holds other values than were sent of": unequal(known, ranks),
             "has no tensor called": expected.keys() - theirs,
             "was never sent": theirs - expected.keys(),
         }.items():
             if which:
-                problems.append(f"{url} {what} {_some(which)}")
+                problems.append(f"{url} {what} {some_of(which)}")
     if problems:
         raise RuntimeError(
             "the weights that the servers hold are not the ones that were sent: "
@@ -148,6 +148,11 @@ def compare(
             "form than was assumed, set rollout.proof=canary"
         )
     return len(known), len(names - known.keys())
+
+
+def unequal(known: Mapping[str, str], ranks: Sequence[Mapping[str, str]]) -> set[str]:
+    """The tensors of which the ranks of a server hold another digest than the one that is known."""
+    return {n for rank in ranks for n in rank.keys() & known.keys() if rank[n] != known[n]}
 
 
 def canary_tokens(vocab_size: int) -> np.ndarray:
@@ -183,6 +188,7 @@ def _differing(one: Sequence[Mapping[str, str]], other: Sequence[Mapping[str, st
     return {n for a, b in pairs for n in a.keys() | b.keys() if a.get(n) != b.get(n)}
 
 
-def _some(names: Mapping[str, object] | set[str], limit: int = 5) -> str:
+def some_of(names: Mapping[str, object] | set[str], limit: int = 5) -> str:
+    """``a, b and 3 more``."""
     shown = ", ".join(sorted(names)[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,16 +1,19 @@
 """Where groups come from, as the training loop sees it on every rank."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from peergrad.data import Group
 from peergrad.observing.parts import Parts
 from peergrad.recording import read_groups
 from peergrad.rollout.buckets import NamedTensors
 from peergrad.rollout.collector import Collector
+from peergrad.rollout.errors import LoadAgain
 from peergrad.rollout.evaluation import EvaluationResult
 from peergrad.rollout.proof import Proof
 from peergrad.rollout.recorder import Recorder, missing
@@ -19,6 +22,7 @@ from peergrad.rollout.stream import Taken
 from peergrad.rollout.sync import WeightSync
 
 T = TypeVar("T")
+LOADS = 5  # of one version, while servers come and go
 
 
 class Share(Protocol):
@@ -33,8 +37,9 @@ class Rollouts(Protocol):
     ``version`` is the number of training steps done; so is ``step``.
     """
 
-    def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
-        """Generate with these weights from now on."""
+    def load_weights(self, weights: Callable[[], NamedTensors], version: int) -> Proof | None:
+        """Generate with the ``weights`` from now on; they are asked for again if a server is lost
+        on the way."""
         ...
 
     def take(self, step: int) -> Taken | None:
@@ -84,12 +89,20 @@ class LiveRollouts:
         self._dump = dump
         self._stop = stop
 
-    def load_weights(self, named: NamedTensors, version: int) -> Proof | None:
-        """Each rank drains ``named``, whose every item is a collective operation.
+    def load_weights(self, weights: Callable[[], NamedTensors], version: int) -> Proof | None:
+        """See ``Rollouts``."""
+        for _ in range(LOADS):
+            result = self._load(iter(weights()), version)
+            if not isinstance(result, LoadAgain):
+                return result
+            again = result
+        raise again
+
+    def _load(self, stream: Iterator[tuple[str, Tensor]], version: int) -> Proof | LoadAgain | None:
+        """Each rank drains ``stream``, whose every item is a collective operation.
 
         So rank 0 goes on draining when a server fails, and only then raises, with all the others.
         """
-        stream = iter(named)
         result: Proof | Exception | None = None
         if self._sync is not None:
             try:
@@ -100,10 +113,13 @@ class LiveRollouts:
                 result = error
         deque(stream, maxlen=0)
 
-        def finish() -> Proof | None:
+        def finish() -> Proof | LoadAgain | None:
+            if isinstance(result, LoadAgain):
+                return result
             if isinstance(result, Exception):
                 raise result
-            self._on_rank_zero().set_version(version)
+            assert self._sync is not None
+            self._on_rank_zero().set_version(version, self._sync.urls)
             return result
 
         return self._share(finish)
@@ -159,8 +175,8 @@ class ReplayRollouts:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
 
-    def load_weights(self, named: NamedTensors, version: int) -> None:
-        """Nobody would use them; no rank drains ``named``, so nothing is gathered either."""
+    def load_weights(self, weights: Callable[[], NamedTensors], version: int) -> None:
+        """Nobody would use them: nothing is gathered."""
 
     def take(self, step: int) -> Taken:
         """As recorded: what was dropped then is not known, and nothing is dropped now."""

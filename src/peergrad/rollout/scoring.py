@@ -89,7 +89,7 @@ class Scoring:
         return RewardError(
             f"reward.{key} = {value!r}: {all_of} {self._answers} rewards of {self._what} failed "
             f"({_by_kind(self._in_a_row)}), {self._example}; correct it, all failures are in "
-            "logs/latest/collector.log"
+            "collector.log"
         )
 
     def numbers(self, name: str) -> dict[str, float]:
@@ -99,7 +99,7 @@ class Scoring:
         graded, failed = max(self._graded, 1), self._failed
         if failed:
             log.warning(
-                "%s: %d of %d rewards failed (%s) and %s: %s; all are in logs/latest/collector.log",
+                "%s: %d of %d rewards failed (%s) and %s: %s; all are in collector.log",
                 name, failed.total(), graded, _by_kind(failed), EFFECTS[self._config.on_error],
                 self._example,
             )  # fmt: skip

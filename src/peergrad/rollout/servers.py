@@ -83,15 +83,19 @@ class ManagedServers:
         seed: int = 0,
         weight_version: int = 0,
         address: Address | None = None,
+        ranks: int | None = None,
     ) -> None:
         """``address``: where they listen, with the GPUs of this machine to themselves. None: beside
-        a trainer, at free ports that only this machine sees."""
+        a trainer, at free ports that only this machine sees. ``ranks``: of that trainer on this
+        machine, which have the first GPUs; None: as many as torchrun says."""
         self._config = config
         self._alone = address is not None
+        self._ranks = 0 if self._alone else ranks
         self._address = address or Address("127.0.0.1", free_ports(config.count))
         self._log_dir = log_dir
         self._processes: Sequence[subprocess.Popen[bytes] | Child] = []  # of the servers
         self._roots: list[subprocess.Popen[bytes]] = []  # that we have started: of their trees
+        self._words: dict[int, str] = {}  # the last ones of those that have ended
         self._began = 0.0
         self._fixed: dict[str, Any] = {
             "model-path": model_path,
@@ -141,23 +145,23 @@ class ManagedServers:
     ) -> None:
         self.stop()
 
-    def dead(self, wait: float = 0.0) -> str | None:
-        """What is known of the first server that has ended by itself, on one line; None while all
-        run. May be asked at any time. ``wait``: seconds that one whose connections just broke may
-        take to end."""
+    def ended(self, wait: float = 0.0) -> dict[str, str]:
+        """What is known of the servers that have ended by themselves, a line each, by URL. May be
+        asked at any time. ``wait``: seconds that those whose connections just broke may take to
+        end, if not all have."""
         deadline = time.monotonic() + wait
         while True:
             for index, process in enumerate(self._processes):
-                if (status := process.poll()) is not None:
-                    return self._last_words(index, status)
-            if time.monotonic() >= deadline:
-                return None
+                if index not in self._words and (status := process.poll()) is not None:
+                    self._words[index] = self._last_words(index, status)
+            if len(self._words) == len(self.urls) or time.monotonic() >= deadline:
+                return {self.urls[index]: words for index, words in self._words.items()}
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """End the servers with all their processes; safe to call again."""
         _end(self._roots)
-        self._processes, self._roots = [], []
+        self._processes, self._roots, self._words = [], [], {}
         self._http.close()
 
     def options(self, index: int) -> list[str]:
@@ -179,7 +183,8 @@ class ManagedServers:
         """Of server ``index``, counted among those that this process sees."""
         args = {flag(key): value for key, value in self._config.args.items()}
         # Behind the GPUs of this node's trainer ranks, unless told otherwise.
-        ranks = "0" if self._alone else os.environ.get("LOCAL_WORLD_SIZE", "1")
+        told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        ranks = told if self._ranks is None else self._ranks
         first, step = int(args.get("base-gpu-id", ranks)), int(args.get("gpu-id-step", 1))
         size = self._config.tensor * step
         return range(first + index * size, first + (index + 1) * size, step)
@@ -250,9 +255,9 @@ class ManagedServers:
         self._rising = [index for index in self._rising if index not in found]
         for index in found:
             log.info("server %d healthy after %.0f s", index, seconds)
-        if self._rising and (dead := self.dead()) is not None:
+        if self._rising and (ended := self.ended()):
             check_args(self._config.args)  # says better what it is
-            raise RuntimeError(dead)
+            raise RuntimeError(next(iter(ended.values())))
         if self._rising and seconds > limit:
             late = self._rising[0]
             raise RuntimeError(

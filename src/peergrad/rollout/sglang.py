@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import time
 from asyncio import Future
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from peergrad.rollout.control import KEEP_SECONDS
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import ServerError as ServerError
 from peergrad.rollout.errors import ServerUnavailable, cannot_connect, quote, reason
+from peergrad.rollout.presence import CONNECT_SECONDS, reachable
 from peergrad.rollout.reply import Reply
 from peergrad.rollout.requests import Draw, Json, generate_payload, score_payload, together
 
@@ -28,8 +30,7 @@ FLEETING = (aiohttp.ClientError, TimeoutError, ServerUnavailable)
 """What another attempt may mend."""
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 10.0
-GIVE_UP_SECONDS = 60.0  # of attempts to connect, whatever rollout.retries says
+WATCH_SECONDS = 10.0
 
 
 class SGLangEngine:
@@ -37,7 +38,9 @@ class SGLangEngine:
 
     Connection errors, timeouts and 5xx answers are tried again with growing pauses, on another
     server if there is one; a 4xx answer is an error in the request and raises at once, and so does
-    an answer with the weights of another run.
+    an answer with the weights of another run. A server that cannot be reached is asked for nothing
+    until it can; a machine that vanishes closes no connection, so what was asked of it is given up
+    after ``lost_after`` seconds.
     """
 
     def __init__(
@@ -47,13 +50,19 @@ class SGLangEngine:
         max_concurrency: int = 256,
         request_timeout: float = 600.0,
         retries: int = 5,
+        lost_after: float = 60.0,
         identity: str | None = None,
         vocab_size: int | None = None,
     ) -> None:
         """To be called in the event loop that uses it. ``identity``: the run whose weights all
         answers must be drawn with; None: anybody's. ``vocab_size``: of the model, if token ids are
         to be checked."""
-        self._in_flight = Counter({url.rstrip("/"): 0 for url in urls})
+        self.urls = [url.rstrip("/") for url in urls]
+        self._in_flight = Counter[str]()  # groups, by URL
+        self._open: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)  # requests, by URL
+        self._away: dict[str, float] = {}  # since when a server cannot be reached
+        self._lost_after = lost_after
+        self._watch = asyncio.create_task(self._look_for_servers())
         self._slots = asyncio.Semaphore(max_concurrency)
         self._timeout = request_timeout
         self._attempts = retries + 1
@@ -77,10 +86,14 @@ class SGLangEngine:
         """The servers are about to get weights ``version``: a later one is an error."""
         self._newest = version
 
-    def set_version(self, version: int) -> None:
+    def set_version(self, version: int, urls: Sequence[str] | None = None) -> None:
         """All servers hold weights ``version``: what is asked for from now on must be drawn with
-        these or later ones, token by token."""
+        these or later ones, token by token. ``urls``: which servers that are, if not all."""
         self._oldest = self._newest = version
+        if urls is not None:
+            for url in set(self.urls) - set(urls):
+                self._give_up(url)
+            self.urls = list(urls)
 
     async def generate(
         self, prompt_tokens: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str
@@ -162,14 +175,11 @@ class SGLangEngine:
             (await self._post(url, "/abort_request", {"abort_all": True})).checked()
 
     async def aclose(self) -> None:
-        for task in self._asking:
+        tasks = [*self._asking, self._watch]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
-
-    @property
-    def urls(self) -> list[str]:
-        return list(self._in_flight)
 
     def _asked(self, oldest: int | None, **more: int | None) -> Asked:
         """``newest`` is of now: requests in flight go on with the weights of a sync."""
@@ -193,14 +203,19 @@ class SGLangEngine:
         raise AssertionError("unreachable")
 
     async def _post_once(self, payload: Json, groups: int, tried: dict[str, None]) -> Drawn:
-        # A dead server has nothing in flight: without ``tried`` it would win every retry.
-        fresh = [url for url in self.urls if url not in tried] or self.urls
+        # A broken server has nothing in flight: without ``tried`` it would win every retry.
+        there = [url for url in self.urls if url not in self._away] or self.urls
+        fresh = [url for url in there if url not in tried] or there
         url = min(fresh, key=self._in_flight.__getitem__)
         tried.pop(url, None)
         tried[url] = None  # the last one tried is the last in it
         self._in_flight[url] += groups
         try:
             reply = (await self._post(url, "/generate", payload)).checked()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if cannot_connect(error):
+                self._away.setdefault(url, time.monotonic())
+            raise
         finally:
             self._in_flight[url] -= groups
         try:
@@ -209,17 +224,46 @@ class SGLangEngine:
             raise reply.no_json() from error
 
     async def _post(self, url: str, path: str, body: Json) -> Reply:
-        content = msgspec.json.encode(body)
-        async with self._http.post(url + path, data=content, headers=AS_JSON) as response:
-            return Reply(url, path, response.status, await response.read())
+        content, limit = msgspec.json.encode(body), asyncio.timeout(None)
+        self._open[url].add(limit)
+        try:
+            async with (
+                limit,
+                self._http.post(url + path, data=content, headers=AS_JSON) as response,
+            ):
+                return Reply(url, path, response.status, await response.read())
+        finally:
+            self._open[url].discard(limit)
+
+    async def _look_for_servers(self) -> None:
+        """Every moment, for as long as there is an engine."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            urls = list(self.urls)
+            for url, there in zip(urls, await asyncio.gather(*map(reachable, urls)), strict=True):
+                if there:
+                    self._away.pop(url, None)
+                    continue
+                since = self._away.setdefault(url, time.monotonic())
+                if self._open[url] and time.monotonic() - since >= self._lost_after:
+                    log.warning(
+                        "%s: cannot be reached for %.0f s; its groups are asked for again",
+                        *(url, time.monotonic() - since),
+                    )
+                    self._give_up(url)
+
+    def _give_up(self, url: str) -> None:
+        """Let every request to ``url`` time out."""
+        for limit in self._open[url]:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def _stop(self, state: tenacity.RetryCallState) -> bool:
         """After ``retries``; before that where more attempts would only hide what is wrong:
-        a server that is gone for a minute has lost its weights, one that let a request time out
-        twice hangs."""
+        servers that are all gone for ``lost_after`` have lost their weights, one that let a request
+        time out twice hangs."""
         assert state.outcome is not None
-        gone = cannot_connect(state.outcome.exception())
-        limit = GIVE_UP_SECONDS if gone else 2 * self._timeout
+        gone = cannot_connect(state.outcome.exception()) and self._away.keys() >= set(self.urls)
+        limit = self._lost_after if gone else 2 * self._timeout
         passed = state.seconds_since_start or 0.0
         return state.attempt_number >= self._attempts or passed >= limit
 

@@ -4,10 +4,11 @@ The only user of torch.distributed in this package, and only on rank 0 of the tr
 with the servers a process group of its own, apart from the trainer's groups.
 """
 
+import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,8 +28,20 @@ from peergrad.observing.parts import Parts
 from peergrad.rollout.answers import Asked, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
-from peergrad.rollout.control import Control, finish
-from peergrad.rollout.errors import DEATH_SECONDS, ServerError, cannot_connect, reason
+from peergrad.rollout.control import Control
+from peergrad.rollout.errors import (
+    DEATH_SECONDS,
+    Ended,
+    LoadAgain,
+    ServerError,
+    ServerGone,
+    cannot_connect,
+    none_ended,
+    out_of_reach,
+    reason,
+)
+from peergrad.rollout.held import checksums, new_digests, server_infos
+from peergrad.rollout.presence import absent
 from peergrad.rollout.proof import Digests, Proof, canary_group, canary_tokens, compare
 from peergrad.rollout.requests import Json, score_payload
 from peergrad.rollout.versions import spell
@@ -36,8 +49,7 @@ from peergrad.rollout.versions import spell
 log = logging.getLogger(__name__)
 
 CLEAN_UP_SECONDS = 10.0
-NEEDED_INFO = ("tp_size", "pp_size", "device", "dtype", "quantization")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POLL_SECONDS = 1.0
 
 
 def init_payload(
@@ -62,6 +74,9 @@ class WeightSync:
     digests are compared *before* generation goes on. Requests in flight resume by themselves and
     continue with the new weights. After a failure in between, the servers stay paused, for their
     weights are then neither the old nor the new; a later ``load`` that succeeds puts it right.
+
+    Servers that are gone once the run has begun are left out, if others are there: ``urls`` are
+    those that are left.
     """
 
     def __init__(
@@ -74,22 +89,25 @@ class WeightSync:
         timeout: float = 300.0,
         identity: str | None = None,
         takeover: bool = False,
-        dead: Callable[[float], str | None] = lambda wait: None,
+        lost_after: float = 60.0,
+        ended: Ended = none_ended,
     ) -> None:
         """``timeout``: seconds that one bucket, and one control request, may take.
 
         ``identity``: the run that the servers must belong to (``claim``); None: to nobody.
-        ``takeover``: take them from another run. ``dead``: what is known of a server that has
-        ended, as ``ManagedServers.dead`` tells it; it explains a request that fails.
+        ``takeover``: take them from another run. ``lost_after``: seconds for which a server that
+        cannot be reached may yet come back. ``ended``: what is known of servers that have ended, as
+        ``ManagedServers.ended`` tells it; it explains a request that fails.
         """
-        self._control = Control(urls, timeout=timeout)
+        self._control = Control(urls, timeout=timeout, lost_after=lost_after)
         self._limit = bucket_mb << 20
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
         self._canary = canary_tokens(vocab_size)
         self._identity = identity
         self._claim = Claim(self._control, identity, takeover=takeover)
-        self._dead = dead
+        self._ended, self._lost_after = ended, lost_after
+        self._loaded = False
         self._group: _Broadcast | None = None
         self._abandoned: list[_Broadcast] = []  # to free one would wait for its broadcast
         self._servers: list[Json] | None = None
@@ -98,21 +116,59 @@ class WeightSync:
     def load(self, named: NamedTensors, version: int) -> Proof:
         """Broadcast pairs of HF name and full tensor; returns when all servers generate from them.
 
-        Holds one bucket beside what the iterator holds. Raises ServerError if a server fails or was
-        taken by another run, RuntimeError if the servers end up with other weights than were sent,
-        and ValueError if another run has them at the first call.
+        Holds one bucket beside what the iterator holds. Raises LoadAgain if a server was not there
+        but now all of ``urls`` are, ServerError if one fails or was taken by another run,
+        RuntimeError if the servers end up with other weights than were sent, and ValueError if
+        another run has them at the first call.
         """
         self._parts = Parts()
         try:
             with self._parts.time("claim"):
                 self._claim.check(version)
-            return self._load(named, version)
+            proof = self._load(named, version)
         except RuntimeError as error:
-            if (dead := self._dead(DEATH_SECONDS)) is not None:
-                raise ServerError(dead) from error
+            was_away, gone = self._missing(error)
+            if self._loaded and was_away and len(gone) < len(self.urls):
+                self._leave_behind(gone)
+                raise LoadAgain(f"servers were not there: {error}") from error
+            if gone:
+                raise ServerError(next(iter(gone.values()))) from error
             if (theft := self._claim.theft()) is not None:
                 raise theft from error
             raise
+        self._loaded = True
+        return proof
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the servers that weights are loaded into."""
+        return self._control.urls
+
+    def _missing(self, error: RuntimeError) -> tuple[bool, dict[str, str]]:
+        """Whether a server was not there, which may be why ``error`` came about, and those that
+        will not come back, each with a word on why: it has ended, or was given time for that."""
+        began, wait, was_away = time.monotonic(), DEATH_SECONDS, False
+        while True:
+            gone = {url: why for url, why in self._ended(wait).items() if url in self.urls}
+            if isinstance(error, ServerGone):
+                gone.setdefault(str(error.url), str(error))
+            away = [] if gone else asyncio.run(absent(self.urls))
+            was_away = was_away or bool(gone or away)
+            seconds, wait = time.monotonic() - began, POLL_SECONDS
+            if gone or not away or not self._loaded:
+                return was_away, gone
+            if seconds >= self._lost_after:
+                return True, {url: out_of_reach(url, seconds) for url in away}
+            time.sleep(POLL_SECONDS)
+
+    def _leave_behind(self, gone: Mapping[str, str]) -> None:
+        """Go on without the servers that are ``gone``."""
+        left = [url for url in self.urls if url not in gone]
+        for why in gone.values():
+            log.warning("%s; the run goes on with the other servers, now %d", why, len(left))
+        self._control.urls, self._servers = left, None
+        if self._group is not None:
+            self._abandon(self._group)
 
     def _load(self, named: NamedTensors, version: int) -> Proof:
         began, sent, count = time.monotonic(), 0, 0
@@ -143,7 +199,13 @@ class WeightSync:
             "sync of version %d took %.2f s (%d bytes in %d buckets, %d servers)",
             *(version, seconds, sent, count, len(self._control.urls)),
         )
-        return Proof(version, *counts, canary=canary, seconds=self._parts.seconds)
+        return Proof(
+            version,
+            *counts,
+            canary=canary,
+            servers=len(self.urls),
+            seconds=self._parts.seconds,
+        )
 
     def close(self) -> None:
         """Leave the group, and the servers to other runs; they may be gone already."""
@@ -179,7 +241,9 @@ class WeightSync:
         )
         work = dist.broadcast(bucket.flat, src=0, group=group.handle, async_op=True)
         try:
-            finish(answers)  # first: a server that refused will never join the broadcast
+            self._control.finish(
+                answers
+            )  # first: a server that refused will never join the broadcast
             work.wait()
         except BaseException as error:
             self._abandon(group)
@@ -229,7 +293,7 @@ class WeightSync:
             lambda: join_group(store, name, 0, world, backend, self._timeout)
         )
         try:
-            finish([*answers, cast(Future[Any], handle)])
+            self._control.finish([*answers, cast(Future[Any], handle)])
         except RuntimeError as error:  # torch's own errors are of this kind, too
             raise self._not_joined(error, f"{address}:{store.port}") from error
         return _Broadcast(name, handle.result())
@@ -248,35 +312,18 @@ class WeightSync:
 
     def _server_info(self) -> list[Json]:
         if self._servers is None:
-            infos = self._control.get("/server_info")
-            for url, info in zip(self._control.urls, infos, strict=True):
-                if missing := [name for name in NEEDED_INFO if name not in info]:
-                    raise ServerError(
-                        f"{url}: /server_info tells no {missing[0]}; use SGLang 0.5.21 or later, "
-                        "and name the workers themselves, not a router",
-                        url=url,
-                    )
-            self._servers = infos
+            self._servers = server_infos(self._control)
         return self._servers
 
     def _new_digests(self) -> Digests | None:
         """None if not even the names of the engine's tensors can be known."""
-        servers = self._server_info()
-        if self._proof is not ProofMode.auto or any(s["quantization"] for s in servers):
-            return None
-        known = all(s["device"] == "cpu" and s["tp_size"] == s["pp_size"] == 1 for s in servers)
-        dtypes = {s["dtype"] for s in servers}
-        return Digests(DTYPES.get(dtypes.pop()) if known and len(dtypes) == 1 else None)
+        known = self._proof is ProofMode.auto
+        return new_digests(self._server_info()) if known else None
 
     def _compare(self, digests: Digests | None) -> tuple[int, int]:
         if self._proof is not ProofMode.auto:
             return 0, 0
-        answers = self._control.post("/weights_checker", {"action": "checksum"})
-        held = {
-            url: _checksums(url, answer)
-            for url, answer in zip(self._control.urls, answers, strict=True)
-        }
-        return compare(None if digests is None else digests.result(), held)
+        return compare(None if digests is None else digests.result(), checksums(self._control))
 
     def _score_canary(self, version: int) -> Group | None:
         if self._proof is ProofMode.off:
@@ -334,18 +381,6 @@ def local_address(url: str) -> str:
         raise ServerError(
             f"{url}: there is no way there from this machine ({reason(error)}); correct the host "
             "in rollout.servers.urls",
-            url=url,
-        ) from error
-
-
-def _checksums(url: str, answer: Json) -> list[dict[str, str]]:
-    """The digests of each of a server's ranks."""
-    try:
-        return [dict(rank["checksums"]) for rank in answer["ranks"]]
-    except (LookupError, TypeError, ValueError) as error:
-        raise ServerError(
-            f"{url}: answered /weights_checker in another form than SGLang's; use the SGLang that "
-            "peergrad pins, or set rollout.proof=canary",
             url=url,
         ) from error
 

@@ -16,7 +16,8 @@ Several processes: python -m peergrad.launch --nproc-per-node 4 ...
 
 flags
   --cfg         print the whole configuration and stop
-  --check       say what is wrong with it, if anything, and stop
+  --check       say what is wrong with it, if anything, or what would run, and stop;
+                with --cfg print it if nothing is
   --objective   print the objective as a formula with every knob, and stop
   -h, --help    print this and stop
 
@@ -91,6 +92,42 @@ def parse(arguments: Sequence[str]) -> Options:
             raise ValueError(_stray(arguments, place))
     chosen = {flag.lstrip("-"): True for flag in flags}
     return Options(overrides=tuple(overrides), **chosen)
+
+
+def read_valued(
+    arguments: Sequence[str], valued: Sequence[str], text: str
+) -> tuple[dict[str, str], Options]:
+    """The command line of a program beside ``peergrad.main``: its own options, ``valued``, each
+    with its value, and what it shares with that, overrides and ``--check``. ``text``: its help.
+
+    Raises as ``parse`` does.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(text, end="")
+        raise SystemExit(0)
+    values: dict[str, str] = {}
+    others, words = [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in valued:
+            others.append(_shared(word, valued))
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise ValueError(f"{name}: has no value; write {name} <value>, see --help")
+        values[name] = value
+    return values, parse(others)
+
+
+def _shared(word: str, valued: Sequence[str]) -> str:
+    """``word`` unless it is an option of ``peergrad.main`` alone, or one of ``valued`` misspelt."""
+    name = word.partition("=")[0]
+    if name in FLAGS and name != "--check":
+        raise ValueError(f"{name}: is an option of peergrad.main; ask that, or see --help")
+    near = [known for known in valued if name[:1] == "-" and distance(name, known) <= 2]
+    if near:
+        raise ValueError(f"{name}: there is no such option; did you mean {near[0]}?")
+    return word
 
 
 def _is_override(text: str, following: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """A local HTTP server that answers like SGLang, or as badly as a test wants."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -99,3 +100,17 @@ class FakeServer:
     def __exit__(self, *_: object) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+
+class Vanishing:
+    """A place where a request is taken, and then nothing can be reached any more; nor does the
+    connection break, as when a machine loses its power."""
+
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._take_one, daemon=True).start()
+
+    def _take_one(self) -> None:
+        self._connection, _ = self._listening.accept()
+        self._listening.close()

@@ -386,8 +386,8 @@ def test_a_managed_server_that_died_ends_the_wait_at_once():
         return 200, [sample([7])] * 2
 
     with FakeServer(slow) as server:
-        dead = lambda wait: words[0] if words else None  # noqa: E731
-        collector = Collector(new_config(), [server.url], build, dead=dead)
+        ended = lambda wait: dict(zip([server.url], words, strict=False))  # noqa: E731
+        collector = Collector(new_config(), [server.url], build, ended=ended)
         try:
             collector.set_version(0)
             began = time.monotonic()

@@ -4,7 +4,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import pytest
+from fake_sglang import FakeServer, Vanishing
+
 from peergrad.rollout.control import KEEP_SECONDS, Control
+from peergrad.rollout.errors import ServerGone
 
 
 class Remembers(BaseHTTPRequestHandler):
@@ -38,3 +42,21 @@ def test_a_connection_that_the_server_may_be_closing_is_not_used_again():
         server.shutdown()
     first, again, later = Remembers.ports
     assert first == again != later
+
+
+def test_a_machine_that_vanishes_under_a_request_is_told_from_one_that_takes_long():
+    def slow(_):
+        time.sleep(1.0)
+        return 200, {}
+
+    with FakeServer(slow) as server:
+        control = Control([server.url], lost_after=0.2)
+        assert control.get("/model_info") == [{}]
+        control.close()
+        gone = Vanishing()
+        control = Control([server.url, gone.url], lost_after=0.2)
+        began = time.monotonic()
+        with pytest.raises(ServerGone, match=rf"^{gone.url}: cannot be reached") as error:
+            control.get("/model_info")
+        assert time.monotonic() - began < 60 and error.value.url == gone.url
+        control.close()

@@ -9,6 +9,7 @@ import torch
 
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.recording import read_groups
+from peergrad.rollout.errors import LoadAgain
 from peergrad.rollout.proof import Proof
 from peergrad.rollout.rollouts import LiveRollouts, ReplayRollouts, recorded
 from peergrad.rollout.stream import Taken
@@ -34,15 +35,19 @@ def weights(log):
 
 
 class FakeSync:
-    def __init__(self, fail_after=None, begun=lambda: None):
+    def __init__(self, fail_after=None, error=None, begun=lambda: None, times=1):
         self.fail_after = fail_after
+        self.error = error or RuntimeError("http://one answered 400")
         self.begun = begun
+        self.times = times
+        self.urls = ["http://two"]
 
     def load(self, named, version):
         self.begun()
         for i, _ in enumerate(named):
-            if i == self.fail_after:
-                raise RuntimeError("http://one answered 400")
+            if i == self.fail_after and self.times:
+                self.times -= 1
+                raise self.error
         return PROOF
 
 
@@ -54,9 +59,10 @@ class FakeCollector:
     def expect(self, version):
         self.expected = version
 
-    def set_version(self, version):
+    def set_version(self, version, urls):
         assert self.expected == version
         self.versions.append(version)
+        self.urls = urls
 
     def take(self, version, until):
         return Taken(self.groups, dropped=(0.0, 1.0))
@@ -80,29 +86,43 @@ def live(share=on_this_rank, collector=None, sync=None, run_dir=Path("unused"), 
 
 def test_weights_reach_the_engine_before_the_collector_hears_of_them():
     collector, log = FakeCollector(), []
-    assert live(collector=collector, sync=FakeSync()).load_weights(weights(log), 3) is PROOF
+    assert live(collector=collector, sync=FakeSync()).load_weights(lambda: weights(log), 3) is PROOF
     assert collector.versions == [3] and log == [0, 1, 2, 3]
 
 
 def test_answers_with_the_new_weights_may_come_before_the_sync_is_over():
     collector = FakeCollector()
     begun = lambda: collector.versions.append(f"expects {collector.expected}")  # noqa: E731
-    live(collector=collector, sync=FakeSync(begun=begun)).load_weights(weights([]), 3)
+    live(collector=collector, sync=FakeSync(begun=begun)).load_weights(lambda: weights([]), 3)
     assert collector.versions == ["expects 3", 3]
 
 
 def test_ranks_without_an_engine_drain_the_weights_too():
     log = []
-    assert live(share=from_rank_zero(PROOF)).load_weights(weights(log), 3) is PROOF
+    assert live(share=from_rank_zero(PROOF)).load_weights(lambda: weights(log), 3) is PROOF
     assert log == [0, 1, 2, 3]
 
 
 def test_a_failing_server_leaves_no_rank_behind_in_a_collective():
     collector, log = FakeCollector(), []
     with pytest.raises(RuntimeError, match="http://one answered 400"):
-        live(collector=collector, sync=FakeSync(fail_after=1)).load_weights(weights(log), 3)
+        live(collector=collector, sync=FakeSync(fail_after=1)).load_weights(lambda: weights(log), 3)
     assert log == [0, 1, 2, 3]
     assert collector.versions == []
+
+
+def test_weights_are_loaded_again_without_a_server_that_was_lost():
+    collector, log = FakeCollector(), []
+    sync = FakeSync(fail_after=1, error=LoadAgain("http://one was lost"))
+    assert live(collector=collector, sync=sync).load_weights(lambda: weights(log), 3) is PROOF
+    assert log == [0, 1, 2, 3] * 2  # every rank drains both, for each is collective
+    assert (collector.versions, collector.urls) == ([3], ["http://two"])
+
+
+def test_servers_that_come_and_go_do_not_hold_a_run_for_ever():
+    sync = FakeSync(fail_after=0, error=LoadAgain("http://one was away"), times=1000)
+    with pytest.raises(LoadAgain, match="http://one was away"):
+        live(collector=FakeCollector(), sync=sync).load_weights(lambda: weights([]), 3)
 
 
 def test_a_recorded_step_is_replayed_as_it_was(tmp_path):
@@ -194,7 +214,7 @@ def test_groups_are_recorded_on_demand_even_if_steps_are_not(tmp_path):
 
 def test_replay_gathers_no_weights_and_names_what_is_missing(tmp_path):
     rollouts, log = ReplayRollouts(tmp_path), []
-    rollouts.load_weights(weights(log), 1)
+    rollouts.load_weights(lambda: weights(log), 1)
     assert log == []
     assert rollouts.evaluate(1) is None and rollouts.state() is None
     with pytest.raises(ValueError, match=r"rollout\.replay = .* has no record of step 1"):

@@ -62,7 +62,7 @@ def test_failures_are_counted_by_kind_and_warned_of_once(
     assert warning == (
         f"step 3: 3 of 4 rewards failed (error 2, timeout 1) and {effect}: that of a rollout of "
         r"train-17 raised KeyError: 'x' (mine.py:7); its text ends 'a\nb'; all are in "
-        "logs/latest/collector.log"
+        "collector.log"
     )
     assert caplog.text.count("reward failed: that of a rollout of train-17") == 3
     caplog.clear()
@@ -85,7 +85,7 @@ def test_a_step_of_failures_is_the_end() -> None:
     assert str(error.value) == (
         "reward.function = 'mine:score': all 8 rewards of a step failed (error 8), that of a "
         r"rollout of train-17 raised KeyError: 'x' (mine.py:7); its text ends 'a\nb'; correct it, "
-        "all failures are in logs/latest/collector.log"
+        "all failures are in collector.log"
     )
 
 

@@ -57,10 +57,10 @@ def managed(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(module, "GPU_SERVER", stand_in.__name__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "src")]))
 
-    def build(script="", **config):
+    def build(script="", ranks=None, **config):
         config = ServersConfig(**{"start_timeout": 20.0, **config})
         built = ManagedServers(
-            config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs"
+            config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs", ranks=ranks
         )
         if script:
             port = lambda index: built.urls[index].rpartition(":")[2]  # noqa: E731
@@ -118,17 +118,19 @@ def test_a_server_that_dies_shows_its_last_words(managed, count):
 def test_a_server_that_is_killed_is_known_at_once(managed, count):
     last = count - 1
     with managed(HEALTHY, count=count) as servers:
-        assert servers.dead() is None and servers.dead(wait=0.1) is None
+        assert servers.ended() == servers.ended(wait=0.1) == {}
         os.kill(number(servers, last), signal.SIGKILL)
-        words = servers.dead(wait=10.0)
+        assert any(servers.ended(wait=0.1) for _ in range(100))
+        ((url, words),) = servers.ended().items()
         others = [psutil.Process(number(servers, index)) for index in range(last)]
         assert not any(map(has_ended, others))
+    assert url == servers.urls[last]
     assert re.fullmatch(
         rf"rollout\.servers: server {last} at {servers.urls[last]} was ended by SIGKILL, perhaps "
         rf"for want of memory; see \S+server_{last}\.log",
         words,
     )
-    assert servers.dead() is None  # stopped, not dead
+    assert servers.ended() == {}  # stopped, not dead
 
 
 @pytest.mark.parametrize("own", [{}, {"OMP_NUM_THREADS": "3"}])
@@ -164,7 +166,7 @@ def test_something_else_is_done_while_they_start(managed):
     servers = managed(HEALTHY)
     try:
         servers.start()
-        assert len(set(children()) - before) >= 1 and servers.dead() is None
+        assert len(set(children()) - before) >= 1 and not servers.ended()
         servers.ready()
     finally:
         servers.stop()
@@ -287,6 +289,8 @@ def test_each_server_has_gpus_of_its_own(managed):
     assert "--base-gpu-id 4" in " ".join(servers.options(0))
     assert "--base-gpu-id 6" in " ".join(servers.options(1))
     assert "sleep-on-idle" not in servers.options(0)
+    assert [*managed(count=2, tensor=2).gpus(1)] == [3, 4]  # behind one rank
+    assert [*managed(ranks=0, count=2, tensor=2).gpus(1)] == [2, 3]
 
 
 @pytest.fixture

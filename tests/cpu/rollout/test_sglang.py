@@ -12,7 +12,7 @@ from dataclasses import replace
 import aiohttp
 import numpy as np
 import pytest
-from fake_sglang import FakeServer, answer_generate, sample
+from fake_sglang import FakeServer, Vanishing, answer_generate, sample, wanted
 
 from peergrad.rollout.answers import Asked, parse_rollout, parse_scores, read_answers
 from peergrad.rollout.engine import Sampling
@@ -584,12 +584,79 @@ def test_each_retry_is_told_in_the_log_and_a_dead_server_in_the_error(caplog):
     assert all(text.endswith("s: connection refused") for text in told)
 
 
-def test_a_dead_server_is_not_waited_for_however_many_retries_are_allowed(monkeypatch):
-    monkeypatch.setattr("peergrad.rollout.sglang.GIVE_UP_SECONDS", 1.0)
+def test_a_dead_server_is_not_waited_for_however_many_retries_are_allowed():
     began = time.monotonic()
     with pytest.raises(ServerError, match="connection refused"):
-        generate(nowhere(), retries=1000)
+        generate(nowhere(), retries=1000, lost_after=1.0)
     assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr("peergrad.rollout.sglang.WATCH_SECONDS", 0.05)
+
+
+def test_what_a_vanished_machine_was_asked_for_is_asked_for_elsewhere(often, caplog):
+    gone = Vanishing()
+    with FakeServer() as server:
+        began = time.monotonic()
+        (group,) = generate(gone.url, server.url, lost_after=0.3)
+        assert 0.3 < time.monotonic() - began < 10
+    assert len(group) == 3 and len(server.requests) == 1
+    assert f"{gone.url}: cannot be reached for 0 s; its groups are asked for again" in caplog.text
+
+
+def test_a_machine_that_vanishes_alone_is_named(often):
+    gone = Vanishing()
+    with pytest.raises(ServerError, match=rf"^{gone.url}: no answer .*\(connection refused\)"):
+        generate(gone.url, lost_after=0.3, retries=1000)
+
+
+def test_a_server_that_is_away_is_asked_for_nothing_until_it_is_back(often):
+    asked = []
+
+    async def main(port, other):
+        engine = SGLangEngine([f"http://127.0.0.1:{port}", other.url])
+
+        async def ask():
+            await engine.generate([5, 1], THREE, request_id="0/p")
+            return len(engine._away)
+
+        away = [await ask() for _ in range(3)]
+        asked.append(len(other.requests))
+        with FakeServer(port=port) as back:
+            for _ in range(100):
+                await asyncio.sleep(0.05)
+                away.append(await ask())
+                if back.requests:
+                    break
+        await engine.aclose()
+        return away
+
+    with FakeServer() as other:
+        away = asyncio.run(main(int(nowhere().rpartition(":")[2]), other))
+    assert asked == [3] and away[:3] == [1] * 3 and away[-1] == 0
+
+
+def test_servers_that_are_left_out_are_not_waited_for():
+    async def main(gone, server):
+        engine = SGLangEngine([gone.url, server.url])
+        drawn = asyncio.create_task(engine.generate([5, 1], THREE, request_id="0/p"))
+        await asyncio.sleep(0.1)
+        engine.set_version(3, [server.url])
+        await engine.generate([5, 2], THREE, request_id="1/p")
+        assert engine.urls == [server.url]
+        group = await drawn
+        await engine.aclose()
+        return group
+
+    def answer(body):
+        samples = [sample([*prompt, 1], version="3") for prompt in wanted(body)]
+        return 200, samples
+
+    with FakeServer(answer) as server:
+        assert len(asyncio.run(main(Vanishing(), server))) == 3
+        assert len(server.requests) == 2
 
 
 def test_a_hanging_server_is_not_asked_for_ever():

@@ -3,8 +3,11 @@
 import hashlib
 import math
 import multiprocessing
+import socket
+import threading
 import time
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from fake_sglang import FakeServer
 
 from peergrad.config import Proof as ProofMode
 from peergrad.rollout import claim
+from peergrad.rollout.errors import LoadAgain, ServerError
 from peergrad.rollout.proof import CANARY_TOKENS
-from peergrad.rollout.sglang import ServerError
 from peergrad.rollout.sync import WeightSync, join_group, local_address
 
 TIMEOUT = timedelta(seconds=30)
@@ -333,10 +336,42 @@ def test_a_canary_scored_with_another_runs_weights_is_an_error(servers, owned):
 def test_a_dead_managed_server_explains_what_failed():
     with FakeServer() as server:
         url = server.url
-    sync = WeightSync([url], vocab_size=50, dead=lambda wait: "server 0 ended with exit code 3")
+    words = {url: "server 0 ended with exit code 3"}
+    sync = WeightSync([url], vocab_size=50, ended=lambda wait: words)
     with pytest.raises(ServerError, match=r"^server 0 ended with exit code 3$") as error:
         sync.load(weights(), 1)
     assert "connection refused" in str(error.value.__cause__)
+
+
+def unreached(**options):
+    """A sync that has been used, and whose server is not there any more."""
+    with FakeServer() as server:
+        url = server.url
+    sync = WeightSync([url], vocab_size=50, **options)
+    sync._loaded = True
+    return url, sync
+
+
+def test_a_server_that_takes_its_time_to_end_is_waited_for_no_longer_than_that(monkeypatch):
+    monkeypatch.setattr("peergrad.rollout.sync.POLL_SECONDS", 0.01)
+    told = [{}] * 4
+    url, sync = unreached(ended=lambda wait: told.pop() if told else {url: "server 0 ended"})
+    with pytest.raises(ServerError, match=r"^server 0 ended$"):
+        sync.load(weights(), 1)
+
+
+def test_a_server_is_given_time_to_come_back(monkeypatch):
+    monkeypatch.setattr("peergrad.rollout.sync.POLL_SECONDS", 0.05)
+    url, sync = unreached(lost_after=60.0)
+    with socket.socket() as back:
+        come_back = lambda: (back.bind(("127.0.0.1", urlsplit(url).port)), back.listen())  # noqa: E731
+        threading.Timer(0.3, come_back).start()
+        with pytest.raises(LoadAgain, match="connection refused"):
+            sync.load(weights(), 1)
+    assert sync.urls == [url]
+    url, sync = unreached(lost_after=0.2)
+    with pytest.raises(ServerError, match=rf"^{url}: cannot be reached for 0 s; see "):
+        sync.load(weights(), 1)
 
 
 def test_servers_that_do_not_reach_the_trainer_are_told_the_address():
