@@ -78,6 +78,7 @@ def lines(tiny: bool) -> Iterator[Line]:
         yield with_it, sizes, "torch.compile", lambda: methods.compiled(entropy=True)
         yield name, sizes, "peergrad", lambda: methods.ours(entropy=False)
         yield name, sizes, "torch eager", lambda: methods.eager(entropy=False)
+        yield name, sizes, "torch cross_entropy", methods.cross_entropy
         yield name, sizes, "torch.compile", lambda: methods.compiled(entropy=False)
         yield name, sizes, "megatron fused", lambda: methods.megatron(fused=True)
         yield name, sizes, "megatron", lambda: methods.megatron(fused=False)

@@ -77,6 +77,14 @@ def eager(*, entropy: bool) -> FromLogits:
     return run
 
 
+def cross_entropy() -> FromLogits:
+    def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        return Outputs([loss], [-d_logp], -loss)
+
+    return run
+
+
 def compiled(*, entropy: bool) -> FromLogits:
     torch._dynamo.reset()  # or the second width would get a kernel for every width
     function: Any = torch.compile(_torch_both if entropy else _torch_logp, dynamic=False)
