@@ -78,6 +78,7 @@ def lines(tiny: bool) -> Iterator[Line]:
         yield with_it, sizes, "torch.compile", lambda: methods.compiled(entropy=True)
         yield name, sizes, "peergrad", lambda: methods.ours(entropy=False)
         yield name, sizes, "torch eager", lambda: methods.eager(entropy=False)
+        yield name, sizes, "torch cross_entropy", methods.cross_entropy
         yield name, sizes, "torch.compile", lambda: methods.compiled(entropy=False)
         yield name, sizes, "megatron fused", lambda: methods.megatron(fused=True)
         yield name, sizes, "megatron", lambda: methods.megatron(fused=False)
@@ -107,7 +108,6 @@ def _from_hidden(tiny: bool) -> Iterator[Line]:
     for dtype in (BF16, FP32):
         label = f"peergrad, logits {str(dtype)[6:]}"
         yield name, whole, label, partial(methods.linear, small, dtype)
-    yield name, whole, "peergrad tiled", methods.tiled
     yield name, whole, "torch eager", lambda: methods.eager_head
     yield name, whole, "verl", methods.verl
 
@@ -300,19 +300,19 @@ def _measured(bench: Bench, name: str, build: Build, **options: int) -> dict[str
 
 def sweep(tiny: bool, short: bool, repeats: int) -> Iterator[dict[str, Any]]:
     """The Triton kernels of the first section under other cuts, a few of them if ``short``."""
-    from peergrad.kernels import triton as kernels
+    from peergrad.kernels import triton_stages as kernels
 
     sizes = Sizes(1, 300) if tiny else Sizes(8192, 151936)
     bench = Bench("from logits", sizes)
     cuts = ((256, 512), (4, 8), (2, 4)) if short else ((128, 256, 512), (2, 4, 8), (1, 2, 4, 8))
-    for lanes, warps, tiles in itertools.product(*cuts):
-        if lanes < 32 * warps:
+    for vectors, warps, tiles in itertools.product(*cuts):
+        if vectors < 32 * warps:
             continue
-        kernels.LANES, kernels.WARPS, kernels.TILES = lanes, warps, tiles
+        kernels.VECTORS, kernels.WARPS, kernels.TILES = vectors, warps, tiles
         build = partial(methods.ours, entropy=True)
         found = _measured(bench, "peergrad", build, warmup=2, repeats=repeats)
         yield {"section": "sweep", "text": sizes.text(), **found} | {
-            "method": f"{lanes} lanes, {warps} warps, {tiles} tiles"
+            "method": f"{vectors} vectors, {warps} warps, {tiles} tiles"
         }
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from peergrad.kernels import fused_linear_grpo, linear_logprob, vocab_parallel_logprob
+from peergrad.kernels import fused_linear_loss, linear_logprob, vocab_parallel_logprob
 
 
 class Missing(Exception):
@@ -73,6 +73,14 @@ def eager(*, entropy: bool) -> FromLogits:
     def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         found = _torch_both(logits, targets) if entropy else (_torch_logp(logits, targets),)
         return Outputs(list(found), [d_logp] * len(found), found[0])
+
+    return run
+
+
+def cross_entropy() -> FromLogits:
+    def run(logits: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        return Outputs([loss], [-d_logp], -loss)
 
     return run
 
@@ -153,7 +161,7 @@ def fused(chunk: int, logits: torch.dtype) -> FromHidden:
         def derivative(logp: Tensor, entropy: Tensor, rows: Tensor | slice) -> Any:
             return (d_logp[rows] * logp).sum(), d_logp[rows], None
 
-        loss, logp, _ = fused_linear_grpo(
+        loss, logp, _ = fused_linear_loss(
             hidden,
             weight,
             targets,
@@ -182,18 +190,6 @@ def linear(chunk: int, logits: torch.dtype) -> FromHidden:
             temperature=1.0,
             chunk=chunk,
             logits=logits,
-        )
-        return Outputs([logp], [d_logp], logp)
-
-    return run
-
-
-def tiled() -> FromHidden:
-    score = _peer("peergrad.kernels.tiled", gpu=True).tiled_linear_logprob
-
-    def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
-        logp, _ = score(
-            hidden, weight, targets, group=None, vocab_size=weight.shape[0], temperature=1.0
         )
         return Outputs([logp], [d_logp], logp)
 

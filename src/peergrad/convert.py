@@ -265,8 +265,10 @@ def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[PolicyModel, Grou
 
 
 def _check_sizes(options: Namespace, shape: "Shape") -> None:
+    from peergrad.parallel.hf.config import VOCAB_MULTIPLE
+
     divided = {"attention heads": shape.heads, "key-value heads": shape.kv_heads}
-    divided |= {"MLP columns": shape.ffn, "padded vocabulary rows": 16}
+    divided |= {"MLP columns": shape.ffn, "padded vocabulary rows": VOCAB_MULTIPLE}
     for key, size, counts in (
         ("--tensor", options.tensor, divided),
         ("--pipeline", options.pipeline, {"layers": shape.layers}),

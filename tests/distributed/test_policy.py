@@ -4,6 +4,7 @@ checkpoints."""
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -290,17 +291,20 @@ def test_canary_is_scored_once_for_all_servers(models: tuple[str, str]) -> None:
 
 
 def checkpoint_rounds(
-    path: str, folder: str, layouts: list[tuple[Layout, bool]]
+    path: str, folder: str, layouts: list[tuple[Layout, bool, int]]
 ) -> list[list[float]]:
     """Train two steps and save on the first layout, the second step while the third is trained;
-    then restore and train a third on each."""
+    then restore and train a third on each. The vocabulary is padded to a multiple of the last
+    number."""
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.groups import leave_layout
 
     losses = []
-    for i, (layout, distributed) in enumerate([layouts[0], *layouts]):
-        policy, groups = make(path, layout, distributed=distributed)
+    for i, (layout, distributed, multiple) in enumerate([layouts[0], *layouts]):
+        with mock.patch("peergrad.parallel.hf.config.VOCAB_MULTIPLE", multiple):
+            policy, groups = make(path, layout, distributed=distributed)
+        assert policy.shape.vocab == 100
         checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=2), groups)
         if i == 0:
             for number in (1, 2):
@@ -328,9 +332,10 @@ def checkpoint_rounds(
 @pytest.mark.distributed
 @pytest.mark.parametrize("distributed", [True, False])
 def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed: bool) -> None:
-    path = str(make_hf_model(tmp_path / "model"))
-    grids = [(2, 1), (1, 2), (1, 1)]  # saved at TP 2; resumed there, at PP 2 and at DP 2
-    layouts = [((t, p, 40, "float32", False), distributed) for t, p in grids]
+    path = str(make_hf_model(tmp_path / "model", vocab=100))
+    # Saved at TP 2 with 112 rows of a vocabulary; resumed there, and with 128 at TP 2, PP 2, DP 2
+    grids = [(2, 1, 16), (2, 1, 128), (1, 2, 128), (1, 1, 128)]
+    layouts = [((t, p, 40, "float32", False), distributed, rows) for t, p, rows in grids]
     for rank in run_ranks(2, checkpoint_rounds, path, str(tmp_path / "ckpt"), layouts):
         uninterrupted, same_layout, *others = rank
         assert same_layout == uninterrupted  # bit for bit

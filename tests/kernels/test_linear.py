@@ -1,5 +1,6 @@
 """From hidden states: values and gradients against float64, what is computed and what is not."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,16 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from peergrad.kernels import (
-    fused_linear_grpo,
+    fused_linear_loss,
     linear_logits,
     linear_logprob,
     vocab_parallel_logprob,
 )
-from peergrad.kernels.gradient import active_first
-from tests.kernels.conftest import COMPILED, INTERPRETED, TRITON
+from peergrad.kernels.gradient import ActiveRows, Arriving, active_first
+from tests.kernels.conftest import COMPILED, INTERPRETED
 from tests.kernels.oracle import exact
 from tests.spawn import run_ranks
 
@@ -73,7 +75,7 @@ def run(
         def derivative(logp: Tensor, entropy: Tensor, rows: Any) -> Any:
             return (a[rows] * logp + b[rows] * entropy).sum(), a[rows], b[rows]
 
-        loss, logp, entropy = fused_linear_grpo(
+        loss, logp, entropy = fused_linear_loss(
             hidden, weight, targets, derivative, vocab_size=REAL, chunk=chunk, **shared, **options
         )
     (scale * loss).backward()
@@ -148,7 +150,7 @@ def test_without_gradients_main_gradient_is_left_alone() -> None:
 
     options: dict[str, Any] = {"group": None, "vocab_size": REAL, "temperature": tau, "chunk": 4}
     with torch.no_grad():
-        loss, logp, _ = fused_linear_grpo(leaf(hidden), w, targets, derivative, **options)
+        loss, logp, _ = fused_linear_loss(leaf(hidden), w, targets, derivative, **options)
     assert not loss.requires_grad and not w.main_grad.any()  # type: ignore[attr-defined]
     assert float(loss) == pytest.approx(float(a @ logp), abs=1e-5)
 
@@ -182,7 +184,7 @@ def test_second_derivatives_are_refused(method: str) -> None:
     hidden, weight, targets, tau, *_ = draw(5)
     x, w = leaf(hidden), leaf(weight)
     if method == "fused":
-        value = fused_linear_grpo(
+        value = fused_linear_loss(
             x, w, targets, lambda logp, h, rows: (logp.sum(), torch.ones_like(logp), None),
             group=None, vocab_size=REAL, temperature=tau, chunk=4,
         )[0]  # fmt: skip
@@ -253,7 +255,7 @@ def test_matrix_products(method: str, ignored: float, idle: float, products: flo
     hidden, weight, targets, tau, a, b = draw(rows)
     targets, a, b = targets.clamp(min=0), a + 9, b + 9
     targets[: int(ignored * rows)] = -1
-    a[int((1 - idle) * rows) :] = b[int((1 - idle) * rows) :] = 0.0
+    a.view(8, 4)[:, : int(4 * idle)] = b.view(8, 4)[:, : int(4 * idle)] = 0.0
     with FlopCounterMode(display=False) as counter:
         run(method, leaf(hidden), leaf(weight), (targets, tau, a, b), chunk=8)
     assert counter.get_total_flops() / (2 * rows * HIDDEN * PADDED) == products
@@ -310,7 +312,7 @@ def test_what_lies_between_rows_is_not_used(width: int, dtype: torch.dtype) -> N
     d_hidden = wanted[2] @ weight.double()
     for chunk in (32, 16):
         x = leaf(hidden)
-        loss, *_ = fused_linear_grpo(
+        loss, *_ = fused_linear_loss(
             x,
             weight,
             targets,
@@ -358,35 +360,142 @@ def test_real_ranks(ranks: int, method: str) -> None:
         assert torch.equal(rank[4], found[0][4])
 
 
+def test_the_host_waits_for_no_chunk_while_all_rows_are_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for the first, and for those in the wake of one with idle rows."""
+    made: list[Arriving] = []
+    asked: list[int] = []
+    create, value = Arriving.__init__, Arriving.value
+    monkeypatch.setattr(
+        Arriving, "__init__", lambda self, *args: (made.append(self), create(self, *args))[1]
+    )
+    monkeypatch.setattr(
+        Arriving, "value", lambda self: (asked.append(made.index(self)), value(self))[1]
+    )
+    rows, waited = ActiveRows(), []
+    for idle in (0, 0, 0, 2, 1, 0, 0):
+        active = torch.arange(5) >= idle
+        asked.clear()
+        source = rows.of(active)
+        waited.append(len(made) - 1 in asked)
+        assert source is None or torch.equal(source, active_first(active, 5 - idle))
+    assert waited == [True, False, False, False, True, True, False]
+
+
+class Sums(TorchDispatchMode):
+    """Whether products may be added up in the dtype of their result, at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            settings = torch.backends.cuda.matmul
+            self.allowed.append(settings.allow_bf16_reduced_precision_reduction)
+            self.allowed.append(settings.allow_fp16_reduced_precision_reduction)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="knows no kernel")
+@pytest.mark.parametrize("method", METHODS)
+def test_products_are_added_up_in_float32(method: str) -> None:
+    hidden, weight, *rest = draw(9)
+    x, w = leaf(hidden), leaf(weight)
+    # backward() runs in this thread on a CPU, and sees the mode
+    with Sums() as sums:
+        run(method, x, w, tuple(rest))
+    assert len(sums.allowed) >= 6 and not any(sums.allowed)
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of tensors that are made, by the operation that makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        new = func.overloadpacket in (aten.empty, aten.new_empty, aten.mm)
+        if isinstance(made, Tensor) and new and "out" not in (kwargs or {}):
+            self.shapes.append(tuple(made.shape))
+        return made
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter copies tensors as bytes")
+def test_no_large_memory_has_a_size_that_depends_on_data() -> None:
+    """Of 16 rows a chunk, 3 to 9 have a gradient: nothing of such a number of rows is allocated."""
+    hidden, weight, targets, tau, a, b = draw(32)
+    targets = targets.clamp(min=0)
+    a[:] = b[:] = 0.0
+    a[3:9], a[20:23] = 1.0, 1.0
+    with Allocations() as made:
+        run("fused", leaf(hidden), leaf(weight), (targets, tau, a, b), chunk=16)
+    large = [shape for shape in made.shapes if len(shape) == 2 and shape[1] in (HIDDEN, PADDED)]
+    assert large and all(shape[0] in (16, 32, PADDED) for shape in large)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="knows no kernel")
+@pytest.mark.parametrize("direct", [False, True])
+def test_checkpoints_do_not_add_twice(direct: bool) -> None:
+    """A reentrant one takes the gradient in its second call alone. The other would in both, and is
+    refused where that is wrong."""
+    hidden, weight, targets, tau, a, b = draw(9)
+
+    def derivative(logp: Tensor, entropy: Tensor, rows: Any) -> Any:
+        return (a[rows] * logp + b[rows] * entropy).sum(), a[rows], b[rows]
+
+    def loss_of(x: Tensor, w: Tensor) -> Tensor:
+        options: dict[str, Any] = {"group": None, "vocab_size": REAL, "temperature": tau}
+        loss = fused_linear_loss(x, w, targets, derivative, chunk=4, **options)[0]
+        return loss + x.exp().sum()  # what follows keeps the exponential: all is repeated for it
+
+    for reentrant in (True, False):
+        x, w = leaf(hidden), leaf(weight)
+        if direct:
+            w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
+        if direct and not reentrant:
+            with pytest.raises(ValueError, match="which would run twice; call it outside"):
+                checkpoint(partial(loss_of, w=w), x, use_reentrant=False)
+            continue
+        checkpoint(partial(loss_of, w=w), x, use_reentrant=reentrant).backward()
+        once = leaf(weight)
+        loss_of(leaf(hidden), once).backward()
+        found = w.main_grad if direct else w.grad  # type: ignore[attr-defined]
+        torch.testing.assert_close(found, once.grad, atol=1e-6, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="to differentiate twice"):
+        w = leaf(weight)
+        w.main_grad = torch.zeros(PADDED, HIDDEN)  # type: ignore[attr-defined]
+        loss = loss_of(leaf(hidden), w)
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="knows no kernel")
+def test_a_loss_scale_is_not_rounded_to_bfloat16() -> None:
+    """1002 is 1000 there: all of a gradient would be 0.2 % off."""
+    hidden, weight, *rest = draw(9, torch.bfloat16)
+    x, w = leaf(hidden), leaf(weight)
+    run("fused", x, w, tuple(rest), scale=1002.0)
+    y, v = leaf(hidden), leaf(weight)
+    run("fused", y, v, tuple(rest))
+    for scaled, plain in ((x.grad, y.grad), (w.grad, v.grad)):
+        assert scaled is not None and plain is not None
+        assert torch.equal(scaled, (1002.0 * plain.double()).bfloat16())
+
+
 def test_active_first_has_no_hazard_in_place() -> None:
-    assert active_first(torch.tensor([0, 1, 0, 0, 1, 1]) > 0).tolist() == [4, 1, 5]
+    assert active_first(torch.tensor([0, 1, 0, 0, 1, 1]) > 0, 3).tolist() == [4, 1, 5]
     generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     for size in range(12):
         for _ in range(20):
             active = torch.rand(size, generator=generator) < 0.5
-            source = active_first(active)
+            source = active_first(active, int(active.sum()))
             assert sorted(source.tolist()) == active.nonzero()[:, 0].tolist()
             for row, origin in enumerate(source.tolist()):
                 # what is read from elsewhere lies behind everything that is written
                 assert origin == row or origin >= len(source)
-
-
-@pytest.mark.skipif(not TRITON, reason="there is only a Triton form")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "size", "width", "valid"), [(3, 72, 600, 590), (130, 64, 40, 40)])
-def test_tiled(rows: int, size: int, width: int, valid: int, dtype: torch.dtype) -> None:
-    from peergrad.kernels.tiled import tiled_linear_logprob
-
-    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
-    hidden = torch.randn(rows, size, generator=generator).to(dtype)
-    weight = (0.5 * torch.randn(width, size, generator=generator)).to(dtype)
-    targets = torch.randint(0, valid, (rows,), generator=generator)
-    targets[1] = -100
-    tau = 0.5 + torch.rand(rows, generator=generator)
-    options: dict[str, Any] = {"group": None, "vocab_size": valid, "temperature": tau}
-    found = tiled_linear_logprob(hidden, weight, targets, **options)
-    wanted = exact(hidden.double() @ weight.double().t(), targets, tau, valid)
-    for ours, theirs in zip(found, wanted[:2], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-6)
-    with pytest.raises(ValueError, match="needs bfloat16 or float16"):
-        tiled_linear_logprob(hidden.float(), weight.float(), targets, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peergrad.kernels import vocab_parallel_logprob
 from peergrad.kernels.backend import stages
-from peergrad.kernels.gradient import row_factors
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.shard import BLOCKS, Shard
 from tests.kernels.conftest import TRITON
 from tests.kernels.oracle import draw, exact
@@ -122,6 +122,18 @@ def test_a_bad_logit_spoils_its_own_row_only(value: float) -> None:
     assert not run(logits, targets, 1.0, 700, idle, None)[2][2].any()
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-9, 1e-30])
+def test_tiny_temperatures_with_impossible_columns(temperature: float) -> None:
+    """Whole blocks of -inf, as guided decoding leaves them: the entropy was NaN."""
+    logits, targets, *_ = draw(3, 4096, 4096, torch.float32)
+    logits[:, :3000] = -INF
+    logits[:, 4000] = 40.0
+    targets[:] = torch.tensor([4000, 4000, 4001])
+    logp, entropy, gradient = run(logits, targets, temperature, 4096, None, torch.ones(3))
+    assert logp[:2].tolist() == [0.0, 0.0] and logp[2] < -1e6 and not entropy.any()
+    assert torch.isfinite(gradient).all()
+
+
 def test_impossible_rows() -> None:
     """A target at -inf has probability 0; a row of nothing but -inf has none at all."""
     logits, targets = torch.zeros(3, 50), torch.tensor([4, 4, 4])
@@ -146,8 +158,8 @@ def test_rows_more_than_2_to_the_31_apart() -> None:
     kernels = stages(far.device, plain=False)
     parts = kernels.partials(far, targets, ones, shard, entropy=True)
     logp, entropy, saved = kernels.merge(parts, targets, ones)
-    factors = row_factors(ones, ones, entropy, ones, targets)
-    kernels.dlogits(far, targets, ones, saved, factors, shard, out=far, entropy=True)
+    scores = Scores(targets, ones, *saved, entropy, ones, ones)
+    kernels.dlogits(far, scores, shard, out=far)
     for ours, theirs in zip((logp, entropy, far), expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -165,11 +177,9 @@ def sharded(ranks: int, logits: Tensor, targets: Tensor, tau: Tensor, valid: int
         for x, shard in zip(columns, shards, strict=True)
     ]
     logp, entropy, saved = kernels.merge(torch.cat(parts), targets, tau)
-    factors = row_factors(*up, entropy, tau, targets)
+    scores = Scores(targets, tau, *saved, entropy, *up)
     gradients = [
-        kernels.dlogits(
-            x, targets, tau, saved, factors, shard, out=torch.empty_like(x), entropy=True
-        )
+        kernels.dlogits(x, scores, shard, out=torch.empty_like(x))
         for x, shard in zip(columns, shards, strict=True)
     ]
     return logp, entropy, torch.cat(gradients, 1)
@@ -268,7 +278,7 @@ def test_no_rows_and_strides() -> None:
     logp, _ = vocab_parallel_logprob(logits, nothing, valid_vocab=32, **options)
     logp.sum().backward()
     assert logp.shape == (0,) and logits.grad is not None and logits.grad.shape == (0, 32)
-    with pytest.raises(ValueError, match="logits must be dense in the vocabulary"):
+    with pytest.raises(ValueError, match="must be dense in the vocabulary"):
         vocab_parallel_logprob(torch.zeros(4, 2).t(), nothing, valid_vocab=4, **options)
     # rows of a wider buffer
     wide = draw(3, 128, 128, torch.float32)[0]

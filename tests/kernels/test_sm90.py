@@ -1,28 +1,47 @@
 """What the compiler makes of the kernels for Hopper, read from the machine code. No GPU needed.
 
 A spilled register, a two-byte load, a barrier in the hot loop or a float64 constant each cost more
-than any idea saves, and none of them shows in a result.
+than any idea saves, and none of them shows in a result. What is compiled is what the functions that
+launch would launch for real models: they are called, on tensors without memory.
 """
 
 import re
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from peergrad.kernels.gradient import Scores
+from peergrad.kernels.projection import Projection
+from peergrad.kernels.shard import Shard
+from peergrad.parallel.hf.config import VOCAB_MULTIPLE
 from tests.kernels.conftest import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("kernels are either interpreted or compiled", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
-from peergrad.kernels import tiled  # noqa: E402
-from peergrad.kernels import triton as kernels  # noqa: E402
+from peergrad.kernels import triton_stages as kernels  # noqa: E402
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FLOAT, IDS = "*fp32", "*i64"
+VOCABULARIES = {
+    "Llama 2, Mistral 7B": 32000,
+    "Llama 2 with a padding token": 32001,
+    "SmolLM2": 49152,
+    "GPT-2": 50257,
+    "Llama 3": 128256,
+    "Llama 3 with a padding token": 128257,
+    "Qwen3": 151936,
+    "Gemma": 256000,
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,6 @@ class Compiled:
     resources: dict[str, int]  # REG, STACK, SHARED, LOCAL
     lines: list[tuple[int, str]]  # address, instruction without its predicate
     ptx: str
-    shared: int  # bytes of dynamic shared memory
 
     def count(self, prefix: str, lines: list[tuple[int, str]] | None = None) -> int:
         return sum(code.startswith(prefix) for _, code in lines or self.lines)
@@ -45,40 +63,6 @@ class Compiled:
             if target and int(target[1], 16) < at:
                 found.append([x for x in self.lines if int(target[1], 16) <= x[0] <= at])
         return found
-
-
-def build(
-    folder: Path,
-    kernel: Any,
-    pointers: dict[str, str],
-    integers: str,
-    constants: dict[str, Any],
-    *,
-    divisible: str,
-    warps: int = 4,
-    stages: int = 3,
-) -> Compiled:
-    """Compile for sm_90. ``divisible``: integers that are multiples of 16, as in real shapes; so
-    are all pointers."""
-    names = kernel.arg_names
-    types = pointers | {n: "i64" if "stride" in n else "i32" for n in integers.split()}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = [*pointers, *divisible.split()]
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature={name: types[name] for name in names},
-        constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "num_stages": stages}
-    made = triton.compile(source, target=target, options=options)
-    file = folder / "kernel.cubin"
-    file.write_bytes(made.asm["cubin"])
-    usage = _tool("cuobjdump", "-res-usage", file)
-    listing = _tool("nvdisasm", "-c", "-hex", file)
-    resources = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return Compiled(resources, _instructions(listing), made.asm["ptx"], made.metadata.shared)
 
 
 def _tool(name: str, *arguments: Any) -> str:
@@ -105,53 +89,103 @@ def _instructions(listing: str) -> list[tuple[int, str]]:
     return [(at, label.sub(lambda m: hex(labels.get(m[1], 1 << 62)), code)) for at, code in found]
 
 
-def partials(folder: Path, dtype: str, **changed: Any) -> Compiled:
-    wide = 4 if dtype == "fp32" else 8
-    constants = {
-        "BLOCKS": 8,
-        "ALIGNED": True,
-        "EVEN": True,
-        "ENTROPY": True,
-        "LANES": 256,
-        "WIDE": wide,
-    }
-    return build(
-        folder,
-        kernels.partials_kernel,
-        {"logits": f"*{dtype}", "targets": IDS, "temperature": FLOAT, "out": FLOAT},
-        "stride rows first width valid",
-        constants | changed,
-        divisible="stride width valid",
-    )
+class Hopper:
+    """A driver that knows a Hopper and has none: kernels are compiled, and never run."""
+
+    def get_current_device(self) -> int:
+        return 90
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
 
 
-def dlogits(folder: Path, dtype: str, *, compact: bool) -> Compiled:
-    rows = ["temperature", "peak", "log2d", "factor0", "factor1", "factor2"]
-    pointers = {"logits": f"*{dtype}", "out": "*bf16", "targets": IDS} | dict.fromkeys(rows, FLOAT)
-    constants = {"COMPACT": compact, "ALIGNED": True, "EVEN": True, "ENTROPY": True}
-    constants |= {"LANES": 256, "TILES": 4}
-    return build(
-        folder,
-        kernels.dlogits_kernel,
-        pointers | ({"source": IDS} if compact else {}),
-        "stride out_stride first width valid parts",
-        constants | ({} if compact else {"source": None}),
-        divisible="stride out_stride width valid",
-    )
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What would have been launched, compiled."""
+    found: list[Any] = []
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    for kernel in (kernels.partials_kernel, kernels.merge_kernel, kernels.dlogits_kernel):
+
+        def run(*args: Any, compile: Any = kernel.run, **options: Any) -> None:
+            found.append(compile(*args, **options | {"warmup": True}))
+
+        monkeypatch.setattr(kernel, "run", run)
+    yield found
 
 
-def linear_partials(folder: Path) -> Compiled:
-    inputs = {"hidden": "*bf16", "weight": "*bf16", "targets": IDS, "temperature": FLOAT}
-    return build(
-        folder,
-        tiled.linear_partials_kernel,
-        {**inputs, "out": FLOAT},
-        "hidden_stride weight_stride rows size first width valid",
-        {"BLOCKS": 8, "ROWS": 128, "COLUMNS": 256, "DEPTH": 64},
-        divisible="hidden_stride weight_stride size width valid",
-        warps=8,
-        stages=4,
-    )
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[Any], Compiled]:
+    def read(kernel: Any) -> Compiled:
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", file)
+        listing = _tool("nvdisasm", "-c", "-hex", file)
+        resources = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        return Compiled(resources, _instructions(listing), kernel.asm["ptx"])
+
+    return read
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of ``ranks`` tensor-parallel ranks with a few rows of a model's logits."""
+
+    projection: Projection
+    rows: int = 1000
+
+    @staticmethod
+    def of(vocab: int, rank: int = 0, ranks: int = 1) -> "Rank":
+        padded = -(-vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        weight = torch.empty(padded // ranks, 64, dtype=BF16, device="meta")
+        group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
+        return Rank(Projection.of(weight, group, vocab, dtype=BF16, chunk=1000, plain=True))
+
+    def numbers(self, count: int = 1, dtype: torch.dtype = FP32) -> list[Tensor]:
+        return [torch.empty(self.rows, dtype=dtype, device="meta") for _ in range(count)]
+
+    def partials(self, dtype: torch.dtype, *, entropy: bool = True) -> None:
+        logits = self.projection.buffer(self.rows, dtype)
+        targets, tau = *self.numbers(dtype=torch.int64), *self.numbers()
+        kernels.partials(logits, targets, tau, self.projection.shard, entropy=entropy)
+
+    def merge(self) -> None:
+        sums = torch.empty(8, self.rows, 4, device="meta")
+        kernels.merge(sums, *self.numbers(dtype=torch.int64), *self.numbers())
+
+    def dlogits(self, dtype: torch.dtype, *, compact: bool) -> None:
+        logits, out = (self.projection.buffer(self.rows, t) for t in (dtype, BF16))
+        targets, source = self.numbers(2, torch.int64)
+        scores = Scores(targets, *self.numbers(6))
+        source_or_none = source if compact else None
+        kernels.dlogits(logits, scores, self.projection.shard, out=out, source=source_or_none)
+
+
+def layouts(kernel: Any) -> set[str]:
+    """How threads hold the tiles that they load: it decides in which order a row is added up."""
+    text = kernel.asm["ttgir"]
+    named = dict(re.findall(r"(#\w+) = (#ttg\.blocked<.*>)", text))
+    tiles = re.findall(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>", text)
+    assert tiles, "the listing was not understood"
+    return {named[name] for name in tiles}
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(BF16, 8), (FP32, 4)])
+def test_one_kernel_for_every_model_and_rank(
+    launched: list[Any], dtype: torch.dtype, wide: int
+) -> None:
+    """One way to add up, so bits are equal for every number of ranks; 16 bytes a load."""
+    for vocab in VOCABULARIES.values():
+        for ranks in (1, 2, 4, 8):
+            for rank in {0, ranks - 1}:  # only the last one has an odd end
+                Rank.of(vocab, rank, ranks).partials(dtype)
+                Rank.of(vocab, rank, ranks).dlogits(dtype, compact=False)
+    for same in (launched[::2], launched[1::2]):
+        assert len(same) == 8 * 7 and len(set(map(id, same))) == 1
+    (layout,) = layouts(launched[0])
+    assert f"sizePerThread = [1, {wide}]" in layout
 
 
 def assert_lean(made: Compiled) -> None:
@@ -168,39 +202,48 @@ def hot_loop(made: Compiled) -> list[tuple[int, str]]:
     return loops[0]
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("bf16", 10.5), ("fp16", 10.5), ("fp32", 11.5)])
-def test_partials(tmp_path: Path, dtype: str, limit: float) -> None:
-    made = partials(tmp_path, dtype)
+@pytest.mark.parametrize(("dtype", "limit"), [(BF16, 10.5), (FP16, 10.5), (FP32, 11.5)])
+def test_partials(launched: list[Any], read: Any, dtype: torch.dtype, limit: float) -> None:
+    Rank.of(50257, 7, 8).partials(dtype)
+    made = read(launched[0])
     assert_lean(made)
     loop = hot_loop(made)
-    wide = 4 if dtype == "fp32" else 8
+    wide = 4 if dtype is FP32 else 8
     elements = made.count("LDG.E.128", loop) * wide
-    assert elements == 2 * wide  # 256 lanes on 128 threads
+    assert elements == 2 * wide  # 256 vectors on 128 threads
     assert made.count("LDG", loop) == 2  # all of 16 bytes
     assert made.count("BAR", loop) == made.count("SHFL", loop) == 0
     assert made.count("ATOM") == made.count("RED.") == 0
     assert len(loop) / elements <= limit
     assert made.resources["REG"] <= 42  # twelve programs of 128 threads on a multiprocessor
+    # the end of a row, too, is read 16 bytes at a time; the target's logit and four numbers are not
+    assert made.count("LDG.E.128") == 4
 
 
-def test_partials_without_entropy_are_cheaper(tmp_path: Path) -> None:
-    with_it, without = (
-        len(hot_loop(partials(tmp_path, "bf16", ENTROPY=entropy))) for entropy in (True, False)
-    )
+def test_partials_without_entropy_are_cheaper(launched: list[Any], read: Any) -> None:
+    for entropy in (True, False):
+        Rank.of(151936).partials(BF16, entropy=entropy)
+    with_it, without = (len(hot_loop(read(kernel))) for kernel in launched)
     assert without <= with_it - 16  # one instruction an element
 
 
-def test_the_gate_sees_narrow_loads(tmp_path: Path) -> None:
-    """It is no use if it cannot fail: without the promise of alignment the loads are narrow."""
-    loop = hot_loop(partials(tmp_path, "bf16", ALIGNED=False, EVEN=False))
-    loads = [code for _, code in loop if code.startswith("LDG")]
+def test_the_gate_sees_narrow_loads(launched: list[Any], read: Any) -> None:
+    """It is no use if it cannot fail: rows of 8003 columns begin anywhere, and loads are narrow."""
+    rank = Rank.of(8000)
+    logits = torch.empty(rank.rows, 8003, dtype=BF16, device="meta")
+    targets, tau = *rank.numbers(dtype=torch.int64), *rank.numbers()
+    kernels.partials(logits, targets, tau, Shard.of(None, 8003, 8000), entropy=True)
+    loads = [code for _, code in hot_loop(read(launched[0])) if code.startswith("LDG")]
     assert len(loads) > 2 and not any(code.startswith("LDG.E.128") for code in loads)
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize(("dtype", "loads"), [("bf16", 16), ("fp32", 32)])
-def test_dlogits(tmp_path: Path, dtype: str, loads: int, compact: bool) -> None:
-    made = dlogits(tmp_path, dtype, compact=compact)
+@pytest.mark.parametrize(("dtype", "loads"), [(BF16, 16), (FP32, 32)])
+def test_dlogits(
+    launched: list[Any], read: Any, dtype: torch.dtype, loads: int, compact: bool
+) -> None:
+    Rank.of(50257, 7, 8).dlogits(dtype, compact=compact)
+    made = read(launched[0])
     assert_lean(made)
     # Four tiles of 2048 on 128 threads, written out twice: whole tiles and the row's end.
     assert made.count("STG.E.128") == 16 and made.count("STG") == 16
@@ -210,33 +253,30 @@ def test_dlogits(tmp_path: Path, dtype: str, loads: int, compact: bool) -> None:
     assert made.resources["REG"] <= 48
 
 
-def test_an_odd_vocabulary_costs_its_end_only(tmp_path: Path) -> None:
-    """50257 real columns in aligned rows: the loop is as wide as ever."""
-    loop = hot_loop(partials(tmp_path, "bf16", EVEN=False))
-    assert [code[:9] for _, code in loop if code.startswith("LDG")] == ["LDG.E.128"] * 2
+def test_each_is_launched_on_the_device_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one: a kernel would run there, on foreign addresses."""
+    guarded: list[Tensor] = []
+    seen: list[bool] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        guarded.append(x)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for kernel in (kernels.partials_kernel, kernels.merge_kernel, kernels.dlogits_kernel):
+        monkeypatch.setattr(kernel, "run", lambda *args, **_: seen.append(guarded[-1] is args[0]))
+    rank = Rank.of(32000)
+    rank.partials(BF16)
+    rank.merge()
+    rank.dlogits(BF16, compact=False)
+    assert seen == [True] * 3 and not guarded
 
 
-@pytest.mark.parametrize("one_row", [False, True])
-def test_merge(tmp_path: Path, one_row: bool) -> None:
-    """A single row is a case of its own: Triton turns an argument of 1 into a constant."""
-    results = ["logp", "entropy", "peak", "log2d"]
-    made = build(
-        tmp_path,
-        kernels.merge_kernel,
-        {"parts": FLOAT, "targets": IDS, "temperature": FLOAT} | dict.fromkeys(results, FLOAT),
-        "step" if one_row else "rows step",
-        {"ALL_BLOCKS": 8, "LANES": 128} | ({"rows": 1} if one_row else {}),
-        divisible="",
-    )
-    assert_lean(made)
-
-
-def test_linear_partials(tmp_path: Path) -> None:
-    made = linear_partials(tmp_path)
-    assert_lean(made)
-    assert made.count("HGMMA.64x256x16") == 4  # the widest product of the tensor cores
-    assert made.count("UTMALDG") == 8  # four stages of two tiles, by the memory accelerator
-    assert made.shared <= 227 * 1024
-    products = [loop for loop in made.loops() if made.count("HGMMA", loop)]
-    inner = min(products, key=len)
-    assert made.count("HGMMA", inner) == 4 and made.count("MUFU", inner) == 0
+def test_merge(launched: list[Any], read: Any) -> None:
+    """Of one row, too, which Triton would make a case of its own."""
+    Rank.of(151936).merge()
+    Rank(Rank.of(151936).projection, rows=1).merge()
+    assert launched[0] is launched[1]
+    assert_lean(read(launched[0]))

@@ -20,6 +20,6 @@ def stages(device: torch.device, *, plain: bool) -> ModuleType:
     PyTorch."""
     if plain or not triton_runs(device):
         return reference
-    from peergrad.kernels import triton  # decorates its kernels: only where they can run
+    from peergrad.kernels import triton_stages  # decorates its kernels: only where they can run
 
-    return triton
+    return triton_stages

@@ -1,44 +1,84 @@
-"""From dL/dlogp and dL/dentropy of a row to the three factors of its gradient."""
+"""What the gradient of a row's logits is made from, and which rows have one."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peergrad.kernels.shard import LN2
+
+class Scores(NamedTuple):
+    """What is known of rows when something flows into their log probabilities and entropies."""
+
+    targets: Tensor  # [R] int64, as all others are [R] float32
+    temperature: Tensor
+    largest: Tensor  # logit, m
+    log2d: Tensor
+    entropy: Tensor
+    d_logp: Tensor
+    d_entropy: Tensor | None  # None: nothing flows into it
+
+    def at(self, rows: Tensor | slice) -> "Scores":
+        """Of some of the rows."""
+        return Scores(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+    def active(self) -> Tensor:
+        """Which rows have a gradient: not the ignored ones, nor those that nothing flows into."""
+        flows = self.d_logp != 0
+        if self.d_entropy is not None:
+            flows |= self.d_entropy != 0
+        return flows & (self.targets >= 0)
 
 
-def row_factors(
-    d_logp: Tensor | None,
-    d_entropy: Tensor | None,
-    entropy: Tensor,
-    temperature: Tensor,
-    targets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(c0, c1, c2), each ``[R]`` float32, such that
+class ActiveRows:
+    """Which rows of a chunk have a gradient, told chunk by chunk.
 
-        dL/dx_j = p_j (c0 + c1 log2 p_j) + c2 [j = target]
-
-    from d logp / dx_j = ([j = target] - p_j) / T and d H / dx_j = -p_j (log p_j + H) / T. All three
-    are 0 for ignored rows and for rows that nothing flows into.
+    How many decides the sizes of what follows, so the host must know it. It waits for the first
+    chunk's number, and for those of later ones while rows are left out. Where none were, it looks
+    at the number of the chunk before, which has arrived while this one was queued, and takes all
+    rows: the device never runs dry, at the price of one whole chunk when idle rows begin.
     """
-    scored = targets >= 0
-    inverse = 1 / temperature
-    zero = torch.zeros_like(temperature)
-    d_logp = zero if d_logp is None else torch.where(scored, d_logp, 0.0)
-    d_entropy = zero if d_entropy is None else torch.where(scored, d_entropy, 0.0)
-    c0 = -inverse * (d_logp + torch.where(d_entropy == 0, 0.0, d_entropy * entropy))
-    return c0, -inverse * d_entropy * LN2, inverse * d_logp
+
+    def __init__(self) -> None:
+        self._before: Arriving | None = None
+
+    def of(self, active: Tensor) -> Tensor | None:
+        """Rows as ``active_first`` orders them; None: take all."""
+        before, count = self._before, Arriving(active.sum(), active.numel())
+        self._before = count
+        if (before is not None and before.complete()) or count.complete():
+            return None
+        return active_first(active, count.value())
 
 
-def active_first(active: Tensor) -> Tensor:
-    """Rows ``[A]`` int64 that gather the active ones in front, without a hazard in place.
+class Arriving:
+    """A number of rows on its way from the device to the host, out of ``whole``."""
 
-    Active rows below A stay, the others fill the inactive rows below A: no row is both overwritten
-    and read from elsewhere. Waits for the device once, to learn A.
+    def __init__(self, number: Tensor, whole: int) -> None:
+        self.number, self.whole = number.to("cpu", non_blocking=True), whole
+        stream = torch.cuda.current_stream(number.device) if number.is_cuda else None
+        self.event = stream.record_event() if stream is not None else None
+
+    def value(self) -> int:
+        """The number; waits until it is there."""
+        if self.event is not None:
+            self.event.synchronize()
+        return int(self.number)
+
+    def complete(self) -> bool:
+        """Whether all rows are meant; waits as ``value``."""
+        return self.value() == self.whole
+
+
+def active_first(active: Tensor, count: int) -> Tensor:
+    """Rows ``[count]`` int64 that gather the ``count`` active ones in front, without a hazard in
+    place.
+
+    Active rows below ``count`` stay, the others fill the inactive rows below: no row is both
+    overwritten and read from elsewhere.
 
     Example:
-        active 0 1 0 0 1 1: A = 3, rows 4, 1, 5.
+        active 0 1 0 0 1 1: count 3, rows 4, 1, 5.
     """
-    count = int(active.sum())
     rows = torch.arange(count, device=active.device)
     if count in (0, active.numel()):
         return rows

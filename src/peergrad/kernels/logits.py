@@ -9,9 +9,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from peergrad.kernels.backend import stages
-from peergrad.kernels.gradient import row_factors
-from peergrad.kernels.head import Head, WeightGradient, add_outer
-from peergrad.kernels.shard import Shard, per_row
+from peergrad.kernels.gradient import Scores
+from peergrad.kernels.inputs import check_logits, check_projection, check_rows
+from peergrad.kernels.products import add_product, multiply
+from peergrad.kernels.projection import Projection, WeightGradient
+from peergrad.kernels.shard import Shard
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
@@ -27,8 +29,8 @@ class _VocabParallelLogprob(torch.autograd.Function):
         plain: bool,
     ) -> tuple[Tensor, Tensor | None]:
         run = ctx.stages = stages(logits.device, plain=plain)
-        parts = run.partials(logits, targets, temperature, shard, entropy=entropy)
-        logp, h, saved = run.merge(shard.gather(parts), targets, temperature)
+        sums = run.partials(logits, targets, temperature, shard, entropy=entropy)
+        logp, h, saved = run.merge(shard.gather(sums), targets, temperature)
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.inplace, ctx.spent = shard, inplace, False
         ctx.save_for_backward(logits, targets, temperature, h, *saved)
@@ -43,18 +45,13 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 "vocab_parallel_logprob(inplace=True): the logits were overwritten by the first "
                 "backward pass; pass inplace=False to differentiate twice"
             )
-        logits, targets, temperature, entropy, *saved = ctx.saved_tensors
+        logits, targets, temperature, entropy, m, log2d = ctx.saved_tensors
         ctx.spent = ctx.inplace
-        ctx.stages.dlogits(
-            logits.detach(),
-            targets,
-            temperature,
-            tuple(saved),
-            row_factors(d_logp, d_entropy, entropy, temperature, targets),
-            ctx.shard,
-            out=(out := logits.detach() if ctx.inplace else torch.empty_like(logits)),
-            entropy=d_entropy is not None,
-        )
+        d_logp = torch.zeros_like(entropy) if d_logp is None else d_logp.contiguous()
+        d_entropy = None if d_entropy is None else d_entropy.contiguous()
+        scores = Scores(targets, temperature, m, log2d, entropy, d_logp, d_entropy)
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        ctx.stages.dlogits(logits.detach(), scores, ctx.shard, out=out)
         if ctx.inplace:  # whoever else saved the logits is to be told: a kernel does not
             increment_version(logits)
         return out, None, None, None, None, None, None
@@ -62,20 +59,23 @@ class _VocabParallelLogprob(torch.autograd.Function):
 
 class _LinearLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-        ctx.head, ctx.weight = head, weight
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, projection: Projection) -> Tensor:
+        ctx.projection, ctx.weight = projection, weight
         ctx.save_for_backward(hidden)
-        return head.project(hidden, head.buffer(hidden.shape[0], head.dtype))
+        out = projection.buffer(hidden.shape[0], projection.dtype)
+        return multiply(hidden, projection.weight.t(), out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,), head = ctx.saved_tensors, ctx.head
+        (hidden,), weight = ctx.saved_tensors, ctx.projection.weight
         gradient = WeightGradient(ctx.weight, needed=ctx.needs_input_grad[1])
-        d_logits = d_logits.to(head.weight.dtype)
+        d_logits = d_logits.to(weight.dtype)
         if gradient.total is not None:
-            add_outer(gradient.total, d_logits, hidden)
-        d_hidden = d_logits @ head.weight if ctx.needs_input_grad[0] else None
+            add_product(gradient.total, d_logits.t(), hidden)
+        d_hidden = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = multiply(d_logits, weight, torch.empty_like(hidden))
         return d_hidden, gradient.for_autograd(), None
 
 
@@ -85,8 +85,9 @@ def linear_logits(hidden: Tensor, weight: Tensor, *, dtype: torch.dtype) -> Tens
 
     Differentiable; the weight's gradient is added to its ``main_grad`` if there is one.
     """
-    head = Head.of(weight, None, weight.shape[0], dtype=dtype, chunk=1, plain=True)
-    found: Tensor = _LinearLogits.apply(hidden, weight, head)  # type: ignore[no-untyped-call]
+    check_projection(hidden, weight, dtype, 1)
+    made = Projection.of(weight, None, weight.shape[0], dtype=dtype, chunk=1, plain=True)
+    found: Tensor = _LinearLogits.apply(hidden, weight, made)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -120,13 +121,18 @@ def vocab_parallel_logprob(
     Returns:
         ``(logp [R], entropy [R] or None)``, float32, 0 for ignored rows; differentiable both,
         together or alone. Bit-equal on every rank, and for every number of ranks that divides 8 if
-        8 divides the padded vocabulary.
+        64 divides the padded vocabulary.
+
+    Raises:
+        ValueError: for other shapes, dtypes and layouts, and for targets beyond the vocabulary;
+            on a GPU these last fail an assertion there.
     """
-    if logits.stride(-1) != 1:
-        raise ValueError(f"logits must be dense in the vocabulary, got strides {logits.stride()}")
+    check_logits(logits, inplace=inplace)
     shard = Shard.of(group, logits.shape[1], valid_vocab)
-    rows = per_row(temperature, logits)
+    targets, rows = check_rows(
+        targets, temperature, logits, vocab=valid_vocab, columns=shard.all_columns
+    )
     found: tuple[Tensor, Tensor | None] = _VocabParallelLogprob.apply(  # type: ignore[no-untyped-call]
-        logits, targets.contiguous(), rows, shard, with_entropy, inplace, plain
+        logits, targets, rows, shard, with_entropy, inplace, plain
     )
     return found

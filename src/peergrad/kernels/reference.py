@@ -1,25 +1,20 @@
-"""The three stages in plain PyTorch, float32 throughout: what the Triton kernels compute.
+"""The three stages in plain PyTorch, float32 throughout: what the Triton kernels compute, too.
 
-R rows, w columns of this rank's shard. With raw logits x, temperature T, k = log2(e) / T and the
-block's largest logit m, a block is reduced to four numbers per row:
-
-    z_j = (x_j - m) k,    d = sum 2^z,    s = sum 2^z z,    t = x_target if it is here, else -inf
-
-and two blocks are merged by moving both to the common m:
-
-    d(m') = 2^((m - m') k) d(m),    s(m') = 2^((m - m') k) (s(m) + (m - m') k d(m))
-    log p_target = (t - m) / T - log2 d ln 2,    H = (log2 d - s / d) ln 2
-
-Logits only ever enter as differences to a logit: a common offset, however large, costs nothing.
+R rows, w columns of this rank's shard. README.md derives the formulas and names the letters.
 """
 
 import torch
 from torch import Tensor
 
+from peergrad.kernels.gradient import Scores
 from peergrad.kernels.shard import LN2, LOG2E, Shard
 
 FLOOR = -1e30
-"""Stands for -inf: ``-inf - -inf`` would be NaN, and ``0 * -inf`` too."""
+"""The least that counts as a largest logit: ``-inf - -inf`` would be NaN."""
+LEAST = -1000.0
+"""The least exponent: 2 to it is 0 as it is, but ``0 * -inf`` would be NaN."""
+SLICE = 2**18
+"""Logits worked on at a time: float32 copies of them stay in the cache."""
 
 
 def partials(
@@ -30,39 +25,48 @@ def partials(
     ``logits`` ``[R, w]`` in any floating dtype, ``targets`` ``[R]`` global ids (negative: ignored),
     ``temperature`` ``[R]`` float32. Without ``entropy`` s is 0.
     """
-    x = logits.float().clamp(min=FLOOR)
-    x[:, shard.valid :] = FLOOR
-    x = x.reshape(len(x), shard.blocks, shard.width // shard.blocks)
-    m = x.amax(2)
-    z = x.sub_(m[:, :, None]).mul_((LOG2E / temperature)[:, None, None])
-    e = z.exp2()
-    d = e.sum(2)
-    s = e.mul_(z).sum(2) if entropy else torch.zeros_like(d)
+    sums = logits.new_empty(shard.blocks, len(logits), 4, dtype=torch.float32)
+    m, d, s = logits.new_zeros(3, len(logits), shard.blocks, dtype=torch.float32)
+    k = (LOG2E / temperature)[:, None, None]
+    slices = _slices(len(logits), shard.width)
+    room, more = logits.new_empty(2, slices[0].stop, *shard.shape, dtype=torch.float32)
+    for rows in slices:
+        x, z = logits[rows].view(-1, *shard.shape), room[: rows.stop - rows.start]
+        if x.dtype != torch.float32 or shard.valid < shard.width:
+            x = z.copy_(x)
+            x.flatten(1)[:, shard.valid :] = -torch.inf
+        largest = torch.amax(x, 2, out=m[rows]).clamp_(min=FLOOR)
+        torch.sub(x, largest[:, :, None], out=z).mul_(k[rows])
+        if entropy:
+            e = torch.exp2(z.clamp_(min=LEAST), out=more[: len(z)])
+            torch.sum(e, 2, out=d[rows])
+            torch.sum(e.mul_(z), 2, out=s[rows])
+        else:
+            torch.sum(z.exp2_(), 2, out=d[rows])
+    sums[:, :, :3] = torch.stack((m, d, s)).permute(2, 1, 0)
     column = targets - shard.first
     here = (column >= 0) & (column < shard.valid)
     column = column.clamp(0, shard.width - 1)[:, None]
     mine = torch.where(here[:, None], logits.gather(1, column).float(), -torch.inf)
-    block = column // (shard.width // shard.blocks)
-    t = torch.full_like(m, -torch.inf).scatter(1, block, mine)
-    return torch.stack((m, d, s, t), -1).transpose(0, 1).contiguous()
+    sums[:, :, 3] = -torch.inf
+    sums[:, :, 3].scatter_(0, column.t() // shard.step, mine.t())
+    return sums
 
 
 def merge(
-    parts: Tensor, targets: Tensor, temperature: Tensor
+    sums: Tensor, targets: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """logp ``[R]``, entropy ``[R]`` and what the backward stage needs, ``(m, log2 d)``, from all
     blocks ``[B, R, 4]``, merged in order. Ignored rows get 0; a row of nothing but -inf gets NaN.
     """
     scale = LOG2E / temperature
-    m, d, s, t = parts[0].unbind(1)
-    for part in parts[1:]:
-        other = part.unbind(1)
-        peak = torch.maximum(m, other[0])
-        mine, theirs = ((x - peak) * scale for x in (m, other[0]))
-        a, b = mine.exp2(), theirs.exp2()
-        s = a * (s + mine * d) + b * (other[2] + theirs * other[1])
-        d = a * d + b * other[1]
-        m, t = peak, torch.maximum(t, other[3])
+    m, d, s, t = sums[0].unbind(1)
+    for block in sums[1:]:
+        peak = torch.maximum(m, block[:, 0])
+        mine = _moved(m, d, s, peak, scale)
+        theirs = _moved(block[:, 0], block[:, 1], block[:, 2], peak, scale)
+        m, d, s = peak, mine[0] + theirs[0], mine[1] + theirs[1]
+        t = torch.maximum(t, block[:, 3])
     d = torch.where(m <= FLOOR, torch.nan, d)
     log2d = d.log2()
     scored = targets >= 0
@@ -71,34 +75,62 @@ def merge(
     return logp, entropy, (m, log2d)
 
 
-def dlogits(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    saved: tuple[Tensor, Tensor],
-    factors: tuple[Tensor, Tensor, Tensor],
-    shard: Shard,
-    *,
-    out: Tensor,
-    source: Tensor | None = None,
-    entropy: bool,
-) -> Tensor:
-    """``p_j (c0 + c1 log2 p_j) + c2 [j = target]`` into ``out`` ``[A, w]``; ``factors`` is (c0, c1,
-    c2), each ``[A]``, as is everything but ``logits``.
+def _moved(m: Tensor, d: Tensor, s: Tensor, peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """d and s, taken at the maximum m, as they are at ``peak``."""
+    move = ((m - peak) * scale).clamp(min=LEAST)
+    a = move.exp2()
+    return a * d, a * (s + move * d)
 
-    Without ``entropy`` c1 is taken as 0. Row i of ``out`` belongs to row ``source[i]`` of
-    ``logits`` (None: i); ``out`` may be the first rows of ``logits`` itself if ``source`` is as
-    ``active_first`` makes it. Padding columns and rows with factors 0 get 0, whatever their logits.
+
+def dlogits(
+    logits: Tensor, scores: Scores, shard: Shard, *, out: Tensor, source: Tensor | None = None
+) -> Tensor:
+    """``p_j (c0 + c1 log2 p_j) + c2 [j = target]`` into ``out`` ``[A, w]``.
+
+    Row i of ``out`` belongs to row ``source[i]`` of ``logits`` and ``scores`` (None: i); ``out``
+    may be the first rows of ``logits`` itself if ``source`` is as ``active_first`` makes it.
+    Padding columns and rows without a gradient get 0, whatever their logits.
     """
-    c0, c1, c2 = (factor[:, None] for factor in factors)
-    x = logits if source is None else logits.index_select(0, source)
-    x = x.float().clamp(min=FLOOR)
-    log2p = x.sub_(saved[0][:, None]).mul_((LOG2E / temperature)[:, None]).sub_(saved[1][:, None])
-    gradient = log2p.exp2().mul_(c0 + c1 * log2p if entropy else c0)
-    column = targets - shard.first
-    here = (column >= 0) & (column < shard.valid)
-    at = column.clamp(0, shard.width - 1)[:, None]
-    gradient.scatter_add_(1, at, torch.where(here[:, None], c2, 0.0))
-    gradient[:, shard.valid :] = 0.0
-    gradient[((c0 == 0) & (c1 == 0) & (c2 == 0))[:, 0]] = 0.0
-    return out.copy_(gradient)
+    entropy = scores.d_entropy is not None
+    scores = scores if source is None else scores.at(source)
+    idle = ~scores.active()
+    c0, c1, c2 = (factor[:, None] for factor in _factors(scores))
+    m, log2d = scores.largest[:, None], scores.log2d[:, None]
+    k = (LOG2E / scores.temperature)[:, None]
+    column = (scores.targets - shard.first)[:, None]
+    c2_here = torch.where((column >= 0) & (column < shard.valid), c2, 0.0)
+    column = column.clamp(0, shard.width - 1)
+    slices = _slices(len(out), shard.width)
+    room, more = logits.new_empty(2, slices[0].stop, shard.width, dtype=torch.float32)
+    for rows in slices:
+        x = logits[rows] if source is None else logits.index_select(0, source[rows])
+        z = out[rows] if out.dtype == torch.float32 else room[: len(x)]
+        x = x if x.dtype == torch.float32 else z.copy_(x)
+        torch.sub(x, m[rows], out=z).mul_(k[rows])
+        if entropy:
+            p = torch.exp2(z.sub_(log2d[rows]).clamp_(min=LEAST), out=more[: len(x)])
+            z.mul_(c1[rows]).add_(c0[rows]).mul_(p)
+        else:
+            z.exp2_().mul_(c0[rows] * (-log2d[rows]).exp2())
+        z.scatter_add_(1, column[rows], c2_here[rows])
+        if out.dtype != torch.float32:
+            out[rows] = z
+    out[:, shard.valid :] = 0.0
+    out[idle] = 0.0
+    return out
+
+
+def _factors(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """(c0, c1, c2), each ``[R]``, from d logp / dx_j = ([j = target] - p_j) / T and
+    d H / dx_j = -p_j (log p_j + H) / T."""
+    inverse, d_entropy = 1 / scores.temperature, scores.d_entropy
+    if d_entropy is None:
+        d_entropy = torch.zeros_like(inverse)
+    c0 = scores.d_logp + torch.where(d_entropy == 0, 0.0, d_entropy * scores.entropy)
+    return -inverse * c0, -inverse * d_entropy * LN2, inverse * scores.d_logp
+
+
+def _slices(rows: int, width: int) -> list[slice]:
+    """Rows that are worked on at a time, at least one slice; the first is the longest."""
+    size = max(1, min(SLICE // width, rows))
+    return [slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]

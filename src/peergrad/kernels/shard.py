@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,16 +36,26 @@ class Shard:
             blocks = 1
         return Shard(width, max(0, min(width, vocab_size - first)), first, blocks, group)
 
-    def gather(self, parts: Tensor) -> Tensor:
+    @property
+    def step(self) -> int:
+        """Columns of a block."""
+        return self.width // self.blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks and columns of one."""
+        return self.blocks, self.step
+
+    @property
+    def all_columns(self) -> int:
+        """Columns of all ranks, padding included."""
+        return self.width * (1 if self.group is None else self.group.size())
+
+    def gather(self, sums: Tensor) -> Tensor:
         """``[blocks, R, 4]`` of every rank as ``[all blocks, R, 4]``, in the vocabulary's order on
         every rank: 16 bytes per token and block."""
-        if self.group is None or self.group.size() == 1 or not parts.shape[1]:
-            return parts
-        whole = parts.new_empty(self.group.size() * parts.shape[0], *parts.shape[1:])
-        dist.all_gather_into_tensor(whole, parts, group=self.group)
+        if self.group is None or self.group.size() == 1 or not sums.shape[1]:
+            return sums
+        whole = sums.new_empty(self.group.size() * sums.shape[0], *sums.shape[1:])
+        dist.all_gather_into_tensor(whole, sums, group=self.group)
         return whole
-
-
-def per_row(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """A temperature for every row of ``like``, ``[R]`` float32."""
-    return torch.ones(like.shape[0], dtype=torch.float32, device=like.device).mul_(temperature)

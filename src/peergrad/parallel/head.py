@@ -10,7 +10,7 @@ from peergrad.algo.objective import Metrics
 from peergrad.algo.packing import MicroBatch
 from peergrad.config import Config, Dtype, Logprob
 from peergrad.kernels import (
-    fused_linear_grpo,
+    fused_linear_loss,
     linear_logits,
     linear_logprob,
     triton_runs,
@@ -109,7 +109,7 @@ class Head:
             found.append(metrics)
             return loss.detach(), torch.zeros_like(logp) if d_logp is None else d_logp, d_entropy
 
-        loss, logp, entropy = fused_linear_grpo(
+        loss, logp, entropy = fused_linear_loss(
             self._rows(hidden, batch),
             self.model.head_weight(),
             batch.targets,

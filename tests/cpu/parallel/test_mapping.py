@@ -73,10 +73,10 @@ def test_gate_and_up_are_halved_within_each_rank() -> None:
 
 
 def test_vocabulary_padding_is_zero_and_dropped_again() -> None:
-    assert SHAPE.padded_vocab == 32
+    assert SHAPE.padded_vocab == 128
     (tensor,) = hf_tensors(Layout.VOCAB)
     padded = to_megatron([tensor], Layout.VOCAB, SHAPE, dim=0, rank=0, ranks=1)
-    assert padded.shape == (32, 6)
+    assert padded.shape == (128, 6)
     assert padded[21:].abs().sum() == 0
 
 

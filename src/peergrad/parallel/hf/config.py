@@ -14,9 +14,11 @@ from typing import Any, NoReturn
 from peergrad.config import require
 from peergrad.parallel.hf.strict_json import parse
 
-VOCAB_MULTIPLE = 16
+VOCAB_MULTIPLE = 128
 """The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint's shapes
-do not depend on the tensor-parallel size (any divisor of 16)."""
+do not depend on the tensor-parallel size (any divisor of 128). Kernels reduce the vocabulary in
+eight blocks, each of which then begins on 16 bytes (kernels/shard.py). Checkpoints of another
+padding are loaded, too; rows that they lack are 0."""
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 FAMILIES = tuple(ARCHITECTURES)
