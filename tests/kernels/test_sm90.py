@@ -250,7 +250,7 @@ def test_dlogits(
     assert made.count("LDG.E.128") == loads
     assert made.count("BAR") == made.count("SHFL") == made.count("ATOM") == made.count("RED.") == 0
     assert len(made.lines) / (2 * 4 * 16) <= 15.5  # an element
-    assert made.resources["REG"] <= 48
+    assert made.resources["REG"] <= (48 if triton.__version__ >= "3.7" else 56)
 
 
 def test_each_is_launched_on_the_device_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
