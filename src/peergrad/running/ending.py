@@ -160,10 +160,11 @@ class Ending:
         return self.speaker.claim()
 
     def _await_other(self, seconds: float) -> None:
-        """Let another rank speak if it wants to."""
+        """Let another rank speak if it wants to. One that was killed cannot: then the launcher ends
+        this one."""
         assert self.speaker is not None
         end = time.monotonic() + seconds
-        while not self.speaker.failed() and time.monotonic() < end:
+        while not (self.speaker.failed() or self._told) and time.monotonic() < end:
             time.sleep(0.05)
 
     def _told_within(self, seconds: float) -> bool:

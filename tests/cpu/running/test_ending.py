@@ -156,6 +156,23 @@ def test_an_echo_lets_the_other_speak(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_an_echo_speaks_at_once_for_a_rank_that_was_killed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The launcher then ends the others: nobody else will speak."""
+    ending, began = Ending(Place(0, 2)), time.monotonic()
+    ending.speaker = Store()
+    with ending.signals():
+        Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        try:
+            with ending.noted():
+                raise OtherRankFailed("rank 1 failed")
+        except RuntimeError as error:
+            assert ending.end(error) == 1
+    assert 0.2 <= time.monotonic() - began < module.POLITE_SECONDS / 2
+    assert capsys.readouterr().err.startswith("error: rank 1 failed")
+
+
 def test_rank_0_says_what_other_ranks_may_find_as_well(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
