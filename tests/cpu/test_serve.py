@@ -223,14 +223,19 @@ def test_a_second_signal_does_not_wait_for_the_servers(serving: Callable[..., Se
     assert served.end() == 130
 
 
-def test_a_server_that_dies_ends_all_with_its_cause(serving: Callable[..., Serving]) -> None:
+def test_the_last_server_that_dies_ends_all_with_its_cause(serving: Callable[..., Serving]) -> None:
     served = serving(2)
-    os.kill(served.server(1), signal.SIGKILL)
-    assert served.end() == 1
-    url = f"http://127.0.0.1:{served.port + 1}"
-    assert served.said.startswith(
-        f"error: rollout.servers: server 1 at {url} was ended by SIGKILL, perhaps for want of "
+    line = (
+        "rollout.servers: server {} at http://127.0.0.1:{} was ended by SIGKILL, perhaps for want"
     )
+    os.kill(served.server(1), signal.SIGKILL)
+    assert served.process.stdout is not None
+    told = served.process.stdout.readline()
+    assert told.startswith(line.format(1, served.port + 1))
+    assert told.endswith("; the others go on\n")
+    os.kill(served.server(0), signal.SIGKILL)
+    assert served.end() == 1
+    assert served.said.startswith(f"error: {line.format(0, served.port)}")
     assert served.said.count("\n") == 1
     log = served.logs / f"serve_127.0.0.1_{served.port}.log"
     assert f"(log: {log})" in served.said and "Traceback" in log.read_text()

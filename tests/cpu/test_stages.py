@@ -140,8 +140,8 @@ class Engine:
         self.proof = proof
         self.loaded: tuple[list[tuple[str, int]], int] | None = None
 
-    def load_weights(self, named: Any, version: int) -> Any:
-        self.loaded = list(named), version
+    def load_weights(self, weights: Any, version: int) -> Any:
+        self.loaded = list(weights()), version
         return self.proof
 
 
@@ -179,7 +179,7 @@ def test_sync_without_an_engine_says_nothing() -> None:
 
 def test_sync_reports_its_proof() -> None:
     proved = {"version/engine": 4.0, "sync/verified": 12.0, "sync/unverified": 3.0}
-    proved["time/sync/send"] = 0.5
+    proved |= {"sync/servers": 1.0, "time/sync/send": 0.5}
     assert sync(Config(), math.nan, canary=None) == proved
     numbers = sync(Config(), 1e-5)
     assert numbers.pop("time/sync/trainer_canary") >= 0

@@ -254,7 +254,7 @@ class _Worker:
 
     async def set_version(self, version: int, urls: Sequence[str] | None) -> None:
         self._engine.set_version(version, urls)
-        log.info("%d servers hold weights of version %d", len(self._engine.urls), version)
+        log.info("the servers hold weights of version %d: %s", version, self._engine.urls)
         self._stream.set_version(version)
 
     async def take(self, version: int) -> Taken:

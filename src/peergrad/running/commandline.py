@@ -16,8 +16,8 @@ Several processes: python -m peergrad.launch --nproc-per-node 4 ...
 
 flags
   --cfg         print the whole configuration and stop
-  --check       say what is wrong with it, if anything, or what would run, and stop;
-                with --cfg print it if nothing is
+  --check       say what is wrong with it, if anything, or what would run, and
+                stop; with --cfg print it if nothing is
   --objective   print the objective as a formula with every knob, and stop
   -h, --help    print this and stop
 
