@@ -33,20 +33,20 @@ train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(
 # What make check reads with shellcheck, and with them what they source.
 SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh
 
-.PHONY: train test test-all test-slurm test-alone test-together check bench clean
+.PHONY: train test test-all test-slurm test-alone test-together test-runs check bench clean
 
 train: $(READY) $(MODEL)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
 # Every area, with one whole run; the rest is in test-all. The parts run beside each other, as most
 # tests keep one core busy, and those of Slurm half of one; where make can, each prints when it is done.
-PARTS := $(MAKE) --no-print-directory -j $(if $(filter output-sync,$(.FEATURES)),-O)
+PARTS := $(MAKE) --no-print-directory $(if $(filter output-sync,$(.FEATURES)),-O)
 
 test: $(READY)
-	@$(PARTS) test-alone test-together TESTS="not slow and not slurm"
+	@$(PARTS) -j 2 test-alone test-together test-runs TESTS="not slow and not slurm"
 
 test-all: $(READY)
-	@$(PARTS) test-alone test-together test-slurm TESTS="slow"
+	@$(PARTS) -j 3 test-runs test-slurm test-together test-alone TESTS="slow"
 
 # A real Slurm of emulated nodes, for root alone: skipped, and why, where it cannot run.
 test-slurm: $(READY)
@@ -55,10 +55,14 @@ test-slurm: $(READY)
 test-alone: $(READY)
 	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/cpu
 
-# Ranks, servers, whole runs. Triton's kernels are decorated for the interpreter or for a GPU when
-# imported: two processes.
+# Whole runs.
+test-runs: $(READY)
+	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/e2e
+
+# Ranks, servers, kernels. Triton's are decorated for the interpreter or for a GPU when imported: two
+# processes.
 test-together: $(READY)
-	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu
+	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/e2e
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
 
 check: $(READY)
