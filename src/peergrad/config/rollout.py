@@ -98,7 +98,7 @@ class ServersConfig:
         if self.wait:
             seconds("rollout.servers.wait", self.wait, 600)
         self.urls = [_base_url(url) for url in self.urls]
-        places = [_place(url) for url in self.urls]
+        places = [host_and_port(url) for url in self.urls]
         for url, place in zip(self.urls, places, strict=True):
             require(
                 places.count(place) == 1,
@@ -135,8 +135,8 @@ def _base_url(url: str) -> str:
     return f"{scheme}://{place}"
 
 
-def _place(url: str) -> tuple[str, int]:
-    """Host and port: what two spellings of one address share."""
+def host_and_port(url: str) -> tuple[str, int]:
+    """Of a base URL: what two spellings of one address share."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from peergrad.rollout.errors import ServerError, ServerGone, out_of_reach, reason
-from peergrad.rollout.presence import CONNECT_SECONDS, absent
+from peergrad.rollout.presence import CONNECT_SECONDS, absent_since
 from peergrad.rollout.reply import Reply
 from peergrad.rollout.requests import Json
 
@@ -80,11 +80,10 @@ class Control:
                 future.result()
             if not left:
                 return [future.result() for future in futures]
-            now = time.monotonic()
-            away = {url: away.get(url, now) for url in asyncio.run(absent(self.urls))}
+            away = asyncio.run(absent_since(self.urls, away))
             for url, since in away.items():
-                if now - since >= self._lost_after:
-                    raise ServerGone(out_of_reach(url, now - since), url=url)
+                if (seconds := time.monotonic() - since) >= self._lost_after:
+                    raise ServerGone(out_of_reach(url, seconds), url=url)
 
     def run(self, fn: Callable[[], T]) -> Future[T]:
         """Run ``fn`` beside the requests."""

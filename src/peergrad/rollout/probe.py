@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
 from peergrad.config import Config, ServerMode, require
-from peergrad.config.rollout import HARMFUL
+from peergrad.config.rollout import HARMFUL, host_and_port
 from peergrad.rollout.arrival import NotThereYet, Waiting, gather
 from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, may_come, quote, reason
@@ -303,10 +302,8 @@ def _refuse_twins(answers: Sequence[_Answers]) -> None:
 
 def _marks(answer: _Answers) -> list[object]:
     """What no two servers share: where its name leads, and how long its start took."""
-    parts = urlsplit(answer.url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(*host_and_port(answer.url), type=socket.SOCK_STREAM)
     except OSError:
         found = []
     marks: list[object] = [("address", *info[4][:2]) for info in found]

@@ -19,7 +19,7 @@ from peergrad.rollout.control import KEEP_SECONDS
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import ServerError as ServerError
 from peergrad.rollout.errors import ServerUnavailable, cannot_connect, quote, reason
-from peergrad.rollout.presence import CONNECT_SECONDS, reachable
+from peergrad.rollout.presence import CONNECT_SECONDS, absent_since
 from peergrad.rollout.reply import Reply
 from peergrad.rollout.requests import Draw, Json, generate_payload, score_payload, together
 
@@ -239,16 +239,13 @@ class SGLangEngine:
         """Every moment, for as long as there is an engine."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            urls = list(self.urls)
-            for url, there in zip(urls, await asyncio.gather(*map(reachable, urls)), strict=True):
-                if there:
-                    self._away.pop(url, None)
-                    continue
-                since = self._away.setdefault(url, time.monotonic())
-                if self._open[url] and time.monotonic() - since >= self._lost_after:
+            self._away = await absent_since(self.urls, self._away)
+            for url, since in self._away.items():
+                seconds = time.monotonic() - since
+                if self._open[url] and seconds >= self._lost_after:
                     log.warning(
                         "%s: cannot be reached for %.0f s; its groups are asked for again",
-                        *(url, time.monotonic() - since),
+                        *(url, seconds),
                     )
                     self._give_up(url)
 

@@ -16,13 +16,13 @@ from datetime import timedelta
 from ipaddress import ip_address
 from itertools import chain
 from typing import Any, cast
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from peergrad.config import Proof as ProofMode
+from peergrad.config.rollout import host_and_port
 from peergrad.data import Group
 from peergrad.observing.parts import Parts
 from peergrad.rollout.answers import Asked, parse_scores
@@ -241,9 +241,8 @@ class WeightSync:
         )
         work = dist.broadcast(bucket.flat, src=0, group=group.handle, async_op=True)
         try:
-            self._control.finish(
-                answers
-            )  # first: a server that refused will never join the broadcast
+            # First: a server that refused will never join the broadcast.
+            self._control.finish(answers)
             work.wait()
         except BaseException as error:
             self._abandon(group)
@@ -370,8 +369,7 @@ def join_group(
 
 def local_address(url: str) -> str:
     """The address of this machine as the server at ``url`` sees it."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = host_and_port(url)
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
