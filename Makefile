@@ -30,38 +30,49 @@ export GLOO_SOCKET_IFNAME := lo
 # The lock's torchvision is older than its torch, see there; nothing here reads images.
 train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(comma))ignore:Failed to load image Python extension
 
+# Parts of the tests. Most keep one core busy, and those of Slurm half of one: JOBS of them run
+# beside each other, and where make can, each prints when it is done.
+QUICK := quick-alone quick-together quick-runs
+SLOW := slow-runs slow-together slow-alone
+DRILL := tests/e2e/test_drill.py
+JOBS ?= 2
+ifneq ($(filter test%,$(MAKECMDGOALS)),)
+MAKEFLAGS += -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),-O)
+endif
+
 # What make check reads with shellcheck, and with them what they source.
 SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh
 
-.PHONY: train test test-all test-slurm test-alone test-together test-runs check bench clean
+.PHONY: train test test-all test-slurm test-drill $(QUICK) $(SLOW) check bench clean
 
 train: $(READY) $(MODEL)
 	@$(BIN)/python -m peergrad.launch --nproc-per-node $(RANKS) $(RUN)
 
-# Every area, with one whole run; the rest is in test-all. The parts run beside each other, as most
-# tests keep one core busy, and those of Slurm half of one; where make can, each prints when it is done.
-PARTS := $(MAKE) --no-print-directory $(if $(filter output-sync,$(.FEATURES)),-O)
-
-test: $(READY)
-	@$(PARTS) -j 2 test-alone test-together test-runs TESTS="not slow and not slurm"
-
-test-all: $(READY)
-	@$(PARTS) -j 3 test-runs test-slurm test-together test-alone TESTS="slow"
+# Every area, with one whole run; the rest is in test-all, whose longest parts come first.
+test: $(QUICK)
+test-all: test-drill test-slurm $(SLOW)
 
 # A real Slurm of emulated nodes, for root alone: skipped, and why, where it cannot run.
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -q -rs -m slurm tests/slurm
 
-test-alone: $(READY)
+# Kills, ten of them.
+test-drill: $(READY)
+	$(BIN)/python -m pytest -q $(DRILL)
+
+$(QUICK): TESTS := not slow and not slurm
+$(SLOW): TESTS := slow
+
+quick-alone slow-alone: $(READY)
 	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/cpu
 
 # Whole runs.
-test-runs: $(READY)
-	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/e2e
+quick-runs slow-runs: $(READY)
+	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore $(DRILL) tests/e2e
 
 # Ranks, servers, kernels. Triton's are decorated for the interpreter or for a GPU when imported: two
 # processes.
-test-together: $(READY)
+quick-together slow-together: $(READY)
 	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/e2e
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
 

@@ -17,6 +17,7 @@ from tests.slurm.cluster import Cluster, poll
 
 REPO = Path(__file__).resolve().parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+PATIENCE = 400  # seconds for a server and trainers to start, on a computer with other things to do
 
 
 class Job(RunDir):
@@ -62,7 +63,7 @@ class Job(RunDir):
         """All attempts' output."""
         return self._output.read_text() if self._output.exists() else ""
 
-    def wait_until(self, event: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait_until(self, event: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Poll ``event`` while the job has not ended."""
 
         def happened() -> object:
@@ -76,11 +77,15 @@ class Job(RunDir):
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.printed}") from error
 
-    def wait_for(self, state: str, seconds: float = 120) -> None:
+    def wait_for(self, state: str) -> None:
         """Until it has ended in ``state``, with no process left on any node."""
-        self.wait_until(lambda: self.state in ENDED, "its end", seconds)
+        self.wait_until(lambda: self.state in ENDED, "its end")
         assert self.state == state, f"{self.state}\n{self.printed}"
-        poll(lambda: not self.processes(), "all processes to end", 30)
+        self.wait_until_gone()
+
+    def wait_until_gone(self) -> None:
+        """Until no process of any job is left on any node."""
+        poll(lambda: not self.processes(), "all processes to end", 60)
 
     def signal(self, name: str) -> None:
         """Signal the batch script alone, as --signal=B:... does."""
