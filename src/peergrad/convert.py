@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from peergrad.parallel.groups import Groups
     from peergrad.parallel.hf.config import Shape
-    from peergrad.parallel.model import PolicyModel
+    from peergrad.parallel.model import Stage
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EXACT = {"float32": ("float32", "float16", "bfloat16"), "bfloat16": ("bfloat16",)}
@@ -248,7 +248,7 @@ def _target(asked: str | None, stored: set[str]) -> Dtype:
     return Dtype.float32 if wide else Dtype.bfloat16
 
 
-def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[PolicyModel, Groups]":
+def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[Stage, Groups]":
     """This rank's part of a model of ``shape``, yet to be filled."""
     from peergrad.parallel.groups import close_groups, init_groups
     from peergrad.parallel.job import Job

@@ -6,13 +6,16 @@ schedule, all-reduces. A learning rate of 1e-30 leaves the weights alone, so tha
 step of a batch has a gradient to compare.
 """
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from peergrad.config import Recompute
 from tests.gradients import distance, exported_gradient
 from tests.models import make_hf_model
 from tests.oracle import losses
@@ -47,17 +50,42 @@ OBJECTIVES: dict[str, list[str]] = {
         "algo.denominator=kept",
     ],
 }
-# tensor, pipeline, sequence, token budget, order, kernels.logprob
-Layout = tuple[int, int, bool, int, int, str]
+# fields of parallel, order of the answers, kernels.logprob
+Layout = tuple[dict[str, Any], int, str]
 FUSED, LOGITS, PLAIN = "fused_linear", "from_logits", "reference"
-LAYOUTS: dict[int, list[Layout]] = {
-    1: [(1, 1, False, 10_000, 0, FUSED), (1, 1, False, 24, 1, LOGITS)],
-    2: [
-        *((2, 1, False, 64, 0, FUSED), (2, 1, True, 40, 1, LOGITS)),
-        *((1, 2, False, 40, 2, FUSED), (1, 1, False, 40, 3, PLAIN)),
+FULL = {"recompute": Recompute.full}
+PARTS = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "mlp"]}
+VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
+SHALLOW, DEEP = 2, 4  # layers
+# Every objective on the layouts of a model of two layers. What divides or computes layers in
+# another way meets those that need all there is: whole batches, whole answers, a pass before.
+GRID: dict[tuple[int, int], list[Layout]] = {
+    (SHALLOW, 1): [
+        ({"micro_batch_tokens": 10_000}, 0, FUSED),
+        ({"micro_batch_tokens": 24}, 1, LOGITS),
     ],
-    4: [(2, 2, False, 64, 1, LOGITS), (2, 1, True, 30, 2, FUSED), (1, 1, False, 64, 0, FUSED)],
+    (SHALLOW, 2): [
+        ({"tensor": 2, "micro_batch_tokens": 64}, 0, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 40}, 1, LOGITS),
+        ({"pipeline": 2, "micro_batch_tokens": 40}, 2, FUSED),
+        ({"micro_batch_tokens": 40}, 3, PLAIN),
+    ],
+    (SHALLOW, 4): [
+        ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 64}, 1, LOGITS),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 30}, 2, FUSED),
+        ({"micro_batch_tokens": 64}, 0, FUSED),
+    ],
+    (DEEP, 2): [
+        ({**VIRTUAL, "micro_batch_tokens": 40}, 2, FUSED),
+        ({"pipeline": 2, "first_stage_layers": 3, "micro_batch_tokens": 40, **FULL}, 2, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 40, **PARTS}, 1, LOGITS),
+    ],
+    (DEEP, 4): [
+        ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 64, **FULL}, 1, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 30, **PARTS}, 2, FUSED),
+    ],
 }
+OBJECTIVES_OF = {SHALLOW: tuple(OBJECTIVES), DEEP: ("dapo", "gspo_token", "icepop")}
 
 
 def configure(path: str, name: str) -> Any:
@@ -138,7 +166,7 @@ def oracle(
 
 def gradients(
     reference: str, configs: dict[str, Any], layouts: list[Layout], recorded: Any, broken: bool
-) -> dict[tuple[str, Layout], list[dict[str, torch.Tensor]]]:
+) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
     """What the package computes under each configuration on each layout, on rank 0."""
     from dataclasses import replace
 
@@ -163,17 +191,11 @@ def gradients(
 
         policy_module.pack = pack  # type: ignore[assignment]
     groups, old = recorded
-    found: dict[tuple[str, Layout], list[dict[str, torch.Tensor]]] = {}
+    found: dict[tuple[str, str], list[dict[str, torch.Tensor]]] = {}
     for layout in layouts:
-        tensor, pipeline, sequence, budget, order, kernel = layout
+        sizes, order, kernel = layout
         given = next(iter(configs.values()))
-        parallel = replace(
-            given.parallel,
-            tensor=tensor,
-            pipeline=pipeline,
-            sequence=sequence,
-            micro_batch_tokens=budget,
-        )
+        parallel = replace(given.parallel, **sizes)
         config = replace(
             given, parallel=parallel, kernels=replace(given.kernels, logprob=Logprob[kernel])
         )
@@ -190,7 +212,7 @@ def gradients(
             samples = [
                 s for g in range(16) for s in turned([x for x in samples if x.group == g], order)
             ]
-            found[name, layout] = steps = []
+            found[name, str(layout)] = steps = []
             policy.update = partial(spy, update, policy, steps)  # type: ignore[method-assign]
             learn(given, make_plan(given), Objective(algo), policy, samples, step=1)
         assert all(map(torch.equal, before, policy.model.parameters()))  # one policy served all
@@ -209,58 +231,62 @@ def turned(values: list[Any], by: int) -> list[Any]:
     return values[by:] + values[:by]
 
 
+@dataclass
+class Case:
+    """A model and its reference, what is trained on, and the gradients that must come out."""
+
+    reference: str
+    configs: dict[str, Any]
+    recorded: Any
+    expected: dict[str, list[dict[str, torch.Tensor]]]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Tied: two pipeline stages hold a copy of the embedding each and add up its gradient. Of
-    moderate weights: float32's rounding alone moves the gradient of wide ones by 2e-6."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Case]:
+    """Of so many layers. Tied: two pipeline stages hold a copy of the embedding each and add up its
+    gradient. Of moderate weights: float32's rounding alone moves the gradient of wide ones by
+    2e-6."""
     folder = tmp_path_factory.mktemp("models")
-    paths = [
-        make_hf_model(folder / str(s), seed=s, tied=True, layers=2, spread=0.03) for s in (0, 1)
-    ]
-    return str(paths[0]), str(paths[1])
+
+    @cache
+    def build(layers: int) -> Case:
+        from transformers import AutoModelForCausalLM
+
+        options: Any = {"tied": True, "layers": layers, "spread": 0.03}
+        made = [make_hf_model(folder / f"{layers}-{s}", seed=s, **options) for s in (0, 1)]
+        path, reference = map(str, made)
+        recorded = record(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64))
+        configs = {name: configure(path, name) for name in OBJECTIVES_OF[layers]}
+        wanted = {name: oracle(path, reference, c, *recorded) for name, c in configs.items()}
+        return Case(reference, configs, recorded, wanted)
+
+    return build
 
 
-@pytest.fixture(scope="module")
-def recorded(models: tuple[str, str]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return record(AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float64))
-
-
-@pytest.fixture(scope="module")
-def configs(models: tuple[str, str]) -> dict[str, Any]:
-    return {name: configure(models[0], name) for name in OBJECTIVES}
-
-
-@pytest.fixture(scope="module")
-def expected(
-    models: tuple[str, str], configs: dict[str, Any], recorded: Any
-) -> dict[str, list[dict[str, torch.Tensor]]]:
-    return {name: oracle(*models, config, *recorded) for name, config in configs.items()}
-
-
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layers", "ranks"),
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[1] == 4 else []) for one in GRID],
+)
 def test_every_layout_gives_the_gradient_of_one_process(
-    models: tuple[str, str], configs: Any, recorded: Any, expected: Any, ranks: int
+    cases: Callable[[int], Case], layers: int, ranks: int
 ) -> None:
-    found = run_ranks(
-        ranks, gradients, models[1], configs, LAYOUTS[ranks], recorded, False, timeout=500
-    )[0]
-    assert len(found) == len(OBJECTIVES) * len(LAYOUTS[ranks])
+    case, layouts = cases(layers), GRID[layers, ranks]
+    ours = (case.reference, case.configs, layouts, case.recorded, False)
+    found = run_ranks(ranks, gradients, *ours, timeout=500)[0]
+    assert len(found) == len(case.configs) * len(layouts)
     worst = {}
     for (name, layout), steps in found.items():
-        assert len(steps) == len(expected[name])
-        pairs = zip(steps, expected[name], strict=True)
+        assert len(steps) == len(case.expected[name])
+        pairs = zip(steps, case.expected[name], strict=True)
         worst[name, layout] = max(distance(ours, theirs) for ours, theirs in pairs)
     print("\n".join(f"{d:.2e} {key}" for key, d in sorted(worst.items(), key=lambda x: -x[1])))
     assert max(worst.values()) <= TOLERANCE, worst
 
 
-def test_a_wrong_denominator_turns_it_red(
-    models: tuple[str, str], configs: Any, recorded: Any, expected: Any
-) -> None:
-    dapo = {"dapo": configs["dapo"]}
-    found = run_ranks(2, gradients, models[1], dapo, [LAYOUTS[2][3]], recorded, True)[0]
+def test_a_wrong_denominator_turns_it_red(cases: Callable[[int], Case]) -> None:
+    case, layouts = cases(SHALLOW), GRID[SHALLOW, 2][-1:]
+    dapo = {"dapo": case.configs["dapo"]}
+    found = run_ranks(2, gradients, case.reference, dapo, layouts, case.recorded, True)[0]
     for steps in found.values():
-        pairs = zip(steps, expected["dapo"], strict=True)
+        pairs = zip(steps, case.expected["dapo"], strict=True)
         assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.1

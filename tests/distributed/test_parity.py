@@ -77,13 +77,13 @@ def rank_logits(path: str, tensor: int, pipeline: int, sequence: bool) -> dict[s
     for name, parts in (("packed", [samples]), ("alone", [[s] for s in samples])):
         hidden = last_hidden(scorer, [pack(part, multiple=multiple) for part in parts])
         if scorer.groups.is_last_stage:
-            weight = scorer.model.head_weight()
+            weight = scorer.head.model.head_weight()
             shards = [torch.empty_like(weight) for _ in range(tensor)]
             torch.distributed.all_gather(shards, weight.detach(), group=scorer.groups.tensor)
             head = torch.cat(shards)[: scorer.shape.vocab]
             rows = torch.cat(
                 [
-                    scorer.model.head_input(h)[: sum(s.tokens.size - 1 for s in part)]
+                    scorer.head.model.head_input(h)[: sum(s.tokens.size - 1 for s in part)]
                     for h, part in zip(hidden, parts, strict=True)
                 ]
             )

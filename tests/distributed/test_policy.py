@@ -3,7 +3,7 @@ checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -16,11 +16,27 @@ from tests.spawn import run_ranks
 KL_COEF, ENTROPY_COEF, TEMPERATURE = 0.1, 0.3, 0.8
 LENGTHS = (4, 9, 30, 12, 5, 21, 6, 15, 7)
 UNWEIGHTED = 3  # this sample takes no part, nor do single tokens of others
-Layout = tuple[int, int, int, str, bool]  # tensor, pipeline, token budget, dtype, sequence
+
+
+class Layout(NamedTuple):
+    tensor: int
+    pipeline: int
+    budget: int  # tokens of a micro-batch
+    dtype: str = "float32"
+    sequence: bool = False
+    virtual: int = 1
+
+
 LAYOUTS: dict[int, list[Layout]] = {
-    1: [(1, 1, 10_000, "float32", False), (1, 1, 16, "float32", False)],
-    2: [(t, p, 32, "float32", s) for t, p, s in [(2, 1, 0), (2, 1, 1), (1, 2, 0), (1, 1, 0)]],
-    4: [(2, p, 40, d, p == 2) for p, d in [(2, "float32"), (1, "float32"), (2, "bfloat16")]],
+    1: [Layout(1, 1, 10_000), Layout(1, 1, 16)],
+    2: [
+        *(Layout(2, 1, 32), Layout(2, 1, 32, sequence=True), Layout(1, 2, 32)),
+        *(Layout(1, 2, 32, virtual=2), Layout(1, 1, 32)),
+    ],
+    4: [
+        *(Layout(2, 2, 40, sequence=True), Layout(2, 1, 40)),
+        Layout(2, 2, 40, "bfloat16", sequence=True, virtual=2),
+    ],
 }
 
 
@@ -98,18 +114,18 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
     from peergrad.parallel.groups import init_groups
     from peergrad.parallel.policy import Policy
 
-    tensor, pipeline, budget, dtype, sequence = layout
     config = Config(
-        model=ModelConfig(path=path, dtype=Dtype[dtype]),
+        model=ModelConfig(path=path, dtype=Dtype[layout.dtype]),
         parallel=ParallelConfig(
-            tensor=tensor,
-            pipeline=pipeline,
-            sequence=bool(sequence),
-            micro_batch_tokens=budget,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            virtual_pipeline=layout.virtual,
+            sequence=layout.sequence,
+            micro_batch_tokens=layout.budget,
             distributed_optimizer=sections.get("distributed", True),
         ),
         kernels=KernelsConfig(
-            chunk=7, logprob=Logprob.fused_linear if dtype == "bfloat16" else Logprob.auto
+            chunk=7, logprob=Logprob.fused_linear if layout.dtype == "bfloat16" else Logprob.auto
         ),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=OptimConfig(lr=1e-2, clip_grad=1.0),
@@ -204,7 +220,7 @@ def found(models: tuple[str, str], request: pytest.FixtureRequest) -> Any:
 def tolerance(layout: Layout) -> float:
     # The loss is a small rest of large terms: rounding of 0.03 nats at the one token whose ratio is
     # e^6 moves it by 6 % (one standard deviation), that of the weights by 5 %.
-    return 1e-5 if layout[3] == "float32" else 0.15
+    return 1e-5 if layout.dtype == "float32" else 0.15
 
 
 @pytest.mark.distributed
@@ -227,7 +243,7 @@ def test_scores_equal_transformers(found: Any, expected: dict[str, Any]) -> None
                     np.testing.assert_array_equal(ours, same)
                     np.testing.assert_array_equal(np.isnan(ours), sample.weight == 0)
                     at = sample.scored
-                    atol = 1e-4 if layout[3] == "float32" else 0.3  # nats
+                    atol = 1e-4 if layout.dtype == "float32" else 0.3  # nats
                     np.testing.assert_allclose(ours[at], theirs[at], rtol=0, atol=atol)
         for rank in ranks:  # dropout is 0: the training forward says what the other one says
             for before, during in zip(rank["own"], rank["of the update"], strict=True):
@@ -263,7 +279,7 @@ def canary_gaps(path: str) -> tuple[float, list[int]]:
     from peergrad.algo.samples import Sample
     from peergrad.data import Group, Prompt, Rollout
 
-    policy, _ = make(path, (1, 1, 1000, "float32", False))
+    policy, _ = make(path, Layout(1, 1, 1000))
     tokens = np.arange(3, 40, dtype=np.int32)
     prompt, answer = Prompt("canary", tokens[:1], text="", answer=""), tokens[1:]
     size, zero = answer.size, np.zeros(answer.size, np.float32)
@@ -333,9 +349,10 @@ def checkpoint_rounds(
 @pytest.mark.parametrize("distributed", [True, False])
 def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed: bool) -> None:
     path = str(make_hf_model(tmp_path / "model", vocab=100))
-    # Saved at TP 2 with 112 rows of a vocabulary; resumed there, and with 128 at TP 2, PP 2, DP 2
-    grids = [(2, 1, 16), (2, 1, 128), (1, 2, 128), (1, 1, 128)]
-    layouts = [((t, p, 40, "float32", False), distributed, rows) for t, p, rows in grids]
+    # Saved at TP 2 with 112 rows of a vocabulary; resumed there, and with 128 on every layout
+    first, *others = Layout(2, 1, 40), Layout(2, 1, 40), Layout(1, 2, 40), Layout(1, 1, 40)
+    others.append(Layout(1, 2, 40, virtual=2))
+    layouts = [(first, distributed, 16), *((layout, distributed, 128) for layout in others)]
     for rank in run_ranks(2, checkpoint_rounds, path, str(tmp_path / "ckpt"), layouts):
         uninterrupted, same_layout, *others = rank
         assert same_layout == uninterrupted  # bit for bit
@@ -384,7 +401,7 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
 def test_a_checkpoint_keeps_a_replaced_reference(tmp_path: Path) -> None:
     path = str(make_hf_model(tmp_path / "model"))
     folder = tmp_path / "ckpt"
-    layouts: list[Layout] = [(t, p, 40, "float32", False) for t, p in [(2, 1), (1, 2), (1, 1)]]
+    layouts = [Layout(2, 1, 40), Layout(1, 2, 40, virtual=2), Layout(1, 1, 40)]
     first, second = run_ranks(2, reference_rounds, path, str(folder), layouts)
     assert not same(first["policy"], first["start"])
     assert same(first["reference"], first["policy"])

@@ -89,14 +89,14 @@ def fill(sizes: Sequence[int], share: Sequence[int], budget: int) -> list[list[i
 
 
 def divide(
-    samples: Sequence[Sample], *, ranks: int, budget: int, share: bool = False
+    samples: Sequence[Sample], *, ranks: int, budget: int, share: bool = False, multiple: int = 1
 ) -> list[list[list[int]]]:
     """Which samples each data-parallel rank puts into each of its micro-batches, as indices. With
     ``share`` answers to one prompt stay together, as far as that makes less work.
 
-    All ranks get the same number of micro-batches: those with less work end with empty ones,
-    because schedules and expert-parallel layers need every rank to take part in every collective.
-    Samples that bring nothing to the loss are left out.
+    All ranks get the same number of micro-batches, a multiple of ``multiple``: those with less work
+    end with empty ones, because schedules and expert-parallel layers need every rank to take part
+    in every collective. Samples that bring nothing to the loss are left out.
     """
     context = contexts(samples).tolist()
     active = [i for i, tokens in enumerate(context) if tokens]
@@ -106,7 +106,7 @@ def divide(
         families = [Family(context[i], ((i,),), (0,)) for i in active]
     sizes = [family.size for family in families]
     bins = [fill(sizes, part, budget) for part in balance(sizes, ranks)]
-    count = max(1, *(len(part) for part in bins))
+    count = ceil(max(1, *(len(part) for part in bins)) / multiple) * multiple
     samples_of = [[i for same in family.members for i in same] for family in families]
     flat = [[[i for f in one for i in samples_of[f]] for one in part] for part in bins]
     return [part + [[]] * (count - len(part)) for part in flat]

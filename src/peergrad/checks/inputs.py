@@ -15,7 +15,7 @@ from peergrad.checks.account import check_account
 from peergrad.checks.configuration import check_steps
 from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
-from peergrad.config import Config, RewardKind, ServerMode, Spec, require
+from peergrad.config import Config, Recompute, RewardKind, ServerMode, Spec, require
 from peergrad.data import Prompt
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -271,12 +271,13 @@ def describe(source: str | Sequence[str], loaded: Loaded) -> Source:
 def _check_megatron(config: Config, shape: Shape) -> None:
     """Nothing of the kind is imported, which takes seconds, unless something was asked of it."""
     parallel = config.parallel
-    if parallel.spec is not Spec.te and not parallel.megatron:
+    special = parallel.megatron or parallel.recompute is not Recompute.off
+    if parallel.spec is not Spec.te and not special:
         return
     from peergrad.parallel.options import choose_spec
 
     spec = choose_spec(parallel.spec)
-    if parallel.megatron:
+    if special:
         from peergrad.parallel.model import transformer_config
 
         transformer_config(shape, parallel, config.model.dtype, spec)

@@ -1,6 +1,6 @@
 """How the model and a batch are divided over the processes."""
 
-from peergrad.config import Config, require
+from peergrad.config import Config, ParallelConfig, require
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
 
 
@@ -27,13 +27,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
             f"must divide the model's {number} {what}",
             f"use a divisor of {number}",
         )
-    require(
-        shape.layers % pipeline == 0,
-        "parallel.pipeline",
-        pipeline,
-        f"must divide the model's {shape.layers} layers",
-        f"use a divisor of {shape.layers}",
-    )
+    _check_stages(parallel, shape.layers)
     wanted = tensor * pipeline * (parallel.data or 1)
     ok = world == wanted if parallel.data else world % wanted == 0
     require(
@@ -44,6 +38,30 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
         f"start {wanted if parallel.data else f'a multiple of {wanted}'} processes "
         "(torchrun --nproc-per-node), or change the layout",
     )
+
+
+def _check_stages(parallel: ParallelConfig, layers: int) -> None:
+    """Every piece of a pipeline rank has layers, as many as each other of its rank."""
+    pieces = parallel.virtual_pipeline
+    ends = {"first_stage_layers": parallel.first_stage_layers}
+    ends |= {"last_stage_layers": parallel.last_stage_layers}
+    given = {name: number for name, number in ends.items() if number is not None}
+    for name, number in given.items():
+        rule = f"must be a multiple of parallel.virtual_pipeline = {pieces}"
+        require(number % pieces == 0, f"parallel.{name}", number, rule, "change one of the two")
+    if not given:
+        times = f"times parallel.virtual_pipeline = {pieces} " if pieces > 1 else ""
+        rule = f"{times}must divide the model's {layers} layers"
+        fit, remedy = layers % (parallel.pipeline * pieces) == 0, f"use a divisor of {layers}"
+        require(fit, "parallel.pipeline", parallel.pipeline, rule, remedy)
+        return
+    ranks, rest = parallel.pipeline - len(given), layers - sum(given.values())
+    times = f" times parallel.virtual_pipeline = {pieces}" if pieces > 1 else ""
+    (key, value), *other = given.items()
+    beside = "".join(f", with parallel.{name} = {number}," for name, number in other)
+    rule = f"leaves{beside} {rest} of {layers} layers to the {ranks} other pipeline ranks{times}"
+    fit = rest == 0 if ranks == 0 else rest > 0 and rest % (ranks * pieces) == 0
+    require(fit, f"parallel.{key}", value, f"{rule}, which must divide them", "change one of them")
 
 
 def check_batch(config: Config, world: int) -> None:

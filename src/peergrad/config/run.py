@@ -10,6 +10,8 @@ from peergrad.config.rules import at_least, finite, optional_positive, positive,
 
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Spec = Enum("Spec", ["auto", "te", "torch"])
+Recompute = Enum("Recompute", ["off", "selective", "full"])
+RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
 RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "math", "function"])
 OnError = Enum("OnError", ["zero", "drop", "stop"])
 OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
@@ -18,6 +20,9 @@ Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
 
 LARGEST_REWARD = 1e9
 """Squares of larger ones, summed over a batch, leave float32."""
+
+MODULES = ("core_attn", "mlp", "layernorm")
+"""Parts of a layer that can be computed again by themselves."""
 
 WANDB_REFUSES = "/\\#?%:"
 """Characters that W&B allows neither in a project nor in an identifier."""
@@ -114,6 +119,14 @@ class ParallelConfig:
     """Tensor-parallel size: ranks that share every layer's matrices."""
     pipeline: int = 1
     """Pipeline-parallel size: ranks that share the layers (1F1B schedule)."""
+    virtual_pipeline: int = 1
+    """Pieces of each pipeline rank, taken in turn (interleaved schedule): the pipeline is filled
+    and emptied in so many times less time, for as many times more communication."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline rank, which also has the embedding; the others share the rest.
+    null: as many as the others."""
+    last_stage_layers: int | None = None
+    """Layers of the last one, which also has the projection to the vocabulary and the loss."""
     data: int | None = None
     """Data-parallel size; default: whatever is left of the processes."""
     sequence: bool = False
@@ -125,6 +138,16 @@ class ParallelConfig:
     """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
+    recompute: Recompute = Recompute.off
+    """Activations that are computed again in the backward pass rather than kept: none, those of
+    ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Of each layer, with ``selective``: ``core_attn``, ``mlp``, ``layernorm`` (te)."""
+    recompute_method: RecomputeMethod = RecomputeMethod.uniform
+    """With ``full``: ``uniform`` keeps the input of every ``recompute_layers`` layers, ``block``
+    that of each of the first ``recompute_layers`` of a pipeline rank, and all of the rest."""
+    recompute_layers: int = 1
+    """See ``recompute`` and ``recompute_method``."""
     timeout_minutes: float = 30.0
     """Collectives that take longer are an error; so are ranks that come later. Rollouts may take
     longer: nobody waits for them in a collective."""
@@ -132,10 +155,20 @@ class ParallelConfig:
     """Any further field of Megatron's TransformerConfig."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "micro_batch_tokens"):
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "micro_batch_tokens", "recompute_layers")
+        for name in sizes:
             at_least(f"parallel.{name}", getattr(self, name), 1)
-        if self.data is not None:
-            at_least("parallel.data", self.data, 1)
+        for name in ("data", "first_stage_layers", "last_stage_layers"):
+            if (value := getattr(self, name)) is not None:
+                at_least(f"parallel.{name}", value, 1)
+        for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+            value = getattr(self, name)
+            unset = value is None or (name == "virtual_pipeline" and value == 1)
+            rule, remedy = "needs parallel.pipeline > 1", "unset it"
+            require(unset or self.pipeline > 1, f"parallel.{name}", value, rule, remedy)
+        for module in self.recompute_modules:
+            rule, remedy = f"must be of {', '.join(MODULES)}", "correct it"
+            require(module in MODULES, "parallel.recompute_modules", module, rule, remedy)
         seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,

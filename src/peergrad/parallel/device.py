@@ -2,8 +2,9 @@
 
 Megatron-core names CUDA literally: ``device="cuda"``, ``.cuda()``, ``torch.cuda.current_device()``,
 type strings such as ``"torch.cuda.FloatTensor"``. On a machine without CUDA these spellings are
-mapped to the host, by two functions and one public ``TorchFunctionMode``. Nothing of Megatron is
-replaced, so CPU runs execute the very DDP, optimizer, schedules and checkpoints that GPU runs do.
+mapped to the host, by a few functions and one public ``TorchFunctionMode``. Of Megatron nothing is
+replaced but what sets the state of a GPU's generator, so CPU runs execute the very DDP, optimizer,
+schedules and checkpoints that GPU runs do.
 """
 
 import ctypes
@@ -69,5 +70,16 @@ def set_up_device() -> torch.device:
     keep_freed_memory()
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    _forget_generators()
     CudaLiteralsOnCpu().__enter__()  # type: ignore[no-untyped-call]
     return torch.device("cpu")
+
+
+def _forget_generators() -> None:
+    """Activations that are computed again are so from the same random numbers, of a GPU's generator
+    too; there is none, and no dropout. torch would refuse to read its state, and keep what is to
+    set it until CUDA starts."""
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.empty(0)
+    random._set_cuda_rng_state = lambda *args, **kwargs: None

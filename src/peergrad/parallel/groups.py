@@ -100,6 +100,7 @@ def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) ->
     parallel_state.initialize_model_parallel(
         config.tensor,
         config.pipeline,
+        config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )
     # On a CPU the tracker is a no-op, which dropout 0 and host-side initialisation allow.

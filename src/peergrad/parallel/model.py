@@ -1,6 +1,6 @@
 """A Megatron GPT model from an HF configuration, that ends in hidden states instead of logits."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from peergrad.parallel.attention import PackedAttention, PackedRow, take_angles
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.norm import RMSNorm
-from peergrad.parallel.options import choose_spec, with_users_fields
+from peergrad.parallel.options import choose_spec, recompute_fields, with_users_fields
 
 
 class PolicyModel(GPTModel):
@@ -32,9 +32,6 @@ class PolicyModel(GPTModel):
     ``parallel.head`` projects the scored rows alone, a chunk at a time: logits of a whole
     micro-batch need never exist.
     """
-
-    shares_prompts = False
-    """Whether its attention knows answers that share a prompt, see ``MicroBatch``."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The one private method overridden: its stock form projects every row to the vocabulary.
@@ -58,6 +55,22 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         return weight
+
+
+class Stage(torch.nn.ModuleList):
+    """A rank's part of the model: one piece, or several in a virtual pipeline, that have one
+    configuration."""
+
+    shares_prompts = False
+    """Whether its attention knows answers that share a prompt, see ``MicroBatch``."""
+
+    @property
+    def pieces(self) -> list[PolicyModel]:
+        return cast(list[PolicyModel], list(self))
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.pieces[0].config
 
 
 def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
@@ -86,6 +99,7 @@ def transformer_config(
     """Megatron's configuration of this model and layout, with the fields of ``parallel.megatron``
     added; ValueError for one that cannot be."""
     params = torch.float32 if dtype is Dtype.float32 else torch.bfloat16
+    pieces = parallel.virtual_pipeline
     options: dict[str, Any] = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -104,6 +118,13 @@ def transformer_config(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": pieces if pieces > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        "microbatch_group_size_per_vp_stage": parallel.pipeline,  # Scorer divides so
+        # Anything else mixes up what two ranks send to each other at the same time.
+        "overlap_p2p_comm": pieces > 1,
+        "batch_p2p_comm": pieces == 1,
         "sequence_parallel": parallel.sequence,
         "params_dtype": params,
         "pipeline_dtype": params,
@@ -120,18 +141,19 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
         "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
+        **recompute_fields(parallel, spec),
     }
-    return with_users_fields(options, parallel)
+    return with_users_fields(options, parallel, spec)
 
 
-def _torch_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _torch_spec(config: TransformerConfig, piece: int | None) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = [layer] * get_num_layers_to_build(config)
+    layers = [layer] * get_num_layers_to_build(config, piece)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -139,28 +161,39 @@ def _te_spec(config: TransformerConfig) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
-def build_model(
-    shape: Shape, parallel: ParallelConfig, dtype: Dtype, groups: Groups
-) -> PolicyModel:
+def build_model(shape: Shape, parallel: ParallelConfig, dtype: Dtype, groups: Groups) -> Stage:
     """This rank's part of the model, on its device, with weights yet to be loaded."""
     spec = choose_spec(parallel.spec)
     config = transformer_config(shape, parallel, dtype, spec)
+    pieces = parallel.virtual_pipeline
+    stage = Stage(
+        _build_piece(shape, config, spec, groups, piece=i if pieces > 1 else None)
+        for i in range(pieces)
+    )
+    stage.shares_prompts = spec is Spec.torch
+    return stage.to(device=groups.device, dtype=config.params_dtype)
+
+
+def _build_piece(
+    shape: Shape, config: TransformerConfig, spec: Spec, groups: Groups, *, piece: int | None
+) -> PolicyModel:
+    """``piece``: its number on this rank; None: there is one."""
+    last = (config.virtual_pipeline_model_parallel_size or 1) - 1
     model = PolicyModel(
         config,
-        _torch_spec(config) if spec is Spec.torch else _te_spec(config),
+        _torch_spec(config, piece) if spec is Spec.torch else _te_spec(config),
         vocab_size=shape.padded_vocab,
         max_sequence_length=shape.max_length,
-        pre_process=groups.pipeline.rank() == 0,
-        post_process=groups.is_last_stage,
+        pre_process=groups.pipeline.rank() == 0 and not piece,
+        post_process=groups.is_last_stage and (piece is None or piece == last),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 1.0,
         parallel_output=True,
+        vp_stage=piece,
     )
     if spec is Spec.torch:
         model.decoder.register_forward_pre_hook(take_angles, with_kwargs=True)
-        model.shares_prompts = True
-    model.to(device=groups.device, dtype=config.params_dtype)
     return model

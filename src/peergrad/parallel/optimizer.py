@@ -8,11 +8,11 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from peergrad.config import Config, Dtype, OptimConfig, ParallelConfig, Schedule
-from peergrad.parallel.model import PolicyModel
+from peergrad.parallel.model import Stage
 
 
-def wrap_model(model: PolicyModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """Megatron DDP with float32 gradients that are summed, never averaged.
+def wrap_model(model: Stage, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Megatron DDP of each piece, with float32 gradients that are summed, never averaged.
 
     The loss already carries its global denominators (``algo.aggregate``). Megatron would divide
     once more by the number of tokens that the schedule counted: handing None to
@@ -26,11 +26,11 @@ def wrap_model(model: PolicyModel, parallel: ParallelConfig) -> DistributedDataP
     model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: (
         finalize_model_grads(chunks, None, **kwargs)
     )
-    return DistributedDataParallel(model.config, config, model)
+    return [DistributedDataParallel(model.config, config, piece) for piece in model.pieces]
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, optim: OptimConfig, parallel: ParallelConfig, dtype: Dtype
+    ddp: list[DistributedDataParallel], optim: OptimConfig, parallel: ParallelConfig, dtype: Dtype
 ) -> MegatronOptimizer:
     """AdamW over float32 main parameters, sharded over the data ranks if so configured."""
     bf16 = dtype is Dtype.bfloat16
@@ -46,8 +46,8 @@ def build_optimizer(
         bf16=bf16,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [ddp])
-    ddp.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(config, ddp)
+    ddp[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

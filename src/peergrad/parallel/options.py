@@ -10,7 +10,7 @@ from typing import Any, Literal, Union
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import ParallelConfig, Spec, require
+from peergrad.config import ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 UNSUPPORTED = (
     "context_parallel_size",
     "expert_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
 )
 ANOTHER_MODEL = (
     *("num_moe_experts", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias"),
@@ -29,6 +28,12 @@ ANOTHER_MODEL = (
     *("is_hybrid_model", "heterogeneous_block_specs", "mrope_section", "fp16"),
 )
 """Fields that change the function which the weights mean: the engine would compute another one."""
+
+OF_THE_ENGINE = (
+    *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
+    *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
+)
+"""Fields that only Transformer Engine's layers know; others ignore them, or fail when they run."""
 
 
 def choose_spec(spec: Spec) -> Spec:
@@ -52,7 +57,25 @@ def choose_spec(spec: Spec) -> Spec:
     return chosen
 
 
-def with_users_fields(ours: dict[str, Any], parallel: ParallelConfig) -> TransformerConfig:
+def recompute_fields(parallel: ParallelConfig, spec: Spec) -> dict[str, Any]:
+    """Megatron's names for ``parallel.recompute`` and what belongs to it. ValueError for a part
+    that the layers of ``spec`` cannot compute again."""
+    full, selective = (parallel.recompute is kind for kind in (Recompute.full, Recompute.selective))
+    for module in parallel.recompute_modules if selective else ():
+        rule, remedy = "needs Transformer Engine's layers", "remove it"
+        fit = module != "layernorm" or spec is Spec.te
+        require(fit, "parallel.recompute_modules", module, rule, remedy)
+    return {
+        "recompute_granularity": parallel.recompute.name if full or selective else None,
+        "recompute_method": parallel.recompute_method.name if full else None,
+        "recompute_num_layers": parallel.recompute_layers if full else None,
+        "recompute_modules": list(parallel.recompute_modules) if selective else None,
+    }
+
+
+def with_users_fields(
+    ours: dict[str, Any], parallel: ParallelConfig, spec: Spec
+) -> TransformerConfig:
     """Megatron's configuration from ``ours`` and the fields of ``parallel.megatron``.
 
     Raises ValueError for a field that does not exist, is not the user's to set, has a value of
@@ -67,6 +90,8 @@ def with_users_fields(ours: dict[str, Any], parallel: ParallelConfig) -> Transfo
         foreign = name not in ours and name not in (*UNSUPPORTED, *ANOTHER_MODEL)
         foreign = foreign and not name.startswith("moe_")
         require(foreign, key, value, "is set by peergrad or not supported", "remove it")
+        idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
+        require(not idle, key, value, "needs Transformer Engine's layers", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
     try:
         return TransformerConfig(**ours, **parallel.megatron)

@@ -69,7 +69,7 @@ class Scorer:
         self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, groups)
         kind = choose_logprob(config.kernels.logprob, groups.device)
-        self.head = Head(self.model, config, vocab=self.shape.vocab, kind=kind)
+        self.head = Head(self.model.pieces[-1], config, vocab=self.shape.vocab, kind=kind)
         if weights is None:
             load_hf(self.model, path, self.shape, groups, key=key)
         else:
@@ -86,7 +86,7 @@ class Scorer:
             return self.head.logprobs(hidden, batch, temperature=temperature)
 
         with torch.no_grad():
-            found = self._schedule(self.model, self._pack(samples, bins), forward, True)
+            found = self._schedule(self.model.pieces, self._pack(samples, bins), forward, True)
         return self._collect(samples, bins, found)[0]
 
     def canary_gap(self, group: Group) -> float:
@@ -112,7 +112,10 @@ class Scorer:
     def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
         budget = self.config.parallel.micro_batch_tokens
         share = self.model.shares_prompts
-        return divide(samples, ranks=self.groups.data.size(), budget=budget, share=share)
+        # Of micro-batches the interleaved schedule takes one for each pipeline rank at a time.
+        multiple = self.groups.pipeline.size() if len(self.model) > 1 else 1
+        ranks = self.groups.data.size()
+        return divide(samples, ranks=ranks, budget=budget, share=share, multiple=multiple)
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
@@ -151,22 +154,25 @@ class Scorer:
 
     def _schedule(
         self,
-        model: torch.nn.Module,
+        pieces: Sequence[torch.nn.Module],
         batches: Sequence[MicroBatch],
         finish: Callable[..., Any],
         forward_only: bool,
     ) -> list[Any]:
-        """Run Megatron's schedule; ``finish(batch, hidden)`` is called on the last stage. Its
-        results (of a training step: the third one) come back in order, there only."""
+        """Run Megatron's schedule on this rank's pieces of the model; ``finish(batch, hidden)`` is
+        called with what the last of all gives. Its results (of a training step: the third one) come
+        back in order, on the last stage only."""
 
-        def step(iterator: Iterator[MicroBatch], _: object) -> tuple[Tensor, Callable[..., Any]]:
+        def step(
+            iterator: Iterator[MicroBatch], piece: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(iterator)
-            return run(model, batch), partial(finish, batch)
+            return run(piece, batch), partial(finish, batch)
 
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(batches),
-            model=model,
+            data_iterator=[iter(batches) for _ in pieces],
+            model=list(pieces),
             num_microbatches=len(batches),
             seq_length=1,  # real lengths travel with the activations
             micro_batch_size=1,
@@ -194,7 +200,8 @@ class Policy(Scorer):
         A loss or gradient norm that is not finite, an objection of the objective or a batch without
         a token to learn from leaves the weights as they were.
         """
-        self.ddp.zero_grad_buffer()
+        for piece in self.ddp:
+            piece.zero_grad_buffer()
         self.optimizer.zero_grad()
         bins = self._divide(samples)
 

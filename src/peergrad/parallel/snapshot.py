@@ -35,7 +35,7 @@ from peergrad.parallel.damage import (
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.model import PolicyModel
+from peergrad.parallel.model import PolicyModel, Stage
 from peergrad.parallel.resume import describe_optimizer, require_same_model
 from peergrad.parallel.saving import Write
 from peergrad.storage import flush, partial_of, put_in_place, writing
@@ -49,7 +49,7 @@ class Unloadable(ValueError):
 
 
 def save_weights(
-    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, companions: Companions
+    path: Path, model: Stage, shape: Shape, groups: Groups, *, companions: Companions
 ) -> None:
     """Write a checkpoint of weights alone (no optimizer): what a conversion makes. Collective.
 
@@ -67,7 +67,7 @@ def save_weights(
 
 
 def load_weights(
-    path: Path, model: PolicyModel, shape: Shape, groups: Groups, *, key: str = "model.weights"
+    path: Path, model: Stage, shape: Shape, groups: Groups, *, key: str = "model.weights"
 ) -> None:
     """Fill ``model`` from the weights of checkpoint ``path``. Collective.
 
@@ -134,7 +134,7 @@ def on_every_rank(groups: Groups, function: Callable[[], object]) -> None:
 
 
 def describe(
-    model: PolicyModel,
+    model: Stage,
     shape: Shape,
     optimizer: MegatronOptimizer | None,
     groups: Groups,
@@ -181,10 +181,10 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded(
-    model: PolicyModel, optimizer: MegatronOptimizer | None, *, loading: bool
-) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_metadata())}
+def _sharded(model: Stage, optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        key: piece.sharded_state_dict(metadata=_metadata()) for key, piece in _keyed(model)
+    }
     if optimizer is not None:
         _fill_adam(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -193,15 +193,22 @@ def _sharded(
     return state
 
 
+def _keyed(model: Stage) -> Iterator[tuple[str, PolicyModel]]:
+    """The pieces, and where their state is held while it is saved or loaded; in the files tensors
+    go by the numbers of their layers."""
+    for i, piece in enumerate(model.pieces):
+        yield f"model{i}" if i else "model", piece
+
+
 def write_megatron(
-    path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None, *, aside: bool
+    path: Path, model: Stage, optimizer: MegatronOptimizer | None, *, aside: bool
 ) -> Write:
     """Begin to write model and optimizer; ``aside``: a copy of them. Collective."""
     described = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
     return Write(path, _sharded(model, optimizer, loading=False), described, aside=aside)
 
 
-def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None) -> None:
+def load_megatron(path: Path, model: Stage, optimizer: MegatronOptimizer | None) -> None:
     """Fill model and optimizer from what ``write_megatron`` wrote; what ``optim`` configures stays
     as it is. Collective. Raises Unloadable."""
     groups = [] if optimizer is None else optimizer.param_groups
@@ -227,10 +234,11 @@ def load_megatron(path: Path, model: PolicyModel, optimizer: MegatronOptimizer |
 
 
 def _fill(
-    wanted: dict[str, Any], path: Path, model: PolicyModel, optimizer: MegatronOptimizer | None
+    wanted: dict[str, Any], path: Path, model: Stage, optimizer: MegatronOptimizer | None
 ) -> None:
     state = dist_checkpointing.load(wanted, str(path))
-    model.load_state_dict(state["model"])
+    for key, piece in _keyed(model):
+        piece.load_state_dict(state[key])
     inner = _sharded_adam(optimizer)
     if inner is not None:
         _load_sharded_adam(inner, state["optimizer"])

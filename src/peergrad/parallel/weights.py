@@ -13,19 +13,20 @@ from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import TensorReader, open_tensors
 from peergrad.parallel.hf.fit import check_weights
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
-from peergrad.parallel.model import PolicyModel
+from peergrad.parallel.model import Stage
 
 log = logging.getLogger(__name__)
 
 
-def local_parameters(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def local_parameters(model: Stage) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters under layer numbers that count over all pipeline stages."""
-    for name, parameter in model.named_parameters():
-        match = re.match(r"decoder\.layers\.(\d+)\.", name)
-        if match is not None:
-            index = model.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{index}.{name[match.end() :]}"
-        yield name, parameter
+    for piece in model.pieces:
+        for name, parameter in piece.named_parameters():
+            match = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if match is not None:
+                index = piece.decoder.layers[int(match[1])].layer_number - 1
+                name = f"decoder.layers.{index}.{name[match.end() :]}"
+            yield name, parameter
 
 
 def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
@@ -37,7 +38,7 @@ def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 
 @torch.no_grad()
 def load_hf(
-    model: PolicyModel, path: str, shape: Shape, groups: Groups, *, key: str = "model.path"
+    model: Stage, path: str, shape: Shape, groups: Groups, *, key: str = "model.path"
 ) -> None:
     """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
 
@@ -53,7 +54,7 @@ def load_hf(
 
 
 def read_shards(
-    model: PolicyModel, reader: TensorReader, shape: Shape, groups: Groups
+    model: Stage, reader: TensorReader, shape: Shape, groups: Groups
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank, with what the HF files say that it is, in their precision."""
     for name, parameter in local_parameters(model):
@@ -73,7 +74,7 @@ def read_shards(
 
 
 @torch.no_grad()
-def export_hf(model: PolicyModel, shape: Shape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def export_hf(model: Stage, shape: Shape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(HF name, full tensor)`` in a fixed order, on every rank of the first data-parallel
     replica; the others, which hold the same weights, get nothing.
 

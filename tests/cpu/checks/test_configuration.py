@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,45 @@ def test_the_pipeline_size_divides_the_layers(config: Config) -> None:
     config.parallel.pipeline = 4
     message = refusal(config, world=4)
     assert message.startswith("parallel.pipeline = 4: must divide the model's 6 layers; ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"pipeline": 3}, None),
+        ({"pipeline": 3, "virtual_pipeline": 2}, None),
+        (
+            {"pipeline": 2, "virtual_pipeline": 2},
+            "parallel.pipeline = 2: times parallel.virtual_pipeline = 2 must divide the model's 6 ",
+        ),
+        ({"pipeline": 2, "first_stage_layers": 2}, None),
+        ({"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 4}, None),
+        (
+            {"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 3},
+            "parallel.first_stage_layers = 2: leaves, with parallel.last_stage_layers = 3, 1 of 6 ",
+        ),
+        ({"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, None),
+        (
+            {"pipeline": 3, "last_stage_layers": 1},
+            "parallel.last_stage_layers = 1: leaves 5 of 6 layers to the 2 other pipeline ranks, "
+            "which must divide them; change one of them",
+        ),
+        (
+            {"pipeline": 3, "last_stage_layers": 6},
+            "parallel.last_stage_layers = 6: leaves 0 of 6 layers to the 2 other pipeline ranks",
+        ),
+        (
+            {"pipeline": 3, "virtual_pipeline": 2, "last_stage_layers": 1},
+            "parallel.last_stage_layers = 1: must be a multiple of parallel.virtual_pipeline = 2; ",
+        ),
+    ],
+)
+def test_stages_share_the_layers(config: Config, changes: dict[str, int], rule: str | None) -> None:
+    config.parallel = replace(config.parallel, **changes)
+    if rule is None:
+        check(config, world=config.parallel.pipeline)
+    else:
+        assert refusal(config, world=config.parallel.pipeline).startswith(rule)
 
 
 @pytest.mark.parametrize(

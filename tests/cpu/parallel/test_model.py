@@ -19,13 +19,28 @@ from tests.cpu.parallel.test_mapping import SHAPE
         ("num_moe_experts", 2, "is set by peergrad or not supported"),
         ("moe_router_topk", 2, "is set by peergrad or not supported"),
         ("rotary_interleaved", True, "is set by peergrad or not supported"),
-        ("recompute_num_layers", "all", "must be a whole number or null"),
-        ("recompute_num_layers", 1.5, "must be a whole number or null"),
-        ("recompute_num_layers", True, "must be a whole number or null"),
-        ("recompute_granularity", "some", "must be full or selective or null"),
-        ("recompute_modules", "mlp", "must be a list of text or null"),
-        ("recompute_modules", [1], "must be a list of text or null"),
+        (
+            "num_microbatches_with_partial_activation_checkpoints",
+            "all",
+            "must be a whole number or null",
+        ),
+        (
+            "num_microbatches_with_partial_activation_checkpoints",
+            1.5,
+            "must be a whole number or null",
+        ),
+        (
+            "num_microbatches_with_partial_activation_checkpoints",
+            True,
+            "must be a whole number or null",
+        ),
+        ("pipeline_model_parallel_comm_backend", "mpi", "must be nccl or ucc or null"),
+        ("recompute_granularity", "full", "is set by peergrad or not supported"),
+        ("offload_modules", "mlp", "must be a list of text or null"),
+        ("offload_modules", [1], "must be a list of text or null"),
         ("deterministic_mode", "yes", "must be true or false"),
+        ("fp8", "e4m3", "needs Transformer Engine's layers"),
+        ("cpu_offloading", True, "needs Transformer Engine's layers"),
         ("init_method_std", "small", "must be a number"),
         ("timers", "mine", "must be what YAML cannot say: leave it or null"),
     ],
@@ -37,7 +52,7 @@ def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule
 
 
 def test_what_megatron_refuses_is_one_line() -> None:
-    parallel = ParallelConfig(megatron={"recompute_granularity": "full"})  # and no method
+    parallel = ParallelConfig(megatron={"fp8_param": True})  # and no fp8
     with pytest.raises(ValueError, match=r"^parallel.megatron = .*Megatron refuses .*; correct"):
         transformer_config(SHAPE, parallel, Dtype.float32, Spec.torch)
 
@@ -50,7 +65,7 @@ def test_transformer_engine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_other_fields_pass_through() -> None:
-    parallel = ParallelConfig(megatron={"recompute_granularity": "selective"})
+    parallel = ParallelConfig(megatron={"deterministic_mode": True})
     built = transformer_config(SHAPE, parallel, Dtype.bfloat16, Spec.torch)
-    assert built.recompute_granularity == "selective"
+    assert built.deterministic_mode
     assert built.bf16 and built.attention_dropout == 0 == built.hidden_dropout
