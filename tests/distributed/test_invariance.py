@@ -68,11 +68,13 @@ GRID: dict[tuple[int, int], list[Layout]] = {
         ({"tensor": 2, "micro_batch_tokens": 64}, 0, FUSED),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 40}, 1, LOGITS),
         ({"pipeline": 2, "micro_batch_tokens": 40}, 2, FUSED),
+        ({"context": 2, "micro_batch_tokens": 20}, 1, FUSED),
         ({"micro_batch_tokens": 40}, 3, PLAIN),
     ],
     (SHALLOW, 4): [
         ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 64}, 1, LOGITS),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 30}, 2, FUSED),
+        ({"context": 2, "tensor": 2, "sequence": True, "micro_batch_tokens": 30}, 3, LOGITS),
         ({"micro_batch_tokens": 64}, 0, FUSED),
     ],
     (DEEP, 2): [
@@ -83,6 +85,8 @@ GRID: dict[tuple[int, int], list[Layout]] = {
     (DEEP, 4): [
         ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 64, **FULL}, 1, LOGITS),
         ({**VIRTUAL, "micro_batch_tokens": 30, **PARTS}, 2, FUSED),
+        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 20, **FULL}, 0, FUSED),
+        ({"context": 4, "micro_batch_tokens": 20, **PARTS}, 0, LOGITS),
     ],
 }
 OBJECTIVES_OF = {SHALLOW: tuple(OBJECTIVES), DEEP: ("dapo", "gspo_token", "icepop")}

@@ -16,6 +16,15 @@ from peergrad.algo.samples import Sample, contexts
 
 
 @dataclass(frozen=True)
+class Held:
+    """What one rank holds of a micro-batch that is divided over several."""
+
+    tokens: Int[Tensor, " L"]  # int64, which of the row's, in its order
+    scored: Int[Tensor, " H"]  # int64, which scored tokens its part of the row predicts
+    rows: Int[Tensor, " H"]  # int64, where in its part
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Several sequences in one row. Only scored tokens have targets, advantages and logprobs.
 
@@ -48,6 +57,14 @@ class MicroBatch:
     logp_old: Float[Tensor, " S"] | None = None
     logp_ref: Float[Tensor, " S"] | None = None
     proximal: Float[Tensor, " S"] | None = None
+    held: Held | None = None  # None: all of it
+
+    @property
+    def here(self) -> "MicroBatch":
+        """With the scored tokens that this rank predicts, and their rows in its part."""
+        if self.held is None:
+            return self
+        return replace(self.part(self.held.scored), rows=self.held.rows)
 
     def part(self, of: slice | Tensor) -> "MicroBatch":
         """The same row with only some of its scored tokens."""
@@ -62,14 +79,19 @@ _PER_SCORED_TOKEN = (
 )
 
 
-def pack(samples: Sequence[Sample], *, share: bool = False, multiple: int = 1) -> MicroBatch:
+def pack(
+    samples: Sequence[Sample], *, share: bool = False, multiple: int = 1, each: int = 1
+) -> MicroBatch:
     """Put samples into one row, padded with one sequence of zeros to a ``multiple`` of tokens; if
-    ``share``, with each prompt once and equal answers to it once.
+    ``share``, with each prompt once and equal answers to it once. ``each``: of what number of
+    tokens every sequence is a multiple, padded with zeros behind; not of those that share.
 
-    Sequence parallelism divides the row over the tensor ranks, hence ``multiple``. No samples give
-    a row of padding without scored tokens.
+    Sequence parallelism divides the row over the tensor ranks, hence ``multiple``; context
+    parallelism divides every sequence, hence ``each``. No samples give a row of padding without
+    scored tokens.
     """
-    row = _lay_out(samples, share=share, multiple=multiple)
+    assert not (share and each > 1)
+    row = _lay_out(samples, share=share, multiple=multiple, each=each)
     answers = np.array([s.weight.size for s in samples], np.int64)
     sequence = np.repeat(np.arange(len(samples)), answers)
     place = ranges(answers)  # of every answer token in its answer
@@ -118,7 +140,7 @@ class _Row:
     answers: np.ndarray  # [samples] int64, where each one's answer begins, or would
 
 
-def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int) -> _Row:
+def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int, each: int) -> _Row:
     ends, answers, total = [0] * len(samples), [0] * len(samples), 0
     pieces: list[np.ndarray] = []
     begins: list[int] = []  # the position of each piece's first token
@@ -137,6 +159,9 @@ def _lay_out(samples: Sequence[Sample], *, share: bool, multiple: int) -> _Row:
                 at += answer.size
         if len(parts) == 2:  # a prompt and its only answer are a plain sequence
             parts = [np.concatenate(parts)]
+        if odd := -(at - total) % each:
+            parts = [np.concatenate([*parts, np.zeros(odd, np.int32)])]
+            at += odd
         pieces += parts
         begins += [0] + [prompt] * (len(parts) - 1)
         families.append(tuple(part.size for part in parts))

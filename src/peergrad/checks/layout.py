@@ -6,11 +6,12 @@ from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
 
 def data_ranks(config: Config, world: int) -> int:
     """The data-parallel size that ``world`` processes leave."""
-    return world // (config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    return world // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def check_layout(config: Config, shape: Shape, world: int) -> None:
-    """Raise ValueError unless TP x PP x DP divides the model and fits the processes."""
+    """Raise ValueError unless TP x PP x CP x DP divides the model and fits the processes."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
     divided = {
@@ -28,12 +29,14 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
             f"use a divisor of {number}",
         )
     _check_stages(parallel, shape.layers)
-    wanted = tensor * pipeline * (parallel.data or 1)
+    wanted = tensor * pipeline * parallel.context * (parallel.data or 1)
+    grid = f"tensor {tensor} x pipeline {pipeline}"
+    grid += f" x context {parallel.context}" if parallel.context > 1 else ""
     ok = world == wanted if parallel.data else world % wanted == 0
     require(
         ok,
         "parallel",
-        f"tensor {tensor} x pipeline {pipeline} x data {parallel.data or 'any'}",
+        f"{grid} x data {parallel.data or 'any'}",
         f"must fit the {world} processes of this job",
         f"start {wanted if parallel.data else f'a multiple of {wanted}'} processes "
         "(torchrun --nproc-per-node), or change the layout",

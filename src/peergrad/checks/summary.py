@@ -88,7 +88,10 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     yield "model", f"{_path(config.model.path, 25)}: {shape.family}, {size}"
     if config.model.weights is not None:
         yield "weights", f"{_path(config.model.weights)}"
-    grid = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {data_ranks(config, world)}"
+    pieces = f" ({parallel.virtual_pipeline} pieces each)" if parallel.virtual_pipeline > 1 else ""
+    context = f" x CP {parallel.context}" if parallel.context > 1 else ""
+    data = data_ranks(config, world)
+    grid = f"TP {parallel.tensor} x PP {parallel.pipeline}{pieces}{context} x DP {data}"
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
     yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"

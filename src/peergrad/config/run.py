@@ -127,6 +127,9 @@ class ParallelConfig:
     null: as many as the others."""
     last_stage_layers: int | None = None
     """Layers of the last one, which also has the projection to the vocabulary and the loss."""
+    context: int = 1
+    """Context-parallel size: ranks that share every sequence's tokens, for long ones. Each prompt
+    is then computed for every answer."""
     data: int | None = None
     """Data-parallel size; default: whatever is left of the processes."""
     sequence: bool = False
@@ -135,7 +138,8 @@ class ParallelConfig:
     """Layers: ``te`` (Transformer Engine, GPU), ``torch`` (plain PyTorch), ``auto`` picks and
     logs."""
     micro_batch_tokens: int = 4096
-    """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
+    """Token budget of one packed micro-batch, on each of the context ranks; a longer sequence gets
+    one of its own."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
     recompute: Recompute = Recompute.off
@@ -155,8 +159,8 @@ class ParallelConfig:
     """Any further field of Megatron's TransformerConfig."""
 
     def __post_init__(self) -> None:
-        sizes = ("tensor", "pipeline", "virtual_pipeline", "micro_batch_tokens", "recompute_layers")
-        for name in sizes:
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "micro_batch_tokens")
+        for name in (*sizes, "recompute_layers"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
         for name in ("data", "first_stage_layers", "last_stage_layers"):
             if (value := getattr(self, name)) is not None:

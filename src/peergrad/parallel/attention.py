@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -26,7 +27,8 @@ BLOCK = 256
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, with what this spec needs beside."""
+    """Megatron's description of a packed row, with what this spec needs beside. T are this context
+    rank's tokens."""
 
     families: Families = ()  # lengths of prompts with the answers that share them, on the host
     positions: Tensor | None = None  # [T] int64
@@ -36,7 +38,8 @@ class PackedRow(PackedSeqParams):
     def layout(self) -> Layout:
         """Once for all layers."""
         assert self.positions is not None
-        return lay_out(self.families, self.positions.device)
+        place = {} if self.cp_group is None else _place(self.cp_group)
+        return lay_out(self.families, self.positions.device, **place)
 
     @cached_property
     def triangle(self) -> Tensor:
@@ -44,6 +47,10 @@ class PackedRow(PackedSeqParams):
         lower right corner, -inf above: its last rows and columns mask any block of queries."""
         widest = max(batch.width for batch in self.layout.batches)
         return torch.full((BLOCK, widest), -torch.inf).triu(1 + widest - BLOCK)
+
+
+def _place(group: Any) -> dict[str, int]:
+    return {"rank": group.rank(), "ranks": group.size()}
 
 
 def take_angles(
@@ -101,11 +108,6 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError(
-                f"context_parallel_size = {config.context_parallel_size}: the torch spec attends "
-                "within one rank; set it to 1"
-            )
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -118,7 +120,8 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
-        """Packed ``[T, heads, d]`` -> ``[T, heads * d]``, or batched ``[s, b, heads, d]`` ->
+        """Packed ``[T, heads, d]`` -> ``[T, heads * d]``, keys and values gathered from the other
+        context ranks, or batched ``[s, b, heads, d]`` ->
         ``[s, b, heads * d]``; causal within each sequence."""
         assert attention_mask is None and attention_bias is None, "only causal attention is built"
         if packed_seq_params is None:
@@ -128,6 +131,12 @@ class PackedAttention(MegatronModule):
             cos, sin = (x.to(query.dtype) for x in packed_seq_params.angles)
             query, key = (Rotation.apply(x, cos, sin) for x in (query, key))  # type: ignore[no-untyped-call]
         layout = packed_seq_params.layout
+        if packed_seq_params.cp_group is not None:
+            both = torch.cat([key, value], -1)
+            both = tensor_parallel.gather_from_sequence_parallel_region(
+                both, group=packed_seq_params.cp_group
+            )
+            key, value = both.chunk(2, -1)
         query = _taken(query, layout.queries)
         key, value = _taken(key, layout.keys), _taken(value, layout.keys)
         asked = torch.split(query, [b.sequences * (b.width - b.first) for b in layout.batches])

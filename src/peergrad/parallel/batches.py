@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peergrad.parallel.context import shares
+
 PADDING = 64
 """Tokens of padding that are cheaper than one more call of the attention kernel, and no more are
 ever added for one shape."""
@@ -79,12 +81,15 @@ class Layout:
     slots: Tensor | None  # [T] int64, of each token's query among all
 
 
-def lay_out(families: Families, device: torch.device) -> Layout:
-    """The batches of a row of ``families`` (see ``MicroBatch``), on ``device``."""
+def lay_out(families: Families, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Layout:
+    """The batches of a row of ``families`` (see ``MicroBatch``), on ``device``. If the row is
+    divided over context ``ranks``, those of ``rank``: queries and slots are of its part, and keys
+    of the parts of all, one behind the other."""
     batches: list[Batch] = []
-    queries, keys, total = [], [], sum(map(sum, families))
+    queries, keys, total = [], [], sum(map(sum, families)) // ranks
     slots, at = np.zeros(total, np.int64), 0
-    for run in alike(_units(families)):
+    own_rows, all_rows = _places(families, rank, ranks)
+    for run in alike(_units(families) if ranks == 1 else _pieces(families, rank, ranks)):
         # Columns of the units, to be broadcast over positions.
         prompt, tokens, lead, start = np.array([unit.places for unit in run]).T[:, :, None]
         first, end = int(prompt.min()), prompt + tokens
@@ -92,14 +97,38 @@ def lay_out(families: Families, device: torch.device) -> Layout:
         rows = np.where(position < prompt, lead, start - prompt) + np.minimum(position, end - 1)
         mask = _mask(families, rows, position < end).to(device) if run[0].family else None
         batches.append(Batch(len(run), first, position.size, mask))
-        queries.append(rows[:, first:].ravel())
-        keys.append(rows.ravel())
+        queries.append(own_rows[rows[:, first:].ravel()])
+        keys.append(all_rows[rows.ravel()])
         own = ((position >= prompt) & (position < end))[:, first:].ravel()
         slots[queries[-1][own]] = at + np.flatnonzero(own)
         at += own.size
     plain = at == total  # without padding
     indices = (np.concatenate(queries), np.concatenate(keys), slots)
     return Layout(batches, *(_unless_in_order(index, plain, device) for index in indices))
+
+
+def _places(families: Families, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[T]`` each: where a token of the row lies in the part of ``rank`` (0 if it does not), and
+    in the parts of all."""
+    total = sum(map(sum, families))
+    if ranks == 1:
+        return np.arange(total), np.arange(total)
+    own, every = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    parts = shares(np.array([n for (n,) in families]), ranks)
+    own[parts[rank]] = np.arange(parts.shape[1])
+    every[parts.ravel()] = np.arange(total)
+    return own, every
+
+
+def _pieces(families: Families, rank: int, ranks: int) -> list[Unit]:
+    """What ``rank`` holds of each sequence; a piece sees all that is before it."""
+    found, start = [], 0
+    for (length,) in families:
+        size = length // (2 * ranks)
+        for piece in (rank, 2 * ranks - 1 - rank):
+            found.append(Unit(False, piece * size, size, start, start + piece * size))
+        start += length
+    return found
 
 
 def alike(units: Sequence[Unit]) -> list[list[Unit]]:

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place in the TP x PP x DP grid.
+    """This process's place in the TP x CP x DP x PP grid.
 
     ``control`` spans all ranks over gloo whatever the device: it carries objects and small numbers.
     """
@@ -33,6 +33,7 @@ class Groups:
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
+    context: dist.ProcessGroup
     control: dist.ProcessGroup
 
     @property
@@ -41,8 +42,8 @@ class Groups:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank's per-token results stand for its data-parallel share: exactly one of
-        the ranks that hold the same micro-batches says so."""
+        """Whether this rank's results stand for its part of the micro-batches: exactly one of the
+        ranks that hold the same part says so."""
         return self.is_last_stage and self.tensor.rank() == 0
 
     def share(self, function: Callable[[], Result]) -> Result:
@@ -83,7 +84,7 @@ class Groups:
 
 def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) -> Groups:
     """Build Megatron's groups over the ranks of ``job`` (default: join it) and seed its generators.
-    Order of ranks: tensor, data, pipeline."""
+    Order of ranks: tensor, context, data, pipeline."""
     device = set_up_device()
     timeout = timedelta(minutes=config.timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -101,6 +102,7 @@ def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) ->
         config.tensor,
         config.pipeline,
         config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )
     # On a CPU the tracker is a no-op, which dropout 0 and host-side initialisation allow.
@@ -116,6 +118,7 @@ def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) ->
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         control=control,
     )
 
@@ -127,7 +130,7 @@ def _joined(minutes: float) -> Job:
 
 
 def leave_layout() -> None:
-    """Forget the TP x PP x DP grid but stay in the job; ``init_groups`` may lay it out anew."""
+    """Forget the grid but stay in the job; ``init_groups`` may lay it out anew."""
     parallel_state.destroy_model_parallel()
 
 

@@ -16,6 +16,7 @@ from peergrad.kernels import (
     triton_runs,
     vocab_parallel_logprob,
 )
+from peergrad.parallel.context import whole
 from peergrad.parallel.model import PolicyModel
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,14 @@ class Head:
     def logprobs(
         self, hidden: Tensor, batch: MicroBatch, *, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(logp, entropy) ``[S]`` of the batch's scored tokens, float32. ``temperature`` defaults
-        to the rollouts'."""
+        """(logp, entropy) ``[S]`` of the batch's scored tokens, float32, on every context rank.
+        ``temperature`` defaults to the rollouts'."""
         tau = self.temperature if temperature is None else temperature
+        logp, entropy = self._logprobs(hidden, batch.here, tau)
+        return self._whole(logp, batch), self._whole(entropy, batch)
+
+    def _logprobs(self, hidden: Tensor, batch: MicroBatch, tau: float) -> tuple[Tensor, Tensor]:
+        """Of the tokens that this rank predicts."""
         rows, weight, group = self._rows(hidden, batch), self.model.head_weight(), self._group
         if self.kind is Logprob.from_logits:
             logp, entropy = vocab_parallel_logprob(
@@ -91,28 +97,32 @@ class Head:
     def loss(
         self, hidden: Tensor, batch: MicroBatch, objective: Objective
     ) -> tuple[Tensor, list[Metrics], Tensor, Tensor]:
-        """Loss, its metrics (to be added up), and detached (logp, entropy) ``[S]``.
+        """Loss, its metrics (to be added up, over context ranks too), and detached (logp, entropy)
+        ``[S]``.
 
-        An objective whose tokens depend on each other needs all logprobs before any gradient.
+        An objective whose tokens depend on each other needs all logprobs before any gradient. Every
+        context rank then computes all of the loss, and one of them reports it.
         """
         if self.kind is not Logprob.fused_linear or not objective.per_token:
             logp, entropy = self.logprobs(hidden, batch)
             loss, metrics = objective(logp, entropy, batch)
-            return loss, [metrics], logp.detach(), entropy.detach()
+            first = self.model.pg_collection.cp.rank() == 0
+            return loss, [metrics] if first else [], logp.detach(), entropy.detach()
         found: list[Metrics] = []
+        here = batch.here
 
         def derivative(logp: Tensor, entropy: Tensor, rows: Tensor | slice) -> Any:
             leaves = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
             with torch.enable_grad():
-                loss, metrics = objective(leaves[0], leaves[1], batch.part(rows))
+                loss, metrics = objective(leaves[0], leaves[1], here.part(rows))
                 d_logp, d_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
             found.append(metrics)
             return loss.detach(), torch.zeros_like(logp) if d_logp is None else d_logp, d_entropy
 
         loss, logp, entropy = fused_linear_loss(
-            self._rows(hidden, batch),
+            self._rows(hidden, here),
             self.model.head_weight(),
-            batch.targets,
+            here.targets,
             derivative,
             group=self._group,
             vocab_size=self.vocab,
@@ -120,7 +130,10 @@ class Head:
             chunk=self.chunk,
             logits=self.dtype,
         )
-        return loss, found, logp, entropy
+        return loss, found, self._whole(logp, batch), self._whole(entropy, batch)
+
+    def _whole(self, values: Tensor, batch: MicroBatch) -> Tensor:
+        return whole(values, batch, self.model.pg_collection.cp)
 
     @property
     def _group(self) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -74,10 +74,19 @@ class Stage(torch.nn.ModuleList):
 
 
 def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    """Forward one packed micro-batch through ``model``, a PolicyModel or its DDP wrapper.
+    """Forward this rank's part of a packed micro-batch through ``model``, a PolicyModel or its DDP
+    wrapper.
 
-    Returns hidden states ``[T, 1, H]``, ``[T / tp, 1, H]`` if sequence parallel.
+    Returns hidden states ``[T, 1, H]`` of it, ``[T / tp, 1, H]`` if sequence parallel.
     """
+    tokens, positions, divided = batch.tokens, batch.positions, {}
+    if batch.held is not None:
+        tokens, positions = tokens[batch.held.tokens], positions[batch.held.tokens]
+        divided = {
+            "cu_seqlens_q_padded": batch.cu_seqlens,
+            "cu_seqlens_kv_padded": batch.cu_seqlens,
+            "cp_group": parallel_state.get_context_parallel_group(),
+        }
     packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -85,11 +94,10 @@ def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
         families=batch.families,
-        positions=batch.positions,
+        positions=positions,
+        **divided,
     )
-    hidden: Tensor = model(
-        batch.tokens[None], batch.positions[None], None, packed_seq_params=packed
-    )
+    hidden: Tensor = model(tokens[None], positions[None], None, packed_seq_params=packed)
     return hidden
 
 
@@ -125,6 +133,7 @@ def transformer_config(
         # Anything else mixes up what two ranks send to each other at the same time.
         "overlap_p2p_comm": pieces > 1,
         "batch_p2p_comm": pieces == 1,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "params_dtype": params,
         "pipeline_dtype": params,
@@ -170,7 +179,7 @@ def build_model(shape: Shape, parallel: ParallelConfig, dtype: Dtype, groups: Gr
         _build_piece(shape, config, spec, groups, piece=i if pieces > 1 else None)
         for i in range(pieces)
     )
-    stage.shares_prompts = spec is Spec.torch
+    stage.shares_prompts = spec is Spec.torch and parallel.context == 1
     return stage.to(device=groups.device, dtype=config.params_dtype)
 
 

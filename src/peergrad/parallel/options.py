@@ -15,10 +15,7 @@ from peergrad.config.rules import one_line
 
 log = logging.getLogger(__name__)
 
-UNSUPPORTED = (
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
+UNSUPPORTED = ("expert_model_parallel_size",)
 ANOTHER_MODEL = (
     *("num_moe_experts", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias"),
     *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "window_size"),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from peergrad.algo.division import divide
 from peergrad.algo.objective import Metrics
-from peergrad.algo.packing import MicroBatch, pack, ranges
+from peergrad.algo.packing import Held, MicroBatch, pack, ranges
 from peergrad.algo.samples import Sample, make_samples, pieces
 from peergrad.config import Config
 from peergrad.data import Group
+from peergrad.parallel.context import hold
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
@@ -110,7 +111,7 @@ class Scorer:
         return export_hf(self.model, self.shape, self.groups)
 
     def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
-        budget = self.config.parallel.micro_batch_tokens
+        budget = self.config.parallel.micro_batch_tokens * self.groups.context.size()
         share = self.model.shares_prompts
         # Of micro-batches the interleaved schedule takes one for each pipeline rank at a time.
         multiple = self.groups.pipeline.size() if len(self.model) > 1 else 1
@@ -120,11 +121,15 @@ class Scorer:
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel = self.config.parallel
-        multiple = parallel.tensor if parallel.sequence else 1
+        context = self.groups.context
+        multiple = (parallel.tensor if parallel.sequence else 1) * context.size()
         share, mine = self.model.shares_prompts, bins[self.groups.data.rank()]
         rows = ([samples[i] for i in part] for part in mine)
-        packed = [pack(row, share=share, multiple=multiple) for row in rows]
-        return [_to_device(batch, self.groups.device) for batch in packed]
+        each = 2 * context.size() if context.size() > 1 else 1
+        multiple = math.lcm(multiple, each)
+        packed = [pack(row, share=share, multiple=multiple, each=each) for row in rows]
+        held = [hold(batch, context.rank(), context.size()) for batch in packed]
+        return [_to_device(batch, self.groups.device) for batch in held]
 
     def _collect(
         self,
@@ -138,14 +143,15 @@ class Scorer:
         mine = None
         if self.groups.reports:
             columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
-            mine = (self.groups.data.rank(), columns, extra)
+            first = self.groups.context.rank() == 0  # the others have the same
+            mine = (self.groups.data.rank(), columns if first else None, extra)
         gathered = [part for part in self.groups.gather(mine) if part is not None]
         sizes = [s.logp_engine.size for s in samples]
         starts = np.cumsum([0, *sizes])
         scored = np.flatnonzero(np.concatenate([np.zeros(0), *(s.weight for s in samples)]))
         begins = np.searchsorted(scored, starts)  # of each sample's among them
         whole = np.full((2, starts[-1]), np.nan, np.float32)
-        for rank, columns, _ in gathered:
+        for rank, columns in ((rank, columns) for rank, columns, _ in gathered if columns):
             order = np.array([i for part in bins[rank] for i in part], np.int64)
             counts = begins[order + 1] - begins[order]
             whole[:, scored[np.repeat(begins[order], counts) + ranges(counts)]] = columns
@@ -279,6 +285,10 @@ def _merge(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[f
 
 
 def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)  # type: ignore[arg-type]
+    held = None if batch.held is None else replace(batch.held, **_moved(batch.held, device))
+    return replace(batch, held=held, **_moved(batch, device))
+
+
+def _moved(of: Held | MicroBatch, device: torch.device) -> dict[str, Any]:
+    values = {f.name: getattr(of, f.name) for f in fields(of)}
+    return {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}

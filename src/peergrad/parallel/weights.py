@@ -82,7 +82,7 @@ def export_hf(model: Stage, shape: Shape, groups: Groups) -> Iterator[tuple[str,
     of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.
     Tensors stay valid until the generator advances.
     """
-    if groups.data.rank() != 0:
+    if groups.data.rank() != 0 or groups.context.rank() != 0:
         return
     mine = dict(local_parameters(model))
     described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
