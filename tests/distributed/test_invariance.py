@@ -65,28 +65,28 @@ GRID: dict[tuple[int, int], list[Layout]] = {
         ({"micro_batch_tokens": 24}, 1, LOGITS),
     ],
     (SHALLOW, 2): [
-        ({"tensor": 2, "micro_batch_tokens": 64}, 0, FUSED),
-        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 40}, 1, LOGITS),
-        ({"pipeline": 2, "micro_batch_tokens": 40}, 2, FUSED),
-        ({"context": 2, "micro_batch_tokens": 20}, 1, FUSED),
-        ({"micro_batch_tokens": 40}, 3, PLAIN),
+        ({"tensor": 2, "micro_batch_tokens": 160}, 0, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 1, LOGITS),
+        ({"pipeline": 2, "micro_batch_tokens": 100}, 2, FUSED),
+        ({"context": 2, "micro_batch_tokens": 50}, 1, FUSED),
+        ({"micro_batch_tokens": 100}, 3, PLAIN),
     ],
     (SHALLOW, 4): [
-        ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 64}, 1, LOGITS),
-        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 30}, 2, FUSED),
-        ({"context": 2, "tensor": 2, "sequence": True, "micro_batch_tokens": 30}, 3, LOGITS),
-        ({"micro_batch_tokens": 64}, 0, FUSED),
+        ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 160}, 1, LOGITS),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 2, FUSED),
+        ({"context": 2, "tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 3, LOGITS),
+        ({"micro_batch_tokens": 160}, 0, FUSED),
     ],
     (DEEP, 2): [
-        ({**VIRTUAL, "micro_batch_tokens": 40}, 2, FUSED),
-        ({"pipeline": 2, "first_stage_layers": 3, "micro_batch_tokens": 40, **FULL}, 2, FUSED),
-        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 40, **PARTS}, 1, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 100}, 2, FUSED),
+        ({"pipeline": 2, "first_stage_layers": 3, "micro_batch_tokens": 100, **FULL}, 2, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100, **PARTS}, 1, LOGITS),
     ],
     (DEEP, 4): [
-        ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 64, **FULL}, 1, LOGITS),
-        ({**VIRTUAL, "micro_batch_tokens": 30, **PARTS}, 2, FUSED),
-        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 20, **FULL}, 0, FUSED),
-        ({"context": 4, "micro_batch_tokens": 20, **PARTS}, 0, LOGITS),
+        ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 160, **FULL}, 1, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS}, 2, FUSED),
+        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL}, 0, FUSED),
+        ({"context": 4, "micro_batch_tokens": 50, **PARTS}, 0, LOGITS),
     ],
 }
 OBJECTIVES_OF = {SHALLOW: tuple(OBJECTIVES), DEEP: ("dapo", "gspo_token", "icepop")}
@@ -169,7 +169,7 @@ def oracle(
 
 
 def gradients(
-    reference: str, configs: dict[str, Any], layouts: list[Layout], recorded: Any, broken: bool
+    reference: str, configs: dict[str, Any], layouts: list[Layout], recorded: Any, broken: str = ""
 ) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
     """What the package computes under each configuration on each layout, on rank 0."""
     from dataclasses import replace
@@ -183,7 +183,7 @@ def gradients(
     from peergrad.parallel.groups import init_groups, leave_layout
     from peergrad.parallel.policy import Policy, Scorer
 
-    if broken:  # a denominator of its own on every rank: what averaging over ranks would do
+    if broken == "denominator":  # its own on every rank: what averaging over ranks would do
         from peergrad.algo import packing
         from peergrad.parallel import policy as policy_module
 
@@ -194,6 +194,12 @@ def gradients(
             )
 
         policy_module.pack = pack  # type: ignore[assignment]
+    if broken == "context":  # what the other ranks predict counts for nothing
+        from peergrad.parallel import head as head_module
+
+        head_module.whole = lambda values, batch, group: values.new_zeros(  # type: ignore[assignment]
+            batch.targets.numel()
+        ).index_copy(0, batch.held.scored, values)
     groups, old = recorded
     found: dict[tuple[str, str], list[dict[str, torch.Tensor]]] = {}
     for layout in layouts:
@@ -275,7 +281,7 @@ def test_every_layout_gives_the_gradient_of_one_process(
     cases: Callable[[int], Case], layers: int, ranks: int
 ) -> None:
     case, layouts = cases(layers), GRID[layers, ranks]
-    ours = (case.reference, case.configs, layouts, case.recorded, False)
+    ours = (case.reference, case.configs, layouts, case.recorded)
     found = run_ranks(ranks, gradients, *ours, timeout=500)[0]
     assert len(found) == len(case.configs) * len(layouts)
     worst = {}
@@ -287,10 +293,19 @@ def test_every_layout_gives_the_gradient_of_one_process(
     assert max(worst.values()) <= TOLERANCE, worst
 
 
-def test_a_wrong_denominator_turns_it_red(cases: Callable[[int], Case]) -> None:
-    case, layouts = cases(SHALLOW), GRID[SHALLOW, 2][-1:]
-    dapo = {"dapo": case.configs["dapo"]}
-    found = run_ranks(2, gradients, case.reference, dapo, layouts, case.recorded, True)[0]
+@pytest.mark.parametrize(
+    ("broken", "objective", "layout"),
+    [
+        ("denominator", "dapo", {"micro_batch_tokens": 100}),
+        ("context", "gspo", {"context": 2, "micro_batch_tokens": 50}),
+    ],
+)
+def test_what_is_left_out_turns_it_red(
+    cases: Callable[[int], Case], broken: str, objective: str, layout: dict[str, Any]
+) -> None:
+    case = cases(SHALLOW)
+    configs, layouts = {objective: case.configs[objective]}, [(layout, 0, FUSED)]
+    found = run_ranks(2, gradients, case.reference, configs, layouts, case.recorded, broken)[0]
     for steps in found.values():
-        pairs = zip(steps, case.expected["dapo"], strict=True)
+        pairs = zip(steps, case.expected[objective], strict=True)
         assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.1

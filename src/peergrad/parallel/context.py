@@ -1,8 +1,8 @@
 """Context parallelism: the tokens of every sequence are divided over the ranks of a group.
 
 A sequence of ``n`` tokens is cut into ``2c`` pieces for ``c`` ranks, and rank ``r`` holds the
-pieces ``r`` and ``2c - 1 - r``, as Megatron and Transformer Engine have it: under a causal mask that
-is the same work for each. A token is predicted where the one before it is held.
+pieces ``r`` and ``2c - 1 - r``, as Megatron and Transformer Engine have it: under a causal mask
+that is the same work for each. A token is predicted where the one before it is held.
 """
 
 from dataclasses import replace

@@ -257,7 +257,18 @@ parallel.tensor : tp tp_size tensor_model_parallel_size tensor_parallel_size ten
 parallel.pipeline :
     pp pp_size pipeline_model_parallel_size pipeline_parallel_size pipeline_parallel
 parallel.data : dp dp_size data_parallel_size
+parallel.virtual_pipeline :
+    vpp vpp_size virtual_pipeline_model_parallel_size virtual_pipeline_parallel_size
+    num_virtual_stages_per_pipeline_rank
+parallel.first_stage_layers :
+    num_layers_in_first_pipeline_stage decoder_first_pipeline_num_layers
+parallel.last_stage_layers : num_layers_in_last_pipeline_stage decoder_last_pipeline_num_layers
+parallel.context : cp cp_size context_parallel_size context_parallel
 parallel.sequence : sp sequence_parallel
+parallel.recompute :
+    recompute_granularity gradient_checkpointing activation_checkpointing
+    enable_gradient_checkpointing
+parallel.recompute_layers : recompute_num_layers
 parallel.distributed_optimizer : use_distributed_optimizer zero_stage zero
 parallel.timeout_minutes : nccl_timeout distributed_timeout_minutes ddp_timeout
 parallel.micro_batch_tokens :
@@ -266,7 +277,7 @@ parallel.micro_batch_tokens :
     train_micro_batch_size micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu
     gradient_accumulation_steps
 parallel.megatron :
-    transformer_config override_transformer_config recompute_granularity gradient_checkpointing
+    transformer_config override_transformer_config
 kernels.chunk (in rows) : log_probs_chunk_size logprob_chunk_size chunk_size
 kernels.logprob=fused_linear : use_fused_kernels
 model.path :
@@ -370,7 +381,6 @@ entropy_coef_min entropy_coef_max entropy_coef_delta
 ref_model_mixup_alpha min_p repetition_penalty generation_kwargs top_entropy_quantile
 disable_dropout cast_lm_head_to_fp32 critic critic_lr value_loss_coef vf_coef teacher num_critic
 rollout_routing_replay use_routing_replay expert_model_parallel_size ep_size lora_rank use_lora
-context_parallel_size cp_size
 """
 
 # The same for the values of a choice.

@@ -67,6 +67,9 @@ def test_samples_without_weight_are_left_out() -> None:
     assert divide(samples, ranks=1, budget=100) == [[[1]]]
     # and take no room: with budget 2 a rank has one micro-batch, the other an empty one
     assert divide(samples, ranks=2, budget=2) == [[[1]], [[]]]
+    # as many as the schedule takes at a time
+    assert divide(samples, ranks=2, budget=2, multiple=2) == [[[1], []], [[], []]]
+    assert len(divide([samples[1]] * 5, ranks=1, budget=1, multiple=3)[0]) == 6
 
 
 @pytest.mark.parametrize("samples", [[], [new_sample([1], [2], 0.0)]])

@@ -12,7 +12,7 @@ import torch
 
 from peergrad.checks import Source, check, check_inputs
 from peergrad.checks.place import check_folder
-from peergrad.config import Config, RewardKind, ServerMode, Spec
+from peergrad.config import Config, Recompute, RewardKind, ServerMode, Spec
 from peergrad.inputs import collector_parts
 from peergrad.parallel.hf.folder import INDEX
 from tests.models import make_hf_model
@@ -333,8 +333,11 @@ OTHERS: list[tuple[Edit, str]] = [
     (reward_function("math:pi"), "reward.function = 'math:pi': must name something callable"),
     (reward_function("math:sin"), "reward.function = 'math:sin': must take two arguments"),
     (megatron(recompute="full"), "parallel.megatron.recompute = 'full': is no field of Transf"),
-    (megatron(recompute_num_layers="2"), "parallel.megatron.recompute_num_layers = '2': must be"),
-    (megatron(recompute_granularity="full"), "parallel.megatron = {"),
+    (megatron(init_method_std="2"), "parallel.megatron.init_method_std = '2': must be a number"),
+    (megatron(recompute_num_layers=2), "parallel.megatron.recompute_num_layers = 2: is set by pe"),
+    (megatron(fp8_param=True), "parallel.megatron = {"),
+    (lambda c, f: setattr(c.parallel, "recompute", Recompute.selective) or setattr(
+        c.parallel, "recompute_modules", ["layernorm"]), "parallel.recompute_modules = 'layernorm"),
     (root("rows.jsonl"), "run.root = '"),
     (root("rows.jsonl/deeper"), "run.root = '"),
     (lambda c, f: setattr(c.run, "root", "/proc"), "run.root = '/proc': cannot be written to ("),

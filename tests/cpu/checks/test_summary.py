@@ -64,6 +64,14 @@ def test_all_of_it(config: Config) -> None:
     ]
 
 
+def test_every_kind_of_parallelism(config: Config) -> None:
+    config.parallel.pipeline = config.parallel.virtual_pipeline = config.parallel.context = 2
+    line = summary(config, 16, FOUND).splitlines()[1]
+    assert line.startswith(
+        "layout         16 processes: TP 2 x PP 2 (2 pieces each) x CP 2 x DP 2, PyTorch"
+    )
+
+
 def test_another_run(config: Config, tmp_path: Path) -> None:
     config.reward.kind, config.reward.function = RewardKind.function, "mine:score"
     config.reward.workers = 4
