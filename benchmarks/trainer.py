@@ -213,7 +213,7 @@ class Trainer:
             "model": asdict(shape),
             "tokens": sum(lengths),
             "scored_tokens": scored,
-            "micro_batches": len(divide(self.samples, ranks=1, budget=budget, share=share)[0]),
+            "micro_batches": len(divide(self.samples, ranks=1, budget=budget, share=share).bins[0]),
             "forward_flops": forward,
             "peak_tflops": peak,
             "peak_memory_gib": peak_memory(),

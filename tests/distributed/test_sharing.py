@@ -114,7 +114,7 @@ def both(path: str, layouts: list[Layout]) -> list[dict[bool, Any]]:
         assert policy.model.shares_prompts
         for share in (False, True):
             policy.model.shares_prompts = share
-            packed = policy._pack(samples(), policy._divide(samples()))
+            packed = policy._pack(samples(), policy._divide(samples()).bins)
             logp = policy.score(samples()).logp
             update = policy.update(samples(), Objective(AlgoConfig(kl=KlConfig(coef=0.0))))
             for one, other in zip(logp, update.scores.logp, strict=True):

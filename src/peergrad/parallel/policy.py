@@ -13,7 +13,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from peergrad.algo.division import divide
+from peergrad.algo.division import Cost, Division, divide
 from peergrad.algo.objective import Metrics
 from peergrad.algo.packing import Held, MicroBatch, pack, ranges
 from peergrad.algo.samples import Sample, make_samples, pieces
@@ -23,7 +23,7 @@ from peergrad.parallel.context import hold
 from peergrad.parallel.groups import Groups
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
-from peergrad.parallel.hf.config import read_shape
+from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import build_optimizer, learning_rate, schedule_updates, wrap_model
@@ -81,7 +81,7 @@ class Scorer:
 
         ``temperature`` defaults to the rollouts'. Collective over all ranks.
         """
-        bins = self._divide(samples)
+        bins = self._divide(samples).bins
 
         def forward(batch: MicroBatch, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
             return self.head.logprobs(hidden, batch, temperature=temperature)
@@ -110,13 +110,14 @@ class Scorer:
         the others; collective, must be drained by every rank."""
         return export_hf(self.model, self.shape, self.groups)
 
-    def _divide(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
+    def _divide(self, samples: Sequence[Sample]) -> Division:
         budget = self.config.parallel.micro_batch_tokens * self.groups.context.size()
         share = self.model.shares_prompts
         # Of micro-batches the interleaved schedule takes one for each pipeline rank at a time.
         multiple = self.groups.pipeline.size() if len(self.model) > 1 else 1
         ranks = self.groups.data.size()
-        return divide(samples, ranks=ranks, budget=budget, share=share, multiple=multiple)
+        options: dict[str, Any] = {"share": share, "multiple": multiple, "cost": cost(self.shape)}
+        return divide(samples, ranks=ranks, budget=budget, **options)
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
@@ -209,7 +210,8 @@ class Policy(Scorer):
         for piece in self.ddp:
             piece.zero_grad_buffer()
         self.optimizer.zero_grad()
-        bins = self._divide(samples)
+        division = self._divide(samples)
+        bins = division.bins
 
         def finish(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             loss, *report = self.head.loss(hidden, batch, objective)
@@ -225,6 +227,7 @@ class Policy(Scorer):
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         metrics |= {"optim/grad_norm": norm, "optim/lr": self._set_learning_rate()}
+        metrics["tokens/imbalance"] = division.imbalance
         finite = math.isfinite(norm) and math.isfinite(metrics["loss/total"])
         refusal = objective.refusal(metrics)
         if not any(part for rank in bins for part in rank):
@@ -258,6 +261,15 @@ class Policy(Scorer):
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
         return rate
+
+
+def cost(shape: Shape) -> Cost:
+    """What a pair of query and key, and a token's logits, take beside a token's way through the
+    layers' matrices, in multiplications; forward and backward alike."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
+    head = shape.hidden * shape.vocab
+    return Cost(pair=2 * query / layer, scored=head / (layer * shape.layers))
 
 
 def _add_up(reports: Sequence[Metrics]) -> dict[str, tuple[float, float]]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from peergrad.algo.division import KEYS, Family, balance, divide, fill
+from peergrad.algo.division import KEYS, Cost, Family, balance, divide, fill
 from peergrad.algo.packing import pack
 from peergrad.algo.samples import Sample
 from tests.samples import new_sample, random_samples, scored_tokens
@@ -50,7 +50,7 @@ def test_fill_by_hand() -> None:
 @pytest.mark.parametrize(("count", "ranks", "budget"), [(13, 4, 16), (3, 4, 100), (40, 3, 30)])
 def test_ranks_have_equal_counts_and_each_sample_once(count: int, ranks: int, budget: int) -> None:
     samples = random_samples(count, seed=count)
-    divided = divide(samples, ranks=ranks, budget=budget)
+    divided = divide(samples, ranks=ranks, budget=budget).bins
     assert len(divided) == ranks and len({len(bins) for bins in divided}) == 1
     parts = [part for bins in divided for part in bins]
     active = [i for i, s in enumerate(samples) if s.weight.any()]
@@ -64,17 +64,17 @@ def test_ranks_have_equal_counts_and_each_sample_once(count: int, ranks: int, bu
 
 def test_samples_without_weight_are_left_out() -> None:
     samples = [new_sample([1], [2, 3], 0.0), new_sample([1], [4]), new_sample([1], [])]
-    assert divide(samples, ranks=1, budget=100) == [[[1]]]
+    assert divide(samples, ranks=1, budget=100).bins == [[[1]]]
     # and take no room: with budget 2 a rank has one micro-batch, the other an empty one
-    assert divide(samples, ranks=2, budget=2) == [[[1]], [[]]]
+    assert divide(samples, ranks=2, budget=2).bins == [[[1]], [[]]]
     # as many as the schedule takes at a time
-    assert divide(samples, ranks=2, budget=2, multiple=2) == [[[1], []], [[], []]]
-    assert len(divide([samples[1]] * 5, ranks=1, budget=1, multiple=3)[0]) == 6
+    assert divide(samples, ranks=2, budget=2, multiple=2).bins == [[[1], []], [[], []]]
+    assert len(divide([samples[1]] * 5, ranks=1, budget=1, multiple=3).bins[0]) == 6
 
 
 @pytest.mark.parametrize("samples", [[], [new_sample([1], [2], 0.0)]])
 def test_nothing_to_learn_from_is_one_empty_micro_batch(samples: list[Sample]) -> None:
-    assert divide(samples, ranks=2, budget=8) == [[[]], [[]]]
+    assert divide(samples, ranks=2, budget=8).bins == [[[]], [[]]]
 
 
 def tokens(samples: list[Sample], division: list[list[list[int]]], *, share: bool) -> list[int]:
@@ -95,6 +95,32 @@ def test_the_size_of_a_family_by_hand() -> None:
     assert family(8, dict.fromkeys(range(40), 0)).size == 8  # only the prompt attends
 
 
+def test_the_work_of_a_family_by_hand() -> None:
+    one = Family(prompt=8, members=((3, 4), (5,)), longer=(2, 4), scored=(5, 5))
+    assert one.work(Cost()) == 14
+    assert one.work(Cost(pair=0.5, scored=2.0)) == 14 + 97 / 2 + 20  # as documented, and ten scored
+
+
+def test_long_sequences_are_more_work_than_their_tokens() -> None:
+    """One of 100 has 5050 pairs, ten of 10 have 550: at 100 pairs a token 150.5 and 105.5."""
+    samples = [new_sample([1] * 50, [2] * 51), *[new_sample([1] * 5, [2] * 6)] * 12]
+    even = divide(samples, ranks=2, budget=100)
+    assert [sum(map(len, bins)) for bins in even.bins] == [2, 11]  # 110 tokens each
+    assert even.loads == [110, 110] and even.imbalance == 1
+    fair = divide(samples, ranks=2, budget=100, cost=Cost(pair=0.01))
+    assert [sum(map(len, bins)) for bins in fair.bins] == [1, 12]  # rather than 161.05 and 116.05
+    assert fair.loads == pytest.approx([150.5, 126.6])
+    assert fair.imbalance == pytest.approx(150.5 / 138.55)
+    assert divide([], ranks=2, budget=8).imbalance == 1
+
+
+def test_logits_are_work_too() -> None:
+    """Nine tokens each, of which one answer has nine scored and the others have one."""
+    samples = [new_sample([1], [2] * 9), *[new_sample([1], [3] * 9, [0.0] * 8 + [1.0])] * 2]
+    assert divide(samples, ranks=2, budget=9, cost=Cost(scored=1.0)).loads == [18, 20]
+    assert divide(samples, ranks=2, budget=9).loads == [18, 9]
+
+
 def test_cutting_a_family_by_hand() -> None:
     whole = family(10, {4: 6, 5: 9, 6: 2, 7: 7})  # 34 tokens
     assert whole.cut(34.0, budget=34) == [whole]
@@ -113,10 +139,10 @@ def test_equal_answers_are_never_parted() -> None:
     samples = [new_sample([p] * 3, answer) for p in (5, 8) for answer in answers]
     one = [0, 1, 4, 7, 2, 3, 5, 6]
     other = [i + 8 for i in one]
-    assert divide(samples, ranks=2, budget=6, share=True) == [[one], [other]]
-    assert divide(samples, ranks=1, budget=12, share=True) == [[one + other]]
+    assert divide(samples, ranks=2, budget=6, share=True).bins == [[one], [other]]
+    assert divide(samples, ranks=1, budget=12, share=True).bins == [[one + other]]
     # of 5 and 4 tokens
-    assert divide(samples[:8], ranks=1, budget=5, share=True) == [[[0, 1, 4, 7, 6], [3, 5, 2]]]
+    assert divide(samples[:8], ranks=1, budget=5, share=True).bins == [[[0, 1, 4, 7, 6], [3, 5, 2]]]
 
 
 def test_answers_to_one_prompt_stay_together_where_that_is_less_work() -> None:
@@ -127,10 +153,10 @@ def test_answers_to_one_prompt_stay_together_where_that_is_less_work() -> None:
         return [new_sample([p] * prompt, [i, 2, 3, 4]) for p, i in pairs]
 
     # 22 each: 44 and 22. In halves of 16: 48 and 48.
-    whole = divide(samples(10), ranks=2, budget=100, share=True)
+    whole = divide(samples(10), ranks=2, budget=100, share=True).bins
     assert whole == [[[0, 1, 2, 3, 8, 9, 10, 11]], [[4, 5, 6, 7]]]
     # 15 each: 30 and 15. In halves of 9: 27 and 27; in quarters of 6: 36 and 36.
-    halves = divide(samples(3), ranks=2, budget=100, share=True)
+    halves = divide(samples(3), ranks=2, budget=100, share=True).bins
     assert halves == [[[0, 2, 4, 6, 8, 10]], [[1, 3, 5, 7, 9, 11]]]
     assert tokens(samples(3), halves, share=True) == [27, 27]
 
@@ -138,11 +164,11 @@ def test_answers_to_one_prompt_stay_together_where_that_is_less_work() -> None:
 def test_one_long_prompt_is_divided_among_the_ranks() -> None:
     """Together 400 + 8 * 9 tokens on one rank; in two parts 400 + 4 * 9 on each."""
     samples = [new_sample([5] * 400, [i] * 10) for i in range(8)]
-    divided = divide(samples, ranks=2, budget=1000, share=True)
+    divided = divide(samples, ranks=2, budget=1000, share=True).bins
     assert divided == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
-    assert divide(samples, ranks=1, budget=1000, share=True) == [[list(range(8))]]
+    assert divide(samples, ranks=1, budget=1000, share=True).bins == [[list(range(8))]]
     # 3 * 409 keys are within four times the budget, 4 * 409 are not
-    bins = divide(samples, ranks=1, budget=430, share=True)[0]
+    bins = divide(samples, ranks=1, budget=430, share=True).bins[0]
     assert sorted(map(len, bins)) == [2, 3, 3]
 
 
@@ -151,18 +177,18 @@ def test_sharing_divides_as_well_and_leaves_less_to_do(seed: int) -> None:
     rng = np.random.default_rng(seed)
     peers, ranks, budget = (int(rng.integers(*x)) for x in ((1, 40), (1, 5), (10, 200)))
     samples = random_samples(120, seed, longest=int(rng.integers(3, 40)), peers=peers)
-    divided = divide(samples, ranks=ranks, budget=budget, share=True)
+    divided = divide(samples, ranks=ranks, budget=budget, share=True).bins
     assert len(divided) == ranks and len({len(bins) for bins in divided}) == 1
     parts = [part for bins in divided for part in bins]
     active = [i for i, s in enumerate(samples) if s.weight.any()]
     assert sorted(i for part in parts for i in part) == active
-    assert divided == divide(samples, ranks=ranks, budget=budget, share=True)
+    assert divided == divide(samples, ranks=ranks, budget=budget, share=True).bins
     for part in filter(None, parts):
         batch = pack([samples[i] for i in part], share=True)
         keys = sum(p * max(1, len(more)) + sum(more) for p, *more in batch.families)
         fits = batch.tokens.numel() <= budget and keys <= KEYS * budget
         assert fits or (len(batch.families) == 1 and len(batch.families[0]) == 1)
-    alone = tokens(samples, divide(samples, ranks=ranks, budget=budget), share=False)
+    alone = tokens(samples, divide(samples, ranks=ranks, budget=budget).bins, share=False)
     together = tokens(samples, divided, share=True)
     assert max(together) <= max(alone) and sum(together) <= sum(alone)
     if peers > 8 and budget > 100:

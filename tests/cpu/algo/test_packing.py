@@ -91,8 +91,8 @@ def test_what_nothing_scored_is_predicted_from_takes_no_room() -> None:
     batch = pack([cut, new_sample([8], [2], 0.0)])
     assert batch.tokens.tolist() == [5, 3, 7] and batch.targets.tolist() == [7, 1]
     assert batch.families == ((3,),) and batch.cu_seqlens.tolist() == [0, 3]
-    assert divide([cut, cut], ranks=1, budget=6) == [[[0, 1]]]
-    assert divide([cut, cut], ranks=1, budget=5) == [[[0], [1]]]
+    assert divide([cut, cut], ranks=1, budget=6).bins == [[[0, 1]]]
+    assert divide([cut, cut], ranks=1, budget=5).bins == [[[0], [1]]]
 
 
 def test_answers_that_share_a_prompt_as_documented() -> None:
@@ -218,7 +218,7 @@ def test_any_division_of_the_work_gives_the_same_sum(mode: Enum) -> None:
     assert abs(expected) > 0.003
     grid = itertools.product((1, 2, 3, 7), (8, 30, 1000), ((1, False), (4, True)))
     for ranks, budget, (multiple, share) in grid:
-        divided = divide(samples, ranks=ranks, budget=budget, share=share)
+        divided = divide(samples, ranks=ranks, budget=budget, share=share).bins
         parts = [[samples[i] for i in part] for bins in divided for part in bins]
         batches = [pack(part, multiple=multiple, share=share) for part in parts]
         assert total(batches) == pytest.approx(expected, rel=1e-9)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from peergrad.algo.division import Cost
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.model import transformer_config
 from peergrad.parallel.options import choose_spec
+from peergrad.parallel.policy import cost
 from tests.cpu.parallel.test_mapping import SHAPE
 
 
@@ -69,3 +71,8 @@ def test_other_fields_pass_through() -> None:
     built = transformer_config(SHAPE, parallel, Dtype.bfloat16, Spec.torch)
     assert built.deterministic_mode
     assert built.bf16 and built.attention_dropout == 0 == built.hidden_dropout
+
+
+def test_what_there_is_to_compute_by_hand() -> None:
+    """A layer has 6 x (2 x 16 + 2 x 8 + 3 x 8) weights, and there are two; a head has 6 x 21."""
+    assert cost(SHAPE) == Cost(pair=2 * 16 / 432, scored=126 / 864)
