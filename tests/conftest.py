@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # servers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them every run
 # that is to be interrupted.
