@@ -161,7 +161,7 @@ def linear_logprob(
         group: ranks that share the vocabulary, in its order; None: all of it is here.
         vocab_size: real vocabulary; what lies behind is padding.
         temperature: positive; one for all, or ``[R]``. Divides the logits, as the engine does.
-        chunk: rows whose logits exist at a time.
+        chunk: rows whose logits exist at a time, see ``rows_that_fit``.
         logits: float32, or bfloat16 to round them as an engine with such a head does.
         plain: PyTorch where Triton would run.
 

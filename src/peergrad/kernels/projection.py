@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peergrad.kernels.backend import stages
+from peergrad.kernels.chunk import COLUMNS
 from peergrad.kernels.gradient import ActiveRows, Scores
 from peergrad.kernels.products import add_product, multiply
 from peergrad.kernels.shard import Shard
@@ -41,13 +42,13 @@ class Projection:
         return [slice(i, min(i + self.chunk, rows)) for i in range(0, max(rows, 1), self.chunk)]
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised ``[rows, w]``, each row on a multiple of 16 elements: kernels then load 16
-        bytes at a time, whatever the vocabulary.
+        """Uninitialised ``[rows, w]``, each row on a multiple of 16 elements (``COLUMNS``): kernels
+        then load 16 bytes at a time, whatever the vocabulary.
 
         What lies between the rows is 0: oneDNN's bfloat16 product reads it, and 0 times NaN is NaN.
         """
         width = self.shard.width
-        whole = self.weight.new_empty(rows, -(-width // 16) * 16, dtype=dtype)
+        whole = self.weight.new_empty(rows, -(-width // COLUMNS) * COLUMNS, dtype=dtype)
         whole[:, width:] = 0
         return whole[:, :width]
 
@@ -57,7 +58,7 @@ class Pass:
 
     That is allocated once: sizes that depend on data would fragment the device's memory. A CPU has
     no products of bfloat16 worth the name: there the weight is widened once, and gradients of
-    logits stay float32.
+    logits stay float32. ``chunk.row_bytes`` counts these buffers.
     """
 
     def __init__(self, projection: Projection, rows: int, *, gradient: bool) -> None:

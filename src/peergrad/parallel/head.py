@@ -13,6 +13,7 @@ from peergrad.kernels import (
     fused_linear_loss,
     linear_logits,
     linear_logprob,
+    rows_that_fit,
     triton_runs,
     vocab_parallel_logprob,
 )
@@ -61,7 +62,7 @@ class Head:
         self.model, self.kind, self.vocab = model, kind, vocab
         self.temperature = config.rollout.temperature
         self.dtype = torch.float32 if config.kernels.logits is Dtype.float32 else torch.bfloat16
-        self.chunk = config.kernels.chunk
+        self.chunk, self.chunk_mb = config.kernels.chunk, config.kernels.chunk_mb
 
     def logprobs(
         self, hidden: Tensor, batch: MicroBatch, *, temperature: float | None = None
@@ -85,7 +86,7 @@ class Head:
         plain = self.kind is Logprob.reference
         options = {"group": group, "vocab_size": self.vocab, "temperature": tau, "plain": plain}
         return linear_logprob(
-            rows, weight, batch.targets, chunk=self.chunk, logits=self.dtype, **options
+            rows, weight, batch.targets, chunk=self._chunk(weight), logits=self.dtype, **options
         )
 
     def loss(
@@ -109,15 +110,16 @@ class Head:
             found.append(metrics)
             return loss.detach(), torch.zeros_like(logp) if d_logp is None else d_logp, d_entropy
 
+        rows, weight = self._rows(hidden, batch), self.model.head_weight()
         loss, logp, entropy = fused_linear_loss(
-            self._rows(hidden, batch),
-            self.model.head_weight(),
+            rows,
+            weight,
             batch.targets,
             derivative,
             group=self._group,
             vocab_size=self.vocab,
             temperature=self.temperature,
-            chunk=self.chunk,
+            chunk=self._chunk(weight),
             logits=self.dtype,
         )
         return loss, found, logp, entropy
@@ -125,6 +127,11 @@ class Head:
     @property
     def _group(self) -> Any:
         return self.model.pg_collection.tp
+
+    def _chunk(self, weight: Tensor) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        return rows_that_fit(weight, self.dtype, megabytes=self.chunk_mb)
 
     def _rows(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         return self.model.head_input(hidden).index_select(0, batch.rows)
