@@ -342,7 +342,8 @@ def of_rank(method: str, dtype: torch.dtype) -> list[Tensor]:
     x = leaf(hidden)
     w = leaf(weight.chunk(dist.get_world_size())[dist.get_rank()])
     logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
-    dist.all_reduce(x.grad)  # what copy_to_tensor_model_parallel_region does
+    if method == "logits":  # the others do it themselves
+        dist.all_reduce(x.grad)  # as copy_to_tensor_model_parallel_region does
     return [logp, entropy, x.grad, w.grad, loss]
 
 

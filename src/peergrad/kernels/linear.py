@@ -68,6 +68,7 @@ class _LinearLogprob(torch.autograd.Function):
                 d_hidden=None if d_hidden is None else d_hidden[chunk],
                 d_weight=gradient.total,
             )
+        run.finish()
         return d_hidden, gradient.for_autograd(), None, None, None
 
 
@@ -105,6 +106,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                     d_hidden=None if d_hidden is None else d_hidden[chunk],
                     d_weight=gradient.total,
                 )
+        run.finish()
         ctx.mark_non_differentiable(logp, entropy)
         ctx.set_materialize_grads(False)
         ctx.d_hidden, ctx.d_weight, ctx.direct = d_hidden, gradient.for_autograd(), gradient.direct
@@ -153,8 +155,8 @@ def linear_logprob(
     Under ``torch.no_grad`` this is the pass that scores with the old or the reference policy.
 
     Args:
-        hidden: ``[R, H]``, the same on every rank of ``group``; its gradient here is this shard's
-            part and must be summed over the group (Megatron's copy-to-region does).
+        hidden: ``[R, H]``, the same on every rank of ``group``; so is its gradient, which is added
+            up over the ranks in the backward pass, while that of the head is computed.
         weight: ``[w, H]``, this rank's rows of the head, padding rows included. Its gradient is
             added to ``weight.main_grad`` if there is one.
         targets: ``[R]`` int64 ids below ``vocab_size``, the same on every rank; negative: ignored.

@@ -63,6 +63,7 @@ class Pass:
 
     def __init__(self, projection: Projection, rows: int, *, gradient: bool) -> None:
         self.projection, self.active = projection, ActiveRows()
+        self.sums: list[dist.Work] = []
         weight, rows = projection.weight, min(rows, projection.chunk)
         self.weight = weight if weight.is_cuda else weight.float()
         self.logits = projection.buffer(rows, projection.dtype)
@@ -84,27 +85,32 @@ class Pass:
         d_hidden: Tensor | None,
         d_weight: Tensor | None,
     ) -> None:
-        """Gradients of a chunk: ``d_hidden`` ``[R, H]`` (zeros before) is written, float32
-        ``d_weight`` ``[w, H]`` added to.
+        """Gradients of a chunk: ``d_hidden`` ``[R, H]`` (zeros before) is written, and added up
+        over the ranks by the time of ``finish``; float32 ``d_weight`` ``[w, H]`` is added to.
 
         ``logits`` are overwritten. Rows that nothing flows into take part in neither product.
         """
         source = self.active.of(scores.active())
         count = len(hidden) if source is None else source.numel()
-        if not count:
-            return
-        projection, out = self.projection, self.d_logits[:count]
+        projection, out, states = self.projection, self.d_logits[:count], self.states[:count]
         projection.stages.dlogits(logits, scores, projection.shard, out=out, source=source)
-        states = self.states[:count]
-        if d_weight is not None:
-            if source is not None:
-                hidden = torch.index_select(hidden, 0, source, out=states)
-            add_product(d_weight, out.t(), hidden)
         if d_hidden is not None:
             if source is None:
                 multiply(out, self.weight, d_hidden)
             else:
                 d_hidden.index_copy_(0, source, multiply(out, self.weight, states))
+            # Also of no rows: every rank comes here. It travels while d_weight is computed.
+            work = projection.shard.begin_sum(d_hidden)
+            self.sums += [] if work is None else [work]
+        if d_weight is not None and count:
+            if source is not None:
+                hidden = torch.index_select(hidden, 0, source, out=states)
+            add_product(d_weight, out.t(), hidden)
+
+    def finish(self) -> None:
+        """Wait (on a GPU: have its stream wait) until every ``d_hidden`` is the sum over ranks."""
+        for work in self.sums:
+            work.wait()
 
 
 class WeightGradient:

@@ -134,4 +134,6 @@ class Head:
         return rows_that_fit(weight, self.dtype, megabytes=self.chunk_mb)
 
     def _rows(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        return self.model.head_input(hidden).index_select(0, batch.rows)
+        # Only from_logits leaves the sum of their gradient over the tensor ranks to Megatron.
+        summed = self.kind is not Logprob.from_logits
+        return self.model.head_input(hidden, summed=summed).index_select(0, batch.rows)
