@@ -67,7 +67,14 @@ def run(
         loss = (a * logp + b * entropy).sum()
     elif method == "linear":
         logp, entropy = linear_logprob(
-            hidden, weight, targets, vocab_size=REAL, chunk=chunk, **shared, **options
+            hidden,
+            weight,
+            targets,
+            vocab_size=REAL,
+            chunk=chunk,
+            with_entropy=True,
+            **shared,
+            **options,
         )
         loss = (a * logp + b * entropy).sum()
     else:
@@ -160,14 +167,13 @@ def test_two_backward_passes_of_one_graph(method: str) -> None:
     """Each gives its own gradient, and the second leaves the first as it was."""
     hidden, weight, targets, tau, *_ = draw(9)
     w = leaf(weight)
-    options: dict[str, Any] = {"group": None, "temperature": tau}
+    options: dict[str, Any] = {"group": None, "temperature": tau, "with_entropy": False}
     if method == "linear":
-        logp, _ = linear_logprob(hidden, w, targets, vocab_size=REAL, chunk=4, **options)
+        logp, entropy = linear_logprob(hidden, w, targets, vocab_size=REAL, chunk=4, **options)
     else:
         logits = linear_logits(hidden, w, dtype=torch.float32)
-        logp, _ = vocab_parallel_logprob(
-            logits, targets, valid_vocab=REAL, with_entropy=False, **options
-        )
+        logp, entropy = vocab_parallel_logprob(logits, targets, valid_vocab=REAL, **options)
+    assert entropy is None
     found = [
         torch.autograd.grad(logp[part].sum(), w, retain_graph=True)[0]
         for part in (slice(0, 3), slice(3, 9))
@@ -190,7 +196,7 @@ def test_second_derivatives_are_refused(method: str) -> None:
         )[0]  # fmt: skip
     elif method == "linear":
         value = linear_logprob(
-            x, w, targets, group=None, vocab_size=REAL, temperature=tau, chunk=4
+            x, w, targets, group=None, vocab_size=REAL, temperature=tau, chunk=4, with_entropy=True
         )[0].sum()
     else:
         value = vocab_parallel_logprob(
@@ -218,14 +224,18 @@ def test_a_gradient_that_nobody_wants(method: str, frozen: str) -> None:
 
 
 def bits_agree() -> list[bool]:
-    """Of logp and entropy, between scoring and each way of training."""
+    """Of logp and entropy, between scoring and each way of training; of logp, between scoring with
+    the entropy and without."""
     hidden, weight, *rest = draw(21)
     kept = (rest[0] >= 0).nonzero()[:, 0]  # the fused way drops ignored rows before chunking
     some, hidden = tuple(x[kept] for x in rest), hidden[kept]
     with torch.no_grad():
-        scored = linear_logprob(
-            hidden, weight, some[0], group=None, vocab_size=REAL, temperature=some[1], chunk=7
+        options: dict[str, Any] = {"group": None, "vocab_size": REAL, "temperature": some[1]}
+        scored, alone = (
+            linear_logprob(hidden, weight, some[0], chunk=7, with_entropy=entropy, **options)
+            for entropy in (True, False)
         )
+    assert alone[1] is None and torch.equal(alone[0], scored[0])
     found = [run(method, leaf(hidden), leaf(weight), some)[:2] for method in ("fused", "linear")]
     return [torch.equal(x, y) for pair in found for x, y in zip(pair, scored, strict=True)]
 

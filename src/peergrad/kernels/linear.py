@@ -34,21 +34,20 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor,
         projection: Projection,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         stages, shard = projection.stages, projection.shard
         run = Pass(projection, len(hidden), gradient=False)
-        sums = [
-            stages.partials(
-                run.project(hidden[chunk]), targets[chunk], temperature[chunk], shard, entropy=True
-            )
-            for chunk in projection.chunks(len(hidden))
-        ]
+        sums = []
+        for chunk in projection.chunks(len(hidden)):
+            rows = run.project(hidden[chunk]), targets[chunk], temperature[chunk]
+            sums.append(stages.partials(*rows, shard, entropy=with_entropy))
         whole = shard.gather(torch.cat(sums, 1))
         logp, entropy, saved = stages.merge(whole, targets, temperature)
         ctx.set_materialize_grads(False)
         ctx.projection, ctx.weight = projection, weight
         ctx.save_for_backward(hidden, targets, temperature, entropy, *saved)
-        return logp, entropy
+        return logp, entropy if with_entropy else None
 
     @staticmethod
     @once_differentiable
@@ -69,7 +68,7 @@ class _LinearLogprob(torch.autograd.Function):
                 d_weight=gradient.total,
             )
         run.finish()
-        return d_hidden, gradient.for_autograd(), None, None, None
+        return d_hidden, gradient.for_autograd(), None, None, None, None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -147,9 +146,10 @@ def linear_logprob(
     vocab_size: int,
     temperature: float | Tensor,
     chunk: int,
+    with_entropy: bool,
     logits: torch.dtype = torch.float32,
     plain: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Log probability of ``targets`` and entropy under softmax(hidden @ weight.T / temperature).
 
     Under ``torch.no_grad`` this is the pass that scores with the old or the reference policy.
@@ -164,18 +164,20 @@ def linear_logprob(
         vocab_size: real vocabulary; what lies behind is padding.
         temperature: positive; one for all, or ``[R]``. Divides the logits, as the engine does.
         chunk: rows whose logits exist at a time, see ``rows_that_fit``.
+        with_entropy: whether to compute it.
         logits: float32, or bfloat16 to round them as an engine with such a head does.
         plain: PyTorch where Triton would run.
 
     Returns:
-        ``(logp [R], entropy [R])``, float32, differentiable both, equal on every rank of the group.
+        ``(logp [R], entropy [R] or None)``, float32, differentiable both, equal on every rank of
+        the group. The bits of logp do not depend on ``with_entropy``.
     """
     projection = _projection(hidden, weight, group, vocab_size, logits, chunk, plain=plain)
     targets, tau = check_rows(
         targets, temperature, hidden, vocab=vocab_size, columns=projection.shard.all_columns
     )
-    found: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, tau, projection
+    found: tuple[Tensor, Tensor | None] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, tau, projection, with_entropy
     )
     return found
 

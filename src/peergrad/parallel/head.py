@@ -65,28 +65,38 @@ class Head:
         self.chunk, self.chunk_mb = config.kernels.chunk, config.kernels.chunk_mb
 
     def logprobs(
-        self, hidden: Tensor, batch: MicroBatch, *, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(logp, entropy) ``[S]`` of the batch's scored tokens, float32. ``temperature`` defaults
-        to the rollouts'."""
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        *,
+        with_entropy: bool,
+        temperature: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logp, entropy if asked for) ``[S]`` of the batch's scored tokens, float32.
+        ``temperature`` defaults to the rollouts'."""
         tau = self.temperature if temperature is None else temperature
         rows, weight, group = self._rows(hidden, batch), self.model.head_weight(), self._group
         if self.kind is Logprob.from_logits:
-            logp, entropy = vocab_parallel_logprob(
+            return vocab_parallel_logprob(
                 linear_logits(rows, weight, dtype=self.dtype),
                 batch.targets,
                 group=group,
                 temperature=tau,
                 valid_vocab=self.vocab,
-                with_entropy=True,
+                with_entropy=with_entropy,
                 inplace=True,
             )
-            assert entropy is not None
-            return logp, entropy
-        plain = self.kind is Logprob.reference
-        options = {"group": group, "vocab_size": self.vocab, "temperature": tau, "plain": plain}
         return linear_logprob(
-            rows, weight, batch.targets, chunk=self._chunk(weight), logits=self.dtype, **options
+            rows,
+            weight,
+            batch.targets,
+            group=group,
+            vocab_size=self.vocab,
+            temperature=tau,
+            chunk=self._chunk(weight),
+            with_entropy=with_entropy,
+            logits=self.dtype,
+            plain=self.kind is Logprob.reference,
         )
 
     def loss(
@@ -97,7 +107,8 @@ class Head:
         An objective whose tokens depend on each other needs all logprobs before any gradient.
         """
         if self.kind is not Logprob.fused_linear or not objective.per_token:
-            logp, entropy = self.logprobs(hidden, batch)
+            logp, entropy = self.logprobs(hidden, batch, with_entropy=True)
+            assert entropy is not None
             loss, metrics = objective(logp, entropy, batch)
             return loss, [metrics], logp.detach(), entropy.detach()
         found: list[Metrics] = []
