@@ -346,15 +346,29 @@ def test_no_rows(method: str) -> None:
     assert x.grad.shape == (0, HIDDEN) and not w.grad.any()
 
 
-def of_rank(method: str, dtype: torch.dtype) -> list[Tensor]:
+class Order(TorchDispatchMode):
+    """Sums over ranks and products into the head's gradient, in the order in which they begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.c10d.allreduce_, torch.ops.aten.addmm):
+            self.begun.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def of_rank(method: str, dtype: torch.dtype) -> list[Any]:
     dist.init_process_group("gloo")
     hidden, weight, *rest = draw(21, dtype)
     x = leaf(hidden)
     w = leaf(weight.chunk(dist.get_world_size())[dist.get_rank()])
-    logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
+    with Order() as order:
+        logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
     if method == "logits":  # the others do it themselves
         dist.all_reduce(x.grad)  # as copy_to_tensor_model_parallel_region does
-    return [logp, entropy, x.grad, w.grad, loss]
+    return [logp, entropy, x.grad, w.grad, loss, order.begun]
 
 
 @pytest.mark.distributed
@@ -369,6 +383,10 @@ def test_real_ranks(ranks: int, method: str) -> None:
     for rank in found:
         assert torch.equal(rank[0], found[0][0]) and torch.equal(rank[1], found[0][1])
         assert torch.equal(rank[4], found[0][4])
+        # That of a chunk's hidden states travels while the head's gradient is computed. Of the 21
+        # rows the fused way leaves out those that are ignored: 16 are three chunks of 7, as all.
+        both = ["allreduce_", "addmm"]
+        assert rank[5] == {"linear": 3 * both, "fused": 3 * both, "logits": ["addmm"]}[method]
 
 
 def test_the_host_waits_for_no_chunk_while_all_rows_are_active(
