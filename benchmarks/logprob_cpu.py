@@ -37,8 +37,8 @@ Way = Callable[[], tuple[float, ...]]  # seconds since its start: of the forward
 class Sizes:
     rows: int = 256
     vocab: int = 32_000
-    hidden: int = 512
-    taller: int = 4  # times as many rows, where they are cut into chunks
+    hidden: int = 256
+    taller: int = 8  # times as many rows, where they are cut into chunks
     rounds: int = 25
     warmup: int = 2
 
@@ -127,7 +127,7 @@ def budgets(sizes: Sizes) -> dict[str, Way]:
         x = hidden.clone().requires_grad_()
         return fused_linear_loss(x, weight, targets, derivative, chunk=chunk, **options)[:1]
 
-    chunks = {mb: rows_that_fit(weight, torch.float32, megabytes=mb) for mb in (8, 16, 32, 64, 128)}
+    chunks = {mb: rows_that_fit(weight, torch.float32, megabytes=mb) for mb in (16, 32, 64, 128, 256)}
     named = {f"{mb} MiB, {rows} rows": rows for mb, rows in chunks.items()}
     return {name: partial(timed, partial(train, rows)) for name, rows in named.items()}
 
@@ -167,7 +167,7 @@ def measure(sizes: Sizes, threads: Sequence[int]) -> list[dict[str, Any]]:
             torch.manual_seed(0)
             rounds, warmup = sizes.rounds, sizes.warmup
             if build is budgets:  # seconds each
-                rounds, warmup = -(-rounds // 5), -(-warmup // 2)
+                rounds, warmup = -(-rounds // 8), -(-warmup // 2)
             found = in_turn(build(sizes), warmup=warmup, rounds=rounds)
             for way, spreads in found.items():
                 text = "  ".join(x.text(".1f") for x in spreads)

@@ -154,8 +154,8 @@ class KernelsConfig:
     is plain PyTorch; ``auto`` is ``fused_linear`` on a GPU with Triton, else ``reference``."""
     chunk_mb: int | None = None
     """MiB for the rows whose logits exist at a time, a chunk: its logits, their gradient and hidden
-    states. More rows mean fewer passes over the head's float32 gradient. null: 4096 on a GPU, 64 on
-    a CPU. ``from_logits`` knows no chunks."""
+    states. More rows mean fewer passes over the head's float32 gradient. null: 4096 on a GPU, 128
+    on a CPU. ``from_logits`` knows no chunks."""
     chunk: int | None = None
     """Rows of a chunk, instead of ``chunk_mb``; null: as many as fit there."""
     logits: Dtype = Dtype.float32

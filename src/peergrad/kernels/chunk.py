@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-BUDGET = {"cuda": 4096, "cpu": 64}
+BUDGET = {"cuda": 4096, "cpu": 128}
 """MiB for a chunk's buffers. A GPU's holds 4096 rows and more of 151 936 columns, so that the
-head's float32 gradient is read and written seldom; a CPU's is small enough not to be paid for in
-pages that are touched for the first time."""
+head's float32 gradient is read and written seldom; a CPU's, by measurement, is the best of a small
+vocabulary and of a large one: README.md."""
 MULTIPLE = 256
 """Of rows, where there are as many: the tiles of a product are full."""
 COLUMNS = 16
