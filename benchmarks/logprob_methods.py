@@ -178,7 +178,7 @@ def fused(chunk: int, logits: torch.dtype) -> FromHidden:
 
 
 def linear(chunk: int, logits: torch.dtype) -> FromHidden:
-    """Four matrix products; two of them, one for scores alone, without gradients."""
+    """Four matrix products; one for scores alone, without gradients. No entropy."""
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor, d_logp: Tensor) -> Outputs:
         logp, _ = linear_logprob(
@@ -189,6 +189,7 @@ def linear(chunk: int, logits: torch.dtype) -> FromHidden:
             vocab_size=weight.shape[0],
             temperature=1.0,
             chunk=chunk,
+            with_entropy=False,
             logits=logits,
         )
         return Outputs([logp], [d_logp], logp)

@@ -51,10 +51,10 @@ class Work:
     prompt: int = 256  # tokens of every prompt
     answer: int = 1024  # tokens of the longest answer; lengths are uniform from an eighth of it
     micro_batch_tokens: int = 8192
-    logprob_chunk: int = 2048
+    chunk_mb: int = 4096  # for the rows whose logits exist at a time
 
 
-TINY_WORK = Work(4, 4, prompt=16, answer=32, micro_batch_tokens=256, logprob_chunk=64)
+TINY_WORK = Work(4, 4, prompt=16, answer=32, micro_batch_tokens=256, chunk_mb=1)
 
 
 def write_model(folder: Path, sizes: dict[str, int]) -> None:

@@ -135,7 +135,7 @@ def configure(work: Work, folder: str, dtype: Dtype, steps: int) -> Config:
             spec=Spec.torch,
             micro_batch_tokens=work.micro_batch_tokens,
         ),
-        kernels=KernelsConfig(chunk=work.logprob_chunk),
+        kernels=KernelsConfig(chunk_mb=work.chunk_mb),
         rollout=RolloutConfig(
             batch_size=work.groups * work.group_size,
             group_size=work.group_size,

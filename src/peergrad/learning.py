@@ -26,7 +26,7 @@ def old_policy(
     """The samples with the logprobs that ratios are taken to, and what the policy said of them if
     that took a pass. Collective. ``version``: of the policy's weights."""
     if plan.old is Old.recompute:
-        scores = policy.score(samples)
+        scores = policy.score(samples, with_entropy=True)  # the gap to the engine is judged by it
         return with_logp(samples, "logp_old", scores.logp), scores
     if plan.old is Old.engine:
         return with_logp(samples, "logp_old", [s.logp_engine for s in samples]), None

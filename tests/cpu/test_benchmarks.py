@@ -163,6 +163,16 @@ def test_control_plane_benchmark_runs(tmp_path: Path) -> None:
     assert 8 < summary["all groups to another rank", "peergrad"]["bytes_per_token"] < 16
 
 
+def test_the_logprob_benchmark_of_a_cpu_measures_every_way() -> None:
+    import logprob_cpu
+
+    records = logprob_cpu.measure(logprob_cpu.TINY, [1])
+    assert [sum(r["table"] == table for r in records) for table in logprob_cpu.TABLES] == [4, 3, 5]
+    for record in records:
+        times = record["milliseconds"]
+        assert 0 < times["forward"]["median"] <= times.get("both", times["forward"])["median"]
+
+
 @pytest.mark.slow
 def test_logprob_benchmark_runs_and_is_right(tmp_path: Path) -> None:
     """Small sizes on the CPU: what can run does, what cannot says why, and none is wrong. Peers are

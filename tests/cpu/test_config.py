@@ -171,6 +171,8 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"data": 0}, "parallel.data"),
     (ParallelConfig, {"micro_batch_tokens": 0}, "parallel.micro_batch_tokens"),
     (KernelsConfig, {"chunk": 0}, "kernels.chunk"),
+    (KernelsConfig, {"chunk_mb": 0}, "kernels.chunk_mb"),
+    (KernelsConfig, {"chunk": 512, "chunk_mb": 64}, "kernels.chunk_mb"),
     (ParallelConfig, {"sequence": True}, "parallel.sequence"),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),

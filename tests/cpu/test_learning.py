@@ -45,8 +45,10 @@ class Policy:
     def __init__(self, logp: float = -1.0) -> None:
         self.logp = logp
         self.calls: list[tuple[str, list[Sample]]] = []
+        self.asked: list[bool] = []  # for the entropy, at each pass
 
-    def score(self, samples: Any) -> Any:
+    def score(self, samples: Any, *, with_entropy: bool = False) -> Any:
+        self.asked.append(with_entropy)
         self.calls.append(("score", list(samples)))
         logp = [np.full(s.weight.size, self.logp, np.float32) for s in samples]
         return SimpleNamespace(logp=logp, samples=samples)
@@ -75,7 +77,8 @@ def test_the_old_policy_of_each_plan(old: Old) -> None:
     assert logp == (expected or [None, None])
     proximal = [None if s.proximal is None else s.proximal.tolist() for s in found]
     assert proximal == ([[0.5, 0.5], []] if old is Old.loglinear else [None, None])
-    assert len(policy.calls) == (old is Old.recompute)  # the one plan that costs a pass
+    # the one plan that costs a pass, whose scores the gap to the engine is judged by
+    assert policy.asked == ([True] if old is Old.recompute else [])
     assert (scores is not None) == (old is Old.recompute)
 
 

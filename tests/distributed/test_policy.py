@@ -157,7 +157,8 @@ def step(path: str, reference: str, layouts: list[Layout]) -> list[dict[str, Any
     for layout in layouts:
         policy, groups = make(path, layout)
         frozen = Scorer(policy.config, groups, path=reference)
-        own, theirs = policy.score(samples()), frozen.score(samples())
+        own, theirs = policy.score(samples(), with_entropy=True), frozen.score(samples())
+        assert all(np.isnan(x).all() for x in theirs.entropy)  # nothing reads it: see ``loop``
         good = with_logp(samples(), "logp_ref", theirs.logp)
         nan = [replace(s, advantage=np.full_like(s.advantage, np.nan)) for s in good]
         empty = [replace(s, weight=np.zeros_like(s.weight)) for s in good]

@@ -48,7 +48,7 @@ def from_hidden(fused: bool) -> Callable[..., None]:
         if fused:
             fused_linear_loss(*values, derivative, **given)
         else:
-            linear_logprob(*values, **given)
+            linear_logprob(*values, with_entropy=True, **given)
 
     return call
 

@@ -67,7 +67,14 @@ def run(
         loss = (a * logp + b * entropy).sum()
     elif method == "linear":
         logp, entropy = linear_logprob(
-            hidden, weight, targets, vocab_size=REAL, chunk=chunk, **shared, **options
+            hidden,
+            weight,
+            targets,
+            vocab_size=REAL,
+            chunk=chunk,
+            with_entropy=True,
+            **shared,
+            **options,
         )
         loss = (a * logp + b * entropy).sum()
     else:
@@ -160,14 +167,13 @@ def test_two_backward_passes_of_one_graph(method: str) -> None:
     """Each gives its own gradient, and the second leaves the first as it was."""
     hidden, weight, targets, tau, *_ = draw(9)
     w = leaf(weight)
-    options: dict[str, Any] = {"group": None, "temperature": tau}
+    options: dict[str, Any] = {"group": None, "temperature": tau, "with_entropy": False}
     if method == "linear":
-        logp, _ = linear_logprob(hidden, w, targets, vocab_size=REAL, chunk=4, **options)
+        logp, entropy = linear_logprob(hidden, w, targets, vocab_size=REAL, chunk=4, **options)
     else:
         logits = linear_logits(hidden, w, dtype=torch.float32)
-        logp, _ = vocab_parallel_logprob(
-            logits, targets, valid_vocab=REAL, with_entropy=False, **options
-        )
+        logp, entropy = vocab_parallel_logprob(logits, targets, valid_vocab=REAL, **options)
+    assert entropy is None
     found = [
         torch.autograd.grad(logp[part].sum(), w, retain_graph=True)[0]
         for part in (slice(0, 3), slice(3, 9))
@@ -190,7 +196,7 @@ def test_second_derivatives_are_refused(method: str) -> None:
         )[0]  # fmt: skip
     elif method == "linear":
         value = linear_logprob(
-            x, w, targets, group=None, vocab_size=REAL, temperature=tau, chunk=4
+            x, w, targets, group=None, vocab_size=REAL, temperature=tau, chunk=4, with_entropy=True
         )[0].sum()
     else:
         value = vocab_parallel_logprob(
@@ -218,14 +224,18 @@ def test_a_gradient_that_nobody_wants(method: str, frozen: str) -> None:
 
 
 def bits_agree() -> list[bool]:
-    """Of logp and entropy, between scoring and each way of training."""
+    """Of logp and entropy, between scoring and each way of training; of logp, between scoring with
+    the entropy and without."""
     hidden, weight, *rest = draw(21)
     kept = (rest[0] >= 0).nonzero()[:, 0]  # the fused way drops ignored rows before chunking
     some, hidden = tuple(x[kept] for x in rest), hidden[kept]
     with torch.no_grad():
-        scored = linear_logprob(
-            hidden, weight, some[0], group=None, vocab_size=REAL, temperature=some[1], chunk=7
+        options: dict[str, Any] = {"group": None, "vocab_size": REAL, "temperature": some[1]}
+        scored, alone = (
+            linear_logprob(hidden, weight, some[0], chunk=7, with_entropy=entropy, **options)
+            for entropy in (True, False)
         )
+    assert alone[1] is None and torch.equal(alone[0], scored[0])
     found = [run(method, leaf(hidden), leaf(weight), some)[:2] for method in ("fused", "linear")]
     return [torch.equal(x, y) for pair in found for x, y in zip(pair, scored, strict=True)]
 
@@ -336,14 +346,29 @@ def test_no_rows(method: str) -> None:
     assert x.grad.shape == (0, HIDDEN) and not w.grad.any()
 
 
-def of_rank(method: str, dtype: torch.dtype) -> list[Tensor]:
+class Order(TorchDispatchMode):
+    """Sums over ranks and products into the head's gradient, in the order in which they begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.c10d.allreduce_, torch.ops.aten.addmm):
+            self.begun.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def of_rank(method: str, dtype: torch.dtype) -> list[Any]:
     dist.init_process_group("gloo")
     hidden, weight, *rest = draw(21, dtype)
     x = leaf(hidden)
     w = leaf(weight.chunk(dist.get_world_size())[dist.get_rank()])
-    logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
-    dist.all_reduce(x.grad)  # what copy_to_tensor_model_parallel_region does
-    return [logp, entropy, x.grad, w.grad, loss]
+    with Order() as order:
+        logp, entropy, loss = run(method, x, w, tuple(rest), group=dist.group.WORLD)
+    if method == "logits":  # the others do it themselves
+        dist.all_reduce(x.grad)  # as copy_to_tensor_model_parallel_region does
+    return [logp, entropy, x.grad, w.grad, loss, order.begun]
 
 
 @pytest.mark.distributed
@@ -358,6 +383,10 @@ def test_real_ranks(ranks: int, method: str) -> None:
     for rank in found:
         assert torch.equal(rank[0], found[0][0]) and torch.equal(rank[1], found[0][1])
         assert torch.equal(rank[4], found[0][4])
+        # That of a chunk's hidden states travels while the head's gradient is computed. Of the 21
+        # rows the fused way leaves out those that are ignored: 16 are three chunks of 7, as all.
+        both = ["allreduce_", "addmm"]
+        assert rank[5] == {"linear": 3 * both, "fused": 3 * both, "logits": ["addmm"]}[method]
 
 
 def test_the_host_waits_for_no_chunk_while_all_rows_are_active(

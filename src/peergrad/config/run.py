@@ -189,15 +189,28 @@ class KernelsConfig:
     """From hidden states to logprobs and gradients: ``fused_linear`` takes the loss's gradient
     while a chunk's logits exist, ``from_logits`` makes all logits of a micro-batch, ``reference``
     is plain PyTorch; ``auto`` is ``fused_linear`` on a GPU with Triton, else ``reference``."""
-    chunk: int = 2048
-    """Rows whose logits exist at a time; ``from_logits`` knows no chunks. More rows mean fewer
-    passes over the head's float32 gradient: 8192 if the memory is there."""
+    chunk_mb: int | None = None
+    """MiB for the rows whose logits exist at a time, a chunk: its logits, their gradient and hidden
+    states. More rows mean fewer passes over the head's float32 gradient. null: 4096 on a GPU, 128
+    on a CPU. ``from_logits`` knows no chunks."""
+    chunk: int | None = None
+    """Rows of a chunk, instead of ``chunk_mb``; null: as many as fit there."""
     logits: Dtype = Dtype.float32
     """Precision of logits between projection and softmax. ``bfloat16`` halves a chunk's memory and
     imitates an engine that rounds there, at about 2 % noise on every ratio."""
 
     def __post_init__(self) -> None:
-        at_least("kernels.chunk", self.chunk, 1)
+        if self.chunk is not None:
+            at_least("kernels.chunk", self.chunk, 1)
+        if self.chunk_mb is not None:
+            at_least("kernels.chunk_mb", self.chunk_mb, 1)
+        require(
+            self.chunk is None or self.chunk_mb is None,
+            "kernels.chunk_mb",
+            self.chunk_mb,
+            f"has no effect with kernels.chunk = {self.chunk}, which says the rows themselves",
+            "set one of the two",
+        )
 
 
 @dataclass(kw_only=True)

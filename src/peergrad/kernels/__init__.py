@@ -6,6 +6,7 @@ to use which.
 """
 
 from peergrad.kernels.backend import triton_runs
+from peergrad.kernels.chunk import rows_that_fit
 from peergrad.kernels.linear import Derivative, fused_linear_loss, linear_logprob
 from peergrad.kernels.logits import linear_logits, vocab_parallel_logprob
 
@@ -14,6 +15,7 @@ __all__ = [
     "fused_linear_loss",
     "linear_logits",
     "linear_logprob",
+    "rows_that_fit",
     "triton_runs",
     "vocab_parallel_logprob",
 ]

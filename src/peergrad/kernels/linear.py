@@ -34,21 +34,20 @@ class _LinearLogprob(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor,
         projection: Projection,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         stages, shard = projection.stages, projection.shard
         run = Pass(projection, len(hidden), gradient=False)
-        sums = [
-            stages.partials(
-                run.project(hidden[chunk]), targets[chunk], temperature[chunk], shard, entropy=True
-            )
-            for chunk in projection.chunks(len(hidden))
-        ]
+        sums = []
+        for chunk in projection.chunks(len(hidden)):
+            rows = run.project(hidden[chunk]), targets[chunk], temperature[chunk]
+            sums.append(stages.partials(*rows, shard, entropy=with_entropy))
         whole = shard.gather(torch.cat(sums, 1))
         logp, entropy, saved = stages.merge(whole, targets, temperature)
         ctx.set_materialize_grads(False)
         ctx.projection, ctx.weight = projection, weight
         ctx.save_for_backward(hidden, targets, temperature, entropy, *saved)
-        return logp, entropy
+        return logp, entropy if with_entropy else None
 
     @staticmethod
     @once_differentiable
@@ -68,7 +67,8 @@ class _LinearLogprob(torch.autograd.Function):
                 d_hidden=None if d_hidden is None else d_hidden[chunk],
                 d_weight=gradient.total,
             )
-        return d_hidden, gradient.for_autograd(), None, None, None
+        run.finish()
+        return d_hidden, gradient.for_autograd(), None, None, None, None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -105,6 +105,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                     d_hidden=None if d_hidden is None else d_hidden[chunk],
                     d_weight=gradient.total,
                 )
+        run.finish()
         ctx.mark_non_differentiable(logp, entropy)
         ctx.set_materialize_grads(False)
         ctx.d_hidden, ctx.d_weight, ctx.direct = d_hidden, gradient.for_autograd(), gradient.direct
@@ -145,35 +146,38 @@ def linear_logprob(
     vocab_size: int,
     temperature: float | Tensor,
     chunk: int,
+    with_entropy: bool,
     logits: torch.dtype = torch.float32,
     plain: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Log probability of ``targets`` and entropy under softmax(hidden @ weight.T / temperature).
 
     Under ``torch.no_grad`` this is the pass that scores with the old or the reference policy.
 
     Args:
-        hidden: ``[R, H]``, the same on every rank of ``group``; its gradient here is this shard's
-            part and must be summed over the group (Megatron's copy-to-region does).
+        hidden: ``[R, H]``, the same on every rank of ``group``; so is its gradient, which is added
+            up over the ranks in the backward pass, while that of the head is computed.
         weight: ``[w, H]``, this rank's rows of the head, padding rows included. Its gradient is
             added to ``weight.main_grad`` if there is one.
         targets: ``[R]`` int64 ids below ``vocab_size``, the same on every rank; negative: ignored.
         group: ranks that share the vocabulary, in its order; None: all of it is here.
         vocab_size: real vocabulary; what lies behind is padding.
         temperature: positive; one for all, or ``[R]``. Divides the logits, as the engine does.
-        chunk: rows whose logits exist at a time.
+        chunk: rows whose logits exist at a time, see ``rows_that_fit``.
+        with_entropy: whether to compute it.
         logits: float32, or bfloat16 to round them as an engine with such a head does.
         plain: PyTorch where Triton would run.
 
     Returns:
-        ``(logp [R], entropy [R])``, float32, differentiable both, equal on every rank of the group.
+        ``(logp [R], entropy [R] or None)``, float32, differentiable both, equal on every rank of
+        the group. The bits of logp do not depend on ``with_entropy``.
     """
     projection = _projection(hidden, weight, group, vocab_size, logits, chunk, plain=plain)
     targets, tau = check_rows(
         targets, temperature, hidden, vocab=vocab_size, columns=projection.shard.all_columns
     )
-    found: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, tau, projection
+    found: tuple[Tensor, Tensor | None] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, tau, projection, with_entropy
     )
     return found
 

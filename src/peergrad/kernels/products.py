@@ -14,7 +14,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
             return torch.mm(left, right, out_dtype=out.dtype, out=out)
         if left.dtype == right.dtype == out.dtype:
             return torch.mm(left, right, out=out)
-    return out.copy_(left.float() @ right.float())
+    left, right = left.float(), right.float()
+    return torch.mm(left, right, out=out) if out.dtype == torch.float32 else out.copy_(left @ right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

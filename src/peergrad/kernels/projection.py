@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peergrad.kernels.backend import stages
+from peergrad.kernels.chunk import COLUMNS
 from peergrad.kernels.gradient import ActiveRows, Scores
 from peergrad.kernels.products import add_product, multiply
 from peergrad.kernels.shard import Shard
@@ -41,13 +42,13 @@ class Projection:
         return [slice(i, min(i + self.chunk, rows)) for i in range(0, max(rows, 1), self.chunk)]
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised ``[rows, w]``, each row on a multiple of 16 elements: kernels then load 16
-        bytes at a time, whatever the vocabulary.
+        """Uninitialised ``[rows, w]``, each row on a multiple of 16 elements (``COLUMNS``): kernels
+        then load 16 bytes at a time, whatever the vocabulary.
 
         What lies between the rows is 0: oneDNN's bfloat16 product reads it, and 0 times NaN is NaN.
         """
         width = self.shard.width
-        whole = self.weight.new_empty(rows, -(-width // 16) * 16, dtype=dtype)
+        whole = self.weight.new_empty(rows, -(-width // COLUMNS) * COLUMNS, dtype=dtype)
         whole[:, width:] = 0
         return whole[:, :width]
 
@@ -57,11 +58,12 @@ class Pass:
 
     That is allocated once: sizes that depend on data would fragment the device's memory. A CPU has
     no products of bfloat16 worth the name: there the weight is widened once, and gradients of
-    logits stay float32.
+    logits stay float32. ``chunk.row_bytes`` counts these buffers.
     """
 
     def __init__(self, projection: Projection, rows: int, *, gradient: bool) -> None:
         self.projection, self.active = projection, ActiveRows()
+        self.sums: list[dist.Work] = []
         weight, rows = projection.weight, min(rows, projection.chunk)
         self.weight = weight if weight.is_cuda else weight.float()
         self.logits = projection.buffer(rows, projection.dtype)
@@ -83,27 +85,32 @@ class Pass:
         d_hidden: Tensor | None,
         d_weight: Tensor | None,
     ) -> None:
-        """Gradients of a chunk: ``d_hidden`` ``[R, H]`` (zeros before) is written, float32
-        ``d_weight`` ``[w, H]`` added to.
+        """Gradients of a chunk: ``d_hidden`` ``[R, H]`` (zeros before) is written, and added up
+        over the ranks by the time of ``finish``; float32 ``d_weight`` ``[w, H]`` is added to.
 
         ``logits`` are overwritten. Rows that nothing flows into take part in neither product.
         """
         source = self.active.of(scores.active())
         count = len(hidden) if source is None else source.numel()
-        if not count:
-            return
-        projection, out = self.projection, self.d_logits[:count]
+        projection, out, states = self.projection, self.d_logits[:count], self.states[:count]
         projection.stages.dlogits(logits, scores, projection.shard, out=out, source=source)
-        states = self.states[:count]
-        if d_weight is not None:
-            if source is not None:
-                hidden = torch.index_select(hidden, 0, source, out=states)
-            add_product(d_weight, out.t(), hidden)
         if d_hidden is not None:
             if source is None:
                 multiply(out, self.weight, d_hidden)
             else:
                 d_hidden.index_copy_(0, source, multiply(out, self.weight, states))
+            # Also of no rows: every rank comes here. It travels while d_weight is computed.
+            work = projection.shard.begin_sum(d_hidden)
+            self.sums += [] if work is None else [work]
+        if d_weight is not None and count:
+            if source is not None:
+                hidden = torch.index_select(hidden, 0, source, out=states)
+            add_product(d_weight, out.t(), hidden)
+
+    def finish(self) -> None:
+        """Wait (on a GPU: have its stream wait) until every ``d_hidden`` is the sum over ranks."""
+        for work in self.sums:
+            work.wait()
 
 
 class WeightGradient:

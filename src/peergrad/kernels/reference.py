@@ -3,6 +3,8 @@
 R rows, w columns of this rank's shard. README.md derives the formulas and names the letters.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ FLOOR = -1e30
 """The least that counts as a largest logit: ``-inf - -inf`` would be NaN."""
 LEAST = -1000.0
 """The least exponent: 2 to it is 0 as it is, but ``0 * -inf`` would be NaN."""
-SLICE = 2**18
-"""Logits worked on at a time: float32 copies of them stay in the cache."""
+SLICE = 2**19
+"""Logits worked on at a time: float32 copies of them stay in the cache, and two threads have enough
+to do between two calls."""
 
 
 def partials(
@@ -28,21 +31,21 @@ def partials(
     sums = logits.new_empty(shard.blocks, len(logits), 4, dtype=torch.float32)
     m, d, s = logits.new_zeros(3, len(logits), shard.blocks, dtype=torch.float32)
     k = (LOG2E / temperature)[:, None, None]
-    slices = _slices(len(logits), shard.width)
-    room, more = logits.new_empty(2, slices[0].stop, *shard.shape, dtype=torch.float32)
-    for rows in slices:
-        x, z = logits[rows].view(-1, *shard.shape), room[: rows.stop - rows.start]
+    rows = _together(len(logits), shard.width)
+    room, more = logits.new_empty(2, rows, *shard.shape, dtype=torch.float32)
+    for x, k_, m_, d_, s_ in _slices(logits, k, m, d, s, rows=rows):
+        x, z = x.view(-1, *shard.shape), room[: len(x)]
         if x.dtype != torch.float32 or shard.valid < shard.width:
             x = z.copy_(x)
             x.flatten(1)[:, shard.valid :] = -torch.inf
-        largest = torch.amax(x, 2, out=m[rows]).clamp_(min=FLOOR)
-        torch.sub(x, largest[:, :, None], out=z).mul_(k[rows])
+        torch.amax(x, 2, out=m_).clamp_(min=FLOOR)
+        torch.sub(x, m_[:, :, None], out=z).mul_(k_)
         if entropy:
             e = torch.exp2(z.clamp_(min=LEAST), out=more[: len(z)])
-            torch.sum(e, 2, out=d[rows])
-            torch.sum(e.mul_(z), 2, out=s[rows])
+            torch.sum(e, 2, out=d_)
+            torch.sum(e.mul_(z), 2, out=s_)
         else:
-            torch.sum(z.exp2_(), 2, out=d[rows])
+            torch.sum(z.exp2_(), 2, out=d_)
     sums[:, :, :3] = torch.stack((m, d, s)).permute(2, 1, 0)
     column = targets - shard.first
     here = (column >= 0) & (column < shard.valid)
@@ -100,23 +103,27 @@ def dlogits(
     column = (scores.targets - shard.first)[:, None]
     c2_here = torch.where((column >= 0) & (column < shard.valid), c2, 0.0)
     column = column.clamp(0, shard.width - 1)
-    slices = _slices(len(out), shard.width)
-    room, more = logits.new_empty(2, slices[0].stop, shard.width, dtype=torch.float32)
-    for rows in slices:
-        x = logits[rows] if source is None else logits.index_select(0, source[rows])
-        z = out[rows] if out.dtype == torch.float32 else room[: len(x)]
+    c3 = c0 * (-log2d).exp2()
+    rows = _together(len(out), shard.width)
+    room, more = logits.new_empty(2, rows, shard.width, dtype=torch.float32)
+    given = logits if source is None else source
+    for x, o, m_, log2d_, k_, c0_, c1_, c3_, at, c2_ in _slices(
+        given, out, m, log2d, k, c0, c1, c3, column, c2_here, rows=rows
+    ):
+        x = x if source is None else logits.index_select(0, x)
+        z = o if o.dtype == torch.float32 else room[: len(x)]
         x = x if x.dtype == torch.float32 else z.copy_(x)
-        torch.sub(x, m[rows], out=z).mul_(k[rows])
+        torch.sub(x, m_, out=z).mul_(k_)
         if entropy:
-            p = torch.exp2(z.sub_(log2d[rows]).clamp_(min=LEAST), out=more[: len(x)])
-            z.mul_(c1[rows]).add_(c0[rows]).mul_(p)
+            p = torch.exp2(z.sub_(log2d_).clamp_(min=LEAST), out=more[: len(x)])
+            z.mul_(c1_).add_(c0_).mul_(p)
         else:
-            z.exp2_().mul_(c0[rows] * (-log2d[rows]).exp2())
-        z.scatter_add_(1, column[rows], c2_here[rows])
-        if out.dtype != torch.float32:
-            out[rows] = z
+            z.exp2_().mul_(c3_)
+        z.scatter_add_(1, at, c2_)
+        if z is not o:
+            o.copy_(z)
     out[:, shard.valid :] = 0.0
-    out[idle] = 0.0
+    out[idle.nonzero()[:, 0]] = 0.0  # out[idle] would look at every element
     return out
 
 
@@ -130,7 +137,11 @@ def _factors(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     return -inverse * c0, -inverse * d_entropy * LN2, inverse * scores.d_logp
 
 
-def _slices(rows: int, width: int) -> list[slice]:
-    """Rows that are worked on at a time, at least one slice; the first is the longest."""
-    size = max(1, min(SLICE // width, rows))
-    return [slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]
+def _together(rows: int, width: int) -> int:
+    """How many rows are worked on at a time."""
+    return max(1, min(SLICE // width, rows))
+
+
+def _slices(*tensors: Tensor, rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of each, one after the other; once, of none, if there are none."""
+    return zip(*(torch.split(x, rows) for x in tensors), strict=True)

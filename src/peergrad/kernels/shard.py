@@ -1,4 +1,4 @@
-"""Where a rank's columns lie in the vocabulary, and the one collective of a softmax over it."""
+"""Where a rank's columns lie in the vocabulary, and the two collectives that follow from it."""
 
 from dataclasses import dataclass
 
@@ -59,3 +59,11 @@ class Shard:
         whole = sums.new_empty(self.group.size() * sums.shape[0], *sums.shape[1:])
         dist.all_gather_into_tensor(whole, sums, group=self.group)
         return whole
+
+    def begin_sum(self, x: Tensor) -> dist.Work | None:
+        """Begin to add up ``x`` over the ranks, in place: nobody may touch it until the work's
+        ``wait()`` has returned. None: there is nobody else."""
+        if self.group is None or self.group.size() == 1 or not x.numel():
+            return None
+        work: dist.Work | None = dist.all_reduce(x, group=self.group, async_op=True)
+        return work

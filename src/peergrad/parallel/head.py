@@ -13,6 +13,7 @@ from peergrad.kernels import (
     fused_linear_loss,
     linear_logits,
     linear_logprob,
+    rows_that_fit,
     triton_runs,
     vocab_parallel_logprob,
 )
@@ -62,36 +63,50 @@ class Head:
         self.model, self.kind, self.vocab = model, kind, vocab
         self.temperature = config.rollout.temperature
         self.dtype = torch.float32 if config.kernels.logits is Dtype.float32 else torch.bfloat16
-        self.chunk = config.kernels.chunk
+        self.chunk, self.chunk_mb = config.kernels.chunk, config.kernels.chunk_mb
 
     def logprobs(
-        self, hidden: Tensor, batch: MicroBatch, *, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(logp, entropy) ``[S]`` of the batch's scored tokens, float32, on every context rank.
-        ``temperature`` defaults to the rollouts'."""
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        *,
+        with_entropy: bool,
+        temperature: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logp, entropy if asked for) ``[S]`` of the batch's scored tokens, float32, on every
+        context rank. ``temperature`` defaults to the rollouts'."""
         tau = self.temperature if temperature is None else temperature
-        logp, entropy = self._logprobs(hidden, batch.here, tau)
-        return self._whole(logp, batch), self._whole(entropy, batch)
+        found = self._logprobs(hidden, batch.here, tau, with_entropy)
+        logp, entropy = (None if x is None else self._whole(x, batch) for x in found)
+        assert logp is not None
+        return logp, entropy
 
-    def _logprobs(self, hidden: Tensor, batch: MicroBatch, tau: float) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, hidden: Tensor, batch: MicroBatch, tau: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Of the tokens that this rank predicts."""
         rows, weight, group = self._rows(hidden, batch), self.model.head_weight(), self._group
         if self.kind is Logprob.from_logits:
-            logp, entropy = vocab_parallel_logprob(
+            return vocab_parallel_logprob(
                 linear_logits(rows, weight, dtype=self.dtype),
                 batch.targets,
                 group=group,
                 temperature=tau,
                 valid_vocab=self.vocab,
-                with_entropy=True,
+                with_entropy=with_entropy,
                 inplace=True,
             )
-            assert entropy is not None
-            return logp, entropy
-        plain = self.kind is Logprob.reference
-        options = {"group": group, "vocab_size": self.vocab, "temperature": tau, "plain": plain}
         return linear_logprob(
-            rows, weight, batch.targets, chunk=self.chunk, logits=self.dtype, **options
+            rows,
+            weight,
+            batch.targets,
+            group=group,
+            vocab_size=self.vocab,
+            temperature=tau,
+            chunk=self._chunk(weight),
+            with_entropy=with_entropy,
+            logits=self.dtype,
+            plain=self.kind is Logprob.reference,
         )
 
     def loss(
@@ -104,7 +119,8 @@ class Head:
         context rank then computes all of the loss, and one of them reports it.
         """
         if self.kind is not Logprob.fused_linear or not objective.per_token:
-            logp, entropy = self.logprobs(hidden, batch)
+            logp, entropy = self.logprobs(hidden, batch, with_entropy=True)
+            assert entropy is not None
             loss, metrics = objective(logp, entropy, batch)
             first = self.model.pg_collection.cp.rank() == 0
             return loss, [metrics] if first else [], logp.detach(), entropy.detach()
@@ -119,15 +135,16 @@ class Head:
             found.append(metrics)
             return loss.detach(), torch.zeros_like(logp) if d_logp is None else d_logp, d_entropy
 
+        rows, weight = self._rows(hidden, here), self.model.head_weight()
         loss, logp, entropy = fused_linear_loss(
-            self._rows(hidden, here),
-            self.model.head_weight(),
+            rows,
+            weight,
             here.targets,
             derivative,
             group=self._group,
             vocab_size=self.vocab,
             temperature=self.temperature,
-            chunk=self.chunk,
+            chunk=self._chunk(weight),
             logits=self.dtype,
         )
         return loss, found, self._whole(logp, batch), self._whole(entropy, batch)
@@ -139,5 +156,12 @@ class Head:
     def _group(self) -> Any:
         return self.model.pg_collection.tp
 
+    def _chunk(self, weight: Tensor) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        return rows_that_fit(weight, self.dtype, megabytes=self.chunk_mb)
+
     def _rows(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        return self.model.head_input(hidden).index_select(0, batch.rows)
+        # Only from_logits leaves the sum of their gradient over the tensor ranks to Megatron.
+        summed = self.kind is not Logprob.from_logits
+        return self.model.head_input(hidden, summed=summed).index_select(0, batch.rows)

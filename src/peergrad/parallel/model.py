@@ -37,13 +37,15 @@ class PolicyModel(GPTModel):
         # The one private method overridden: its stock form projects every row to the vocabulary.
         return hidden_states
 
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the last stage as ``[T, H]``, whole on every tensor rank, with gradients
-        summed over the tensor ranks."""
+    def head_input(self, hidden: Tensor, *, summed: bool) -> Tensor:
+        """Hidden states of the last stage as ``[T, H]``, whole on every tensor rank. ``summed``:
+        the gradient that will come is the sum over these ranks already; else it is taken here."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
-        else:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=not summed, group=group
+            )
+        elif not summed:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         return hidden.flatten(0, 1)
 

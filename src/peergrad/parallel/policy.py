@@ -41,7 +41,7 @@ class Scores:
 
     samples: Sequence[Sample]
     logp: list[np.ndarray]  # [R] float32 of each sample
-    entropy: list[np.ndarray]  # [R] float32 of each sample
+    entropy: list[np.ndarray]  # [R] float32 of each sample; all NaN if it was not asked for
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,25 @@ class Scorer:
         else:
             load_weights(Path(weights), self.model, self.shape, groups)
 
-    def score(self, samples: Sequence[Sample], *, temperature: float | None = None) -> Scores:
+    def score(
+        self,
+        samples: Sequence[Sample],
+        *,
+        temperature: float | None = None,
+        with_entropy: bool = False,
+    ) -> Scores:
         """Score the samples' answer tokens that have a weight.
 
-        ``temperature`` defaults to the rollouts'. Collective over all ranks.
+        ``temperature`` defaults to the rollouts'. The entropy costs a pass over the logits; ask for
+        it where something reads it. Collective over all ranks.
         """
         bins = self._divide(samples).bins
 
         def forward(batch: MicroBatch, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-            return self.head.logprobs(hidden, batch, temperature=temperature)
+            logp, entropy = self.head.logprobs(
+                hidden, batch, with_entropy=with_entropy, temperature=temperature
+            )
+            return logp, torch.full_like(logp, torch.nan) if entropy is None else entropy
 
         with torch.no_grad():
             found = self._schedule(self.model.pieces, self._pack(samples, bins), forward, True)

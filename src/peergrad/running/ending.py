@@ -62,7 +62,7 @@ def one_line(error: BaseException) -> str:
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     kind = type(error).__name__
     if kind == "OutOfMemoryError":
-        return f"out of GPU memory ({text}); lower parallel.micro_batch_tokens or kernels.chunk"
+        return f"out of GPU memory ({text}); lower parallel.micro_batch_tokens or kernels.chunk_mb"
     if isinstance(error, MemoryError):
         return f"out of memory ({text}); lower parallel.micro_batch_tokens, or use more ranks"
     if isinstance(error, OSError):

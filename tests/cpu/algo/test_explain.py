@@ -445,7 +445,7 @@ class Policy:
         moved = wild(np.random.default_rng(sample.tokens), (9, base.size))
         return base if not self.updates else (base + moved[self.updates]).astype(np.float32)
 
-    def score(self, samples: Any) -> Any:
+    def score(self, samples: Any, **_: Any) -> Any:
         return SimpleNamespace(logp=[self.logp(s) for s in samples])
 
     def update(self, samples: Any, objective: Objective) -> None:

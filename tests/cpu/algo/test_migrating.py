@@ -79,7 +79,7 @@ class Policy:
         self.given = given
         self.slopes: list[Tensor] = []
 
-    def score(self, samples: Any) -> Any:
+    def score(self, samples: Any, **_: Any) -> Any:
         return SimpleNamespace(logp=[row.float().numpy() for row in self.given.old])
 
     def update(self, samples: Any, objective: Objective) -> None:
