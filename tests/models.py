@@ -81,6 +81,8 @@ def make_hf_model(
         **({"sliding_window": None} if family == "mistral" else {}),
         **others,
     }
+    if family == "qwen2":  # knows none
+        del sizes["head_dim"]
     config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Norms start at 1 and biases at 0: make a lost one show.

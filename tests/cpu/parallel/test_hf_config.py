@@ -31,7 +31,7 @@ TINY = {
     "max_position_embeddings": 512,
 }
 LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 8}
-QWEN2 = {**TINY, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 MISTRAL["sliding_window"] = None
 LLAMA3 = {
@@ -224,10 +224,10 @@ SAME = [
     ({**LLAMA, "rope_parameters": {"rope_theta": 2.0}, "rope_scaling": LLAMA3}, None),
     ({**LLAMA, "rope_scaling": {**LLAMA3, "high_freq_factor": 9, "factor": 2}}, None),
     ({**LLAMA, "rope_scaling": LLAMA3, "original_max_position_embeddings": 99}, None),
-    *(({**QWEN2, "head_dim": 128, "rope_scaling": scaled}, None) for scaled in SCALED.values()),
+    *(({**TINY, "head_dim": 128, "rope_scaling": scaled}, None) for scaled in SCALED.values()),
     ({**QWEN2, "rope_scaling": {"type": "yarn", "factor": 2.0}}, None),
-    ({**QWEN2, "head_dim": 128, "rope_scaling": YARN, "max_position_embeddings": 16384}, None),
-    ({**QWEN2, "head_dim": 128, "rope_scaling": {**YARN, "truncate": False}}, None),
+    ({**MISTRAL, "head_dim": 128, "rope_scaling": YARN, "max_position_embeddings": 16384}, None),
+    ({**MISTRAL, "head_dim": 128, "rope_scaling": {**YARN, "truncate": False}}, None),
     ({**QWEN2, "rope_scaling": {**YARN, "beta_fast": 1.0001, "truncate": False}}, None),
     ({**QWEN2, "rope_scaling": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.7}}, None),
     ({**TINY, "sliding_window": 4096, "layer_types": ["full_attention"] * 2}, None),
@@ -297,6 +297,13 @@ REFUSED_LLAMA = [
     ({"hidden_size": 100}, "num_attention_heads = 8 in config.json must divide hidden_size (100)"),
     ({"attention_bias": None}, "attention_bias = null in config.json must be true or false"),
 ]
+REFUSED_QWEN2 = [
+    (
+        {"head_dim": 16},
+        "head_dim = 16 in config.json is not supported, only hidden_size / heads (8",
+    ),
+    ({"head_dim": None}, "head_dim = null in config.json must be a positive whole number"),
+]
 REFUSED_MISTRAL = [
     ({"attention_bias": True}, "attention_bias = true in config.json is not supported, only false"),
     ({"sliding_window": 511}, f"sliding_window = 511 in config.json {WINDOW}"),
@@ -306,6 +313,7 @@ CASES = [
     *((TINY, *case) for case in REFUSED),
     *((LLAMA, *case) for case in REFUSED_LLAMA),
     *((MISTRAL, *case) for case in REFUSED_MISTRAL),
+    *((QWEN2, *case) for case in REFUSED_QWEN2),
 ]
 
 

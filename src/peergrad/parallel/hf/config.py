@@ -94,6 +94,8 @@ def _head_dim(source: Source, family: Family, hidden: int, heads: int) -> int:
     quotient = max(1, hidden // heads)
     null = quotient if family.head_dim_null else None
     head_dim = source.size("head_dim", family.head_dim or quotient, null=null)
+    if head_dim != quotient and not family.head_dim_free:
+        source.refuse("head_dim", f"is not supported, only hidden_size / heads ({quotient})")
     if head_dim % 2:
         source.refuse("head_dim", "must be even: rotary embeddings turn pairs")
     return head_dim

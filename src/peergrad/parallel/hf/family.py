@@ -18,6 +18,7 @@ class Family:
     kv_heads: int | None  # num_key_value_heads by default; None: as many as heads
     head_dim: int | None = None  # by default; None: hidden_size / num_attention_heads
     head_dim_null: bool = False  # whether a null stands for that quotient
+    head_dim_free: bool = True  # whether it may be another
     heads_divide_hidden: bool = False  # whether transformers insists on it, even with a head_dim
     qk_norm: bool = False  # a norm of each query and key head
     qkv_bias: bool = False  # biases of q, k and v, whatever config.json says
