@@ -107,9 +107,10 @@ def _refuse_features(source: Source, family: Family, layers: int) -> None:
     named = values.get("architectures")
     if named is not None and named != [family.architecture]:
         source.refuse("architectures", f'is not supported, only ["{family.architecture}"]')
-    biased = family.attention_bias or family.qkv_bias  # a reader of its own, or no reader at all
-    for name in (*(() if biased else ("attention_bias",)), "mlp_bias", "use_sliding_window"):
-        if values.get(name, False) is not False:
+    # Where q, k and v have biases anyway no reader asks for attention_bias.
+    biased = ("attention_bias",) if family.attention_bias or family.qkv_bias else ()
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if name not in biased and values.get(name, False) is not False:
             source.refuse(name, "is not supported, only false")
     if values.get("hidden_act", "silu") != "silu":
         source.refuse("hidden_act", "is not supported, only silu")

@@ -14,7 +14,7 @@ KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
     "yarn": ("factor", LENGTH, "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
 }
-"""What each kind reads. Of yarn's, ``attention_factor`` means nothing to SGLang."""
+"""What each kind reads. Of YaRN's ``attention_factor`` SGLang knows nothing."""
 READ_BY_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 THETA = 10_000.0
 
@@ -24,8 +24,8 @@ class Rope:
     """Pairs of a head's numbers turn with the position, pair i by ``theta ** (-2i / head_dim)``.
 
     Scaled, those that turn less than ``slow`` times over the ``original`` length turn ``factor``
-    times slower, those that turn more than ``fast`` times as ever, those between in between; with
-    ``linear`` all turn slower.
+    times slower, those that turn more than ``fast`` times as they did, and those between so that
+    one passes into the other; with ``linear`` all turn slower.
 
     Example:
         Llama 3.1: ``Rope(theta=5e5, kind="llama3", factor=8.0, original=8192, slow=1.0, fast=4.0)``
