@@ -1,18 +1,31 @@
 """Tiny HF checkpoints with random weights, for tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHARACTERS = "0123456789+-*/= .,?!abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n"
+LENGTH = "original_max_position_embeddings"
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": {
+        **{"rope_type": "llama3", "factor": 6, LENGTH: 40},
+        **{"low_freq_factor": 1.5, "high_freq_factor": 5.0},
+    },
+    "yarn": {"rope_type": "yarn", "factor": 16.0, LENGTH: 32, "beta_fast": 4.0},
+}
+"""Rotary embeddings that differ from the plain one, and from each other, within 40 tokens."""
+VARIED: dict[str, dict[str, Any]] = {
+    # Tied embeddings are the harder case of a pipeline: two stages hold a copy each.
+    "qwen3": {"tied": True, "attention_bias": True},
+    "qwen2": {"rope_parameters": SCALED["yarn"]},
+    "llama": {"attention_bias": True, "rope_parameters": SCALED["llama3"]},
+    "mistral": {"head_dim": 24, "rope_parameters": SCALED["linear"]},
+}
+"""Every family, with what config.json may ask for beside the plain model."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -43,8 +56,9 @@ def make_hf_model(
     layers: int = 4,
     vocab: int = 128,
     spread: float = 0.15,
+    **others: Any,
 ) -> Path:
-    """Write a random fp32 checkpoint of ``family`` ("qwen3" or "llama") with its tokenizer.
+    """Write a random fp32 checkpoint of ``family``, with its tokenizer; ``others``: of config.json.
 
     The wide initialisation (standard deviation ``spread``) keeps logits far from uniform: a weight
     that is lost or mis-mapped moves logprobs by whole nats, so no test passes by chance.
@@ -64,15 +78,19 @@ def make_hf_model(
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": None,
+        **({"sliding_window": None} if family == "mistral" else {}),
+        **others,
     }
-    model = (
-        Qwen3ForCausalLM(Qwen3Config(**sizes))
-        if family == "qwen3"
-        else LlamaForCausalLM(LlamaConfig(**sizes))
-    )
-    for name, parameter in model.named_parameters():  # norms start at 1: make a lost one show
+    if family == "qwen2":  # knows none
+        del sizes["head_dim"]
+    config = AutoConfig.for_model(family, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Norms start at 1 and biases at 0: make a lost one show.
+    for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=spread)
     # The padding row starts at 0, where the first norm's gradient is 1 / sqrt(eps).
     torch.nn.init.normal_(model.model.embed_tokens.weight.data[0], std=spread)
     model.save_pretrained(path)

@@ -17,6 +17,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402
+import transformers.models.mistral.modeling_mistral  # noqa: E402
+import transformers.models.qwen2.modeling_qwen2  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
 from megatron.core import parallel_state  # noqa: E402
 

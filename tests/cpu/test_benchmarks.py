@@ -19,6 +19,7 @@ from benchmarks.summary import (
     summarise,
 )
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.rope import Rope
 
 SHAPE = Shape(
     family="qwen3",
@@ -31,8 +32,7 @@ SHAPE = Shape(
     vocab=10,
     max_length=64,
     norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     qk_norm=True,
     tied=True,
 )

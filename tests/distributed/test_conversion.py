@@ -53,7 +53,7 @@ def convert_all(root: str, commands: list[str], ports: list[int]) -> list[tuple[
 
 @pytest.mark.distributed
 def test_conversions_there_and_back(tmp_path: Path) -> None:
-    make_hf_model(tmp_path / "m", layers=2, vocab=125)
+    make_hf_model(tmp_path / "m", family="llama", attention_bias=True, layers=2, vocab=125)
     leave_over(tmp_path / "m")
     make_hf_model(tmp_path / "lfs", layers=2)
     (tmp_path / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/")

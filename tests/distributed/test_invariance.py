@@ -254,15 +254,15 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Case]:
     """Of so many layers. Tied: two pipeline stages hold a copy of the embedding each and add up its
-    gradient. Of moderate weights: float32's rounding alone moves the gradient of wide ones by
-    2e-6."""
+    gradient. With every bias that there is. Of moderate weights: float32's rounding alone moves the
+    gradient of wide ones by 2e-6."""
     folder = tmp_path_factory.mktemp("models")
 
     @cache
     def build(layers: int) -> Case:
         from transformers import AutoModelForCausalLM
 
-        options: Any = {"tied": True, "layers": layers, "spread": 0.03}
+        options: Any = {"tied": True, "attention_bias": True, "layers": layers, "spread": 0.03}
         made = [make_hf_model(folder / f"{layers}-{s}", seed=s, **options) for s in (0, 1)]
         path, reference = map(str, made)
         recorded = record(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64))

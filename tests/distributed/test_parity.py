@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import make_hf_model
+from tests.models import VARIED, make_hf_model
 from tests.spawn import run_ranks
 
 LENGTHS = (3, 17, 1, 40, 9)
@@ -116,27 +116,23 @@ def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]
     ],
 )
 def test_equals_transformers(tmp_path: Path, ranks: int, layouts: list[Layout]) -> None:
-    # Tied embeddings are the harder case of a pipeline: two stages hold a copy each.
-    models = [("qwen3", False), ("qwen3", True), ("llama", False)]
     paths = [
-        make_hf_model(tmp_path / str(i), family=family, vocab=VOCAB, tied=tied)
-        for i, (family, tied) in enumerate(models)
+        make_hf_model(tmp_path / family, family=family, vocab=VOCAB, **others)
+        for family, others in VARIED.items()
     ]
-    wanted = [hf_logits(str(path)) for path in paths]
+    models = [(hf_logits(str(path)), path) for path in paths]
     for rank in run_ranks(ranks, all_layouts, [str(path) for path in paths], layouts):
-        for i, found in enumerate(rank):
-            check(
-                found, wanted[i % len(models)], paths[i % len(models)], models[i % len(models)][1]
-            )
+        for found, model in zip(rank, models * len(layouts), strict=True):
+            check(found, *model)
 
 
-def check(found: dict[str, Any], wanted: list[torch.Tensor], path: Path, tied: bool) -> None:
+def check(found: dict[str, Any], wanted: list[torch.Tensor], path: Path) -> None:
     for sequences_logits in found["logits"].values():
         for ours, theirs in zip(sequences_logits, wanted, strict=True):
             # the last token predicts nothing, and is not computed
             torch.testing.assert_close(ours, theirs[:-1], atol=1e-4, rtol=0)
     check_logprobs(found["logp"], wanted)
-    check_round_trip(found["weights"], path, tied)
+    check_round_trip(found["weights"], path)
 
 
 def check_logprobs(found: np.ndarray, wanted: list[torch.Tensor]) -> None:
@@ -150,13 +146,11 @@ def check_logprobs(found: np.ndarray, wanted: list[torch.Tensor]) -> None:
     np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-4)
 
 
-def check_round_trip(weights: dict[str, torch.Tensor], path: Path, tied: bool) -> None:
+def check_round_trip(weights: dict[str, torch.Tensor], path: Path) -> None:
     """HF -> Megatron -> HF is bit-exact and complete."""
     from safetensors.torch import load_file
 
     original = load_file(path / "model.safetensors")
-    if tied:
-        original.pop("lm_head.weight", None)
     assert set(weights) == set(original)
     for key, value in original.items():
         assert torch.equal(weights[key], value), key

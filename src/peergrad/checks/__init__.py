@@ -10,7 +10,7 @@ from peergrad.checks.configuration import check
 from peergrad.checks.inputs import Inputs, Source, check_inputs
 from peergrad.checks.recording import settled
 from peergrad.checks.summary import plan, summary, warnings_of
-from peergrad.parallel.hf.config import read_model_config
+from peergrad.parallel.hf.source import read_model_config
 
 __all__ = [
     "Inputs",

@@ -5,7 +5,9 @@ from pathlib import Path
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.checks.recording import check_recording
 from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
-from peergrad.parallel.hf.config import ARCHITECTURES, Shape, read_model_config, read_shape
+from peergrad.parallel.hf.config import Shape, read_shape
+from peergrad.parallel.hf.families import FAMILIES
+from peergrad.parallel.hf.source import read_model_config
 from peergrad.prompts import check_source
 
 
@@ -58,7 +60,7 @@ def _check_sources(config: Config) -> None:
 
 def check_engine(config: Config, shape: Shape) -> None:
     """SGLang chooses its implementation by a name that transformers can do without."""
-    path, name = config.model.path, ARCHITECTURES[shape.family]
+    path, name = config.model.path, FAMILIES[shape.family].architecture
     named = read_model_config(path, "model.path").get("architectures")
     require(
         named is not None or config.rollout.replay is not None,

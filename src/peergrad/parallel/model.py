@@ -1,5 +1,6 @@
 """A Megatron GPT model from an HF configuration, that ends in hidden states instead of logits."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.norm import RMSNorm
 from peergrad.parallel.options import choose_spec, recompute_fields, with_users_fields
+from peergrad.parallel.output_bias import add_output_bias
+from peergrad.parallel.rope import frequencies
 
 
 class PolicyModel(GPTModel):
@@ -121,6 +124,9 @@ def transformer_config(
         "qk_layernorm": shape.qk_norm,
         "normalization": "RMSNorm",
         "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        # YaRN lengthens turned queries and keys alike, all of their pairs: so are their products.
+        "softmax_scale": shape.rope.attention**2 / math.sqrt(shape.head_dim),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         # Megatron's default is 0.1, which would put the trainer off the engine's policy.
@@ -157,19 +163,26 @@ def transformer_config(
     return with_users_fields(options, parallel, spec)
 
 
-def _torch_spec(config: TransformerConfig, piece: int | None) -> TransformerBlockSubmodules:
+def _torch_spec(
+    config: TransformerConfig, shape: Shape, piece: int | None
+) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if shape.o_bias:
+        add_output_bias(layer)
     layers = [layer] * get_num_layers_to_build(config, piece)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _te_spec(config: TransformerConfig) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+def _te_spec(config: TransformerConfig, shape: Shape) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if shape.o_bias:
+        add_output_bias(layer)
+    return layer
 
 
 def build_model(shape: Shape, parallel: ParallelConfig, dtype: Dtype, groups: Groups) -> Stage:
@@ -192,19 +205,17 @@ def _build_piece(
     last = (config.virtual_pipeline_model_parallel_size or 1) - 1
     model = PolicyModel(
         config,
-        _torch_spec(config, piece) if spec is Spec.torch else _te_spec(config),
+        _torch_spec(config, shape, piece) if spec is Spec.torch else _te_spec(config, shape),
         vocab_size=shape.padded_vocab,
         max_sequence_length=shape.max_length,
         pre_process=groups.pipeline.rank() == 0 and not piece,
         post_process=groups.is_last_stage and (piece is None or piece == last),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_factor is not None,
-        rope_scaling_factor=shape.rope_factor or 1.0,
         parallel_output=True,
         vp_stage=piece,
     )
+    model.rotary_pos_emb.inv_freq = frequencies(shape.rope, shape.head_dim)
     if spec is Spec.torch:
         model.decoder.register_forward_pre_hook(take_angles, with_kwargs=True)
     return model

@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 UNSUPPORTED = ("expert_model_parallel_size",)
 ANOTHER_MODEL = (
-    *("num_moe_experts", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias"),
+    *("num_moe_experts", "mtp_num_layers", "multi_latent_attention"),
     *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "window_size"),
-    *("window_attn_skip_freq", "rotary_interleaved", "softmax_scale", "softmax_type", "qk_l2_norm"),
+    *("window_attn_skip_freq", "rotary_interleaved", "softmax_type", "qk_l2_norm"),
     *("apply_residual_connection_post_layernorm", "layernorm_zero_centered_gamma", "qk_clip"),
     *("glu_linear_offset", "activation_func_clamp_value", "attention_output_gate"),
     *("is_hybrid_model", "heterogeneous_block_specs", "mrope_section", "fp16"),

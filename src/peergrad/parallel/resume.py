@@ -27,6 +27,9 @@ def require_resumable(path: Path, meta: dict[str, Any], shape: Shape, config: Co
 def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
     """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
     ours = asdict(shape)
+    # Of checkpoints from before there was more than one kind of scaling.
+    ours["rope_theta"] = shape.rope.theta
+    ours["rope_factor"] = shape.rope.factor if shape.rope.kind == "llama3" else None
     for name, theirs in meta["shape"].items():
         require(
             ours.get(name) == theirs,

@@ -198,7 +198,7 @@ def test_model_folders_must_exist(config: Config, key: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("key", ["path", "reference"])
 def test_models_that_cannot_be_trained(config: Config, key: str, tmp_path: Path) -> None:
     """tests/cpu/parallel/test_hf_config.py has all of them."""
-    folder = write_model(tmp_path / "other", rope_scaling={"type": "linear", "factor": 2.0})
+    folder = write_model(tmp_path / "other", rope_scaling={"type": "dynamic"})
     setattr(config.model, key, str(folder))
     assert refusal(config).startswith(f"model.{key} = {str(folder)!r}: rope_scaling = ")
 

@@ -9,6 +9,7 @@ from peergrad.checks import Inputs, Source, summary, warnings_of
 from peergrad.checks.place import checkpoint_bytes, disk_warning, gigabytes, resumed_step
 from peergrad.config import AlgoConfig, Config, Dtype, RewardKind, ServerMode, SurrogateKind
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.rope import Rope
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import TokenizerFacts
 
@@ -23,8 +24,7 @@ SHAPE = Shape(
     vocab=151936,
     max_length=40960,
     norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     qk_norm=True,
     tied=True,
 )

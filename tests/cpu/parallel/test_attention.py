@@ -1,15 +1,12 @@
-"""Packed attention against one sequence at a time, and Llama 3.1's rope against transformers."""
+"""Packed attention against one sequence at a time."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from peergrad.parallel.attention import BLOCK, PackedAttention, PackedRow, take_angles
 from peergrad.parallel.batches import Families
@@ -125,26 +122,3 @@ def test_batched_input_is_causal_too() -> None:
     for b in range(2):
         torch.testing.assert_close(out[:, b], naive(q[:, b], k[:, b], v[:, b]))
     assert F.mse_loss(out[:, 0], out[:, 1]) > 0
-
-
-def test_llama3_rope_scaling_equals_transformers() -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = LlamaConfig(head_dim=64, hidden_size=256, num_attention_heads=4, rope_parameters=rope)
-    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    ours = RotaryEmbedding(
-        64,
-        1.0,
-        rotary_base=5e5,
-        rope_scaling=True,
-        rope_scaling_factor=32.0,
-        use_cpu_initialization=True,
-        cp_group=None,
-    )
-    torch.testing.assert_close(ours.inv_freq, wanted)

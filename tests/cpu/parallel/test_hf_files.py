@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peergrad.parallel.hf.companions import Companions
-from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.files import open_tensors, write_hf
 from peergrad.parallel.hf.folder import INDEX, read_folder
 from peergrad.storage import StorageError
@@ -135,33 +134,3 @@ def test_a_full_disk_leaves_the_older_folder(tmp_path: Path) -> None:
         assert read_all(target)["x"].tolist() == [1, 1]
         assert target.is_symlink() and os.listdir(disk) == ["hf"]
         assert os.listdir(target.parent) == ["hf"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-    ],
-)
-def test_unsupported_models_are_refused(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    path = edit_config(make_hf_model(tmp_path, layers=1), **changes)
-    with pytest.raises(ValueError, match=message):
-        read_shape(path)
-
-
-def test_llama3_rope_scaling_is_read(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    path = edit_config(make_hf_model(tmp_path, family="llama", layers=1), rope_parameters=rope)
-    shape = read_shape(path)
-    assert (shape.rope_theta, shape.rope_factor) == (5e5, 32.0)

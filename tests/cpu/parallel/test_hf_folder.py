@@ -333,7 +333,8 @@ TENSORS: list[tuple[Tensors, str]] = [
     ),
     (
         {"model.layers.1.self_attn.q_proj.bias": torch.zeros(128), "lm_head.bias": torch.ones(100)},
-        "has a tensor lm_head.bias and 1 more, but biases are not supported; choose another model",
+        "has a tensor lm_head.bias and 1 more, but the qwen3 model of config.json has no such bias"
+        "; take both from one model",
     ),
     (
         {"model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)},

@@ -5,6 +5,7 @@ import torch
 
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.mapping import Layout, hf_names, to_hf, to_megatron
+from peergrad.parallel.hf.rope import Rope
 
 SHAPE = Shape(
     family="qwen3",
@@ -17,8 +18,7 @@ SHAPE = Shape(
     vocab=21,
     max_length=64,
     norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_factor=None,
+    rope=Rope(1e4),
     qk_norm=True,
     tied=False,
 )
@@ -86,4 +86,4 @@ def test_both_specs_use_one_table() -> None:
     assert alone == fused
     assert alone.names == ("model.layers.7.input_layernorm.weight",)
     with pytest.raises(KeyError):
-        hf_names("decoder.layers.7.self_attention.linear_qkv.bias")
+        hf_names("decoder.layers.7.mlp.linear_fc1.bias")

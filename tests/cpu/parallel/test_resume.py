@@ -1,13 +1,17 @@
 """Which checkpoints a run may go on from: steps and learning rates worked out by hand."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peergrad.config import AlgoConfig, Config, OptimConfig, RunConfig, Schedule
+from peergrad.parallel.hf.rope import Rope
 from peergrad.parallel.optimizer import schedule_updates
-from peergrad.parallel.resume import moved_rate, require_same_course
+from peergrad.parallel.resume import moved_rate, require_same_course, require_same_model
+from tests.cpu.parallel.test_mapping import SHAPE
 
 PATH = Path("runs/x/checkpoints/step_000020")
 
@@ -20,6 +24,21 @@ def config(steps: int, epochs: int = 1, **optim: Any) -> Config:
 
 def meta(step: int, total: int, per_step: int = 1) -> dict[str, Any]:
     return {"step": step, "updates": step * per_step, "schedule_updates": total}
+
+
+def test_a_checkpoint_is_of_one_model() -> None:
+    """Also one from before there was more than one way to scale a rope."""
+    llama3 = Rope(5e5, "llama3", factor=8.0, original=8192, slow=1.0, fast=4.0)
+    scaled = replace(SHAPE, rope=llama3)
+    ours = json.loads(json.dumps({"shape": asdict(scaled)}))
+    older = {"shape": {"heads": SHAPE.heads, "rope_theta": 5e5, "rope_factor": 8.0}}
+    for made in (ours, older):
+        require_same_model("run.resume", PATH, made, scaled)
+        with pytest.raises(ValueError, match=r"is of another model \(rope"):
+            require_same_model("run.resume", PATH, made, SHAPE)
+        with pytest.raises(ValueError, match=r"is of another model \(rope"):
+            wider = replace(llama3, factor=32.0)
+            require_same_model("run.resume", PATH, made, replace(SHAPE, rope=wider))
 
 
 def test_the_schedule_is_counted_in_optimizer_steps() -> None:

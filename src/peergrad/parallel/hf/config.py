@@ -5,14 +5,13 @@ from.
 and the run itself see one model. Defaults are those of transformers' configuration classes.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
 
-from peergrad.config import require
-from peergrad.parallel.hf.strict_json import parse
+from peergrad.parallel.hf.families import FAMILIES
+from peergrad.parallel.hf.family import Family
+from peergrad.parallel.hf.rope import Rope, read_rope
+from peergrad.parallel.hf.source import Source
 
 VOCAB_MULTIPLE = 128
 """The embedding is padded to a multiple of this, whatever the layout, so that a checkpoint's shapes
@@ -20,15 +19,9 @@ do not depend on the tensor-parallel size (any divisor of 128). Kernels reduce t
 eight blocks, each of which then begins on 16 bytes (kernels/shard.py). Checkpoints of another
 padding are loaded, too; rows that they lack are 0."""
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-FAMILIES = tuple(ARCHITECTURES)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
-LLAMA3_ROPE = {
-    "low_freq_factor": 1,
-    "high_freq_factor": 4,
-    "original_max_position_embeddings": 8192,
-}
-"""The values that Megatron's form of Llama 3.1's frequency scaling has built in."""
+ENGINE = ("bias", "dual_chunk_attention_config", "original_num_attention_heads")
+"""Unknown to transformers' classes of all families, but not to those of SGLang."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Shape:
 
     Example:
         Qwen3-0.6B: ``layers=28, hidden=1024, heads=16, kv_heads=8, head_dim=128, ffn=3072,
-        vocab=151936, max_length=40960, qk_norm=True, tied=True``
+        vocab=151936, max_length=40960, rope=Rope(1e6), qk_norm=True, tied=True``
     """
 
     family: str
@@ -50,10 +43,11 @@ class Shape:
     vocab: int
     max_length: int
     norm_eps: float
-    rope_theta: float
-    rope_factor: float | None  # Llama 3.1's frequency scaling
-    qk_norm: bool
+    rope: Rope
     tied: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
 
     @property
     def padded_vocab(self) -> int:
@@ -66,17 +60,17 @@ def read_shape(path: str, key: str = "model.path") -> Shape:
     Raises ValueError if there is none, if its values make no sense, or for a family or a feature
     that the mapping to Megatron does not cover.
     """
-    source = _Source(path, key, read_model_config(path, key))
-    family = source.one_of("model_type", FAMILIES)
+    source = Source(path, key)
+    family = FAMILIES[source.one_of("model_type", tuple(FAMILIES))]
     layers = source.size("num_hidden_layers")
     _refuse_features(source, family, layers)
     hidden, heads = source.size("hidden_size"), source.size("num_attention_heads")
-    kv_heads = source.size("num_key_value_heads", 32 if family == "qwen3" else heads, null=heads)
+    kv_heads = source.size("num_key_value_heads", family.kv_heads or heads, null=heads)
     if heads % kv_heads:
         source.refuse("num_key_value_heads", f"must divide num_attention_heads ({heads})")
-    theta, factor = _rope(source)
+    biases = family.attention_bias and source.flag("attention_bias")
     return Shape(
-        family=family,
+        family=family.model_type,
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -86,143 +80,61 @@ def read_shape(path: str, key: str = "model.path") -> Shape:
         vocab=source.size("vocab_size"),
         max_length=source.size("max_position_embeddings"),
         norm_eps=source.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_factor=factor,
-        qk_norm=family == "qwen3",
+        rope=read_rope(source),
         tied=source.flag("tie_word_embeddings"),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias or biases,
+        o_bias=biases,
     )
 
 
-def read_model_config(path: str, key: str) -> dict[str, Any]:
-    """config.json of the HF folder ``path``, which ``key`` names; ValueError if there is none."""
-    try:
-        found = parse((Path(path) / "config.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        rule = "must be a folder with an HF checkpoint (config.json is missing)"
-        remedy = "correct the path, or make a tiny model with tools/make_tiny_model.py"
-        raise ValueError(f"{key} = {path!r}: {rule}; {remedy}") from error
-    except OSError as error:
-        rule = f"its config.json cannot be read ({error.strerror})"
-        raise ValueError(
-            f"{key} = {path!r}: {rule}; correct the path or its permissions"
-        ) from error
-    except ValueError as error:
-        rule = f"config.json is not JSON ({error})"
-        raise ValueError(f"{key} = {path!r}: {rule}; download it again") from error
-    require(isinstance(found, dict), key, path, "config.json holds no object", "download it again")
-    model: dict[str, Any] = found
-    return model
-
-
-class _Source:
-    """The values of one config.json, each checked as it is taken."""
-
-    def __init__(self, path: str, key: str, values: dict[str, Any]) -> None:
-        self.path, self.key, self.values = path, key, values
-
-    def refuse(self, name: str, rule: str, remedy: str = "choose another model") -> NoReturn:
-        value = json.dumps(self.values.get(name))
-        shown = value if len(value) <= 80 else value[:77] + "..."
-        raise ValueError(
-            f"{self.key} = {self.path!r}: {name} = {shown} in config.json {rule}; {remedy}"
-        )
-
-    def size(self, name: str, default: int | None = None, *, null: int | None = None) -> int:
-        """A positive whole number; ``null``: what a null stands for."""
-        value = self.values.get(name, default)
-        if value is None and name in self.values and null is not None:
-            return null
-        if name not in self.values and default is None:
-            rule, remedy = f"config.json has no {name}", "choose another model"
-            raise ValueError(f"{self.key} = {self.path!r}: {rule}; {remedy}")
-        if type(value) is not int or value < 1:
-            self.refuse(name, "must be a positive whole number", "correct it")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        # transformers insists on a decimal point, and so does the engine that loads through it.
-        value = self.values.get(name, default)
-        if not (isinstance(value, float) and 0 < value < math.inf):
-            self.refuse(name, "must be a positive number, such as 1e-6", "correct it")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
-        if not isinstance(value, bool):
-            self.refuse(name, "must be true or false", "correct it")
-        return value
-
-    def one_of(self, name: str, choices: tuple[str, ...]) -> str:
-        value = self.values.get(name)
-        if value not in choices:
-            self.refuse(name, f"must be {' or '.join(choices)}")
-        return str(value)
-
-
-def _head_dim(source: _Source, family: str, hidden: int, heads: int) -> int:
-    if family == "llama" and hidden % heads:  # transformers refuses it even with a head_dim
+def _head_dim(source: Source, family: Family, hidden: int, heads: int) -> int:
+    if family.heads_divide_hidden and hidden % heads:
         source.refuse("num_attention_heads", f"must divide hidden_size ({hidden})")
-    if family == "qwen3":
-        head_dim = source.size("head_dim", 128)
-    else:
-        head_dim = source.size("head_dim", hidden // heads, null=hidden // heads)
+    quotient = max(1, hidden // heads)
+    null = quotient if family.head_dim_null else None
+    head_dim = source.size("head_dim", family.head_dim or quotient, null=null)
+    if head_dim != quotient and not family.head_dim_free:
+        source.refuse("head_dim", f"is not supported, only hidden_size / heads ({quotient})")
     if head_dim % 2:
         source.refuse("head_dim", "must be even: rotary embeddings turn pairs")
     return head_dim
 
 
-def _refuse_features(source: _Source, family: str, layers: int) -> None:
+def _refuse_features(source: Source, family: Family, layers: int) -> None:
     """Whatever would make this another function of its weights than the one that is trained."""
     values = source.values
     named = values.get("architectures")
-    if named is not None and named != [ARCHITECTURES[family]]:
-        source.refuse("architectures", f'is not supported, only ["{ARCHITECTURES[family]}"]')
+    if named is not None and named != [family.architecture]:
+        source.refuse("architectures", f'is not supported, only ["{family.architecture}"]')
+    # Where q, k and v have biases anyway no reader asks for attention_bias.
+    biased = ("attention_bias",) if family.attention_bias or family.qkv_bias else ()
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if values.get(name, False) is not False:
+        if name not in biased and values.get(name, False) is not False:
             source.refuse(name, "is not supported, only false")
     if values.get("hidden_act", "silu") != "silu":
         source.refuse("hidden_act", "is not supported, only silu")
     if values.get("layer_types") not in (None, ["full_attention"] * layers):
         source.refuse("layer_types", "is not supported, only full_attention in every layer")
-    # Qwen3's sliding_window counts for nothing without use_sliding_window.
-    windows = () if family == "qwen3" else ("sliding_window",)
+    _refuse_window(source, family)
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             source.refuse(name, "is not supported", "use the unquantised model")
     # Readers of today take the model from an inner configuration, if there is one.
-    for name in (*EXPERTS, *windows, "text_config"):
+    for name in (*EXPERTS, *ENGINE, "text_config"):
         if values.get(name) not in (None, 0):
             source.refuse(name, "is not supported")
-    if values.get("partial_rotary_factor") not in (None, 1):
-        source.refuse("partial_rotary_factor", "is not supported, only 1")
+    if values.get("rope_is_neox_style", True) is not True:
+        source.refuse("rope_is_neox_style", "is not supported, only true")
 
 
-def _rope(source: _Source) -> tuple[float, float | None]:
-    """(theta, Llama 3.1 scaling factor or None), in the new spelling (``rope_parameters``) or the
-    old one (``rope_theta`` and ``rope_scaling``, which wins)."""
-    values = source.values
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(name)
-    if rope is None:
-        rope = {}
-    if not isinstance(rope, dict):
-        source.refuse(name, "must be an object", "correct it")
-    theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        source.refuse("rope_theta" if "rope_theta" in values else name, "must be a positive number")
-    if rope.get("partial_rotary_factor", 1) not in (None, 1):
-        source.refuse(name, "is not supported: partial_rotary_factor must be 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default" and not set(rope) & {"full_attention", "sliding_attention"}:
-        return float(theta), None
-    length = {"original_max_position_embeddings": values.get("max_position_embeddings")}
-    factor = rope.get("factor")
-    fixed = all({**length, **rope}.get(key) == value for key, value in LLAMA3_ROPE.items())
-    number = isinstance(factor, int | float) and 1 <= factor < math.inf
-    if kind == "llama3" and fixed and number:
-        return float(theta), float(rope["factor"])
-    source.refuse(
-        name,
-        "is not supported: only the default rope and Llama 3.1's scaling (low 1, high 4, "
-        "original length 8192)",
-    )
+def _refuse_window(source: Source, family: Family) -> None:
+    """A sliding window, unless no sequence is longer than it."""
+    window = source.values.get("sliding_window", family.window)
+    longest = source.size("max_position_embeddings")
+    wide = type(window) is int and window >= longest
+    if window is not None and not wide and not family.window_flag:
+        by = "" if "sliding_window" in source.values else "(by default) "
+        rule = f"{by}is not supported, only null or max_position_embeddings ({longest}) and up"
+        remedy = "lower max_position_embeddings there to its width, or choose another model"
+        source.refuse("sliding_window", rule, remedy, default=window)

@@ -121,7 +121,7 @@ def _refuse_unused(folder: Folder, unused: list[str], shape: Shape) -> None:
         rule += "config.json leaves out"
         folder.require(False, rule, ONE_MODEL)
     if biases:
-        rule = f"has a tensor {some(biases, 1)}, but biases are not supported"
-        folder.require(False, rule, "choose another model")
+        rule = f"has a tensor {some(biases, 1)}, but the {shape.family} model of config.json has "
+        folder.require(False, f"{rule}no such bias", ONE_MODEL)
     rule = f"tensor {some(unused, 1)} has no place in the {shape.family} model of config.json"
     folder.require(False, rule, "use a plain causal language model with its own config.json")

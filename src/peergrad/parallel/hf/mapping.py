@@ -2,7 +2,7 @@
 
 The layer specs name their norms differently (``input_layernorm`` stands alone in the torch spec and
 inside ``linear_qkv`` in the te spec); names are brought to the te form first, so one table serves
-both. A new family is new rows here.
+both. All families have these names; a model has those rows that its biases and norms call for.
 """
 
 import re
@@ -48,9 +48,14 @@ _LAYER = {
         tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
         Layout.QKV,
     ),
+    "self_attention.linear_qkv.bias": (
+        tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+        Layout.QKV,
+    ),
     "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), Layout.PLAIN),
     "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), Layout.PLAIN),
     "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), Layout.PLAIN),
+    "self_attention.linear_proj.bias": (("self_attn.o_proj.bias",), Layout.PLAIN),
     "mlp.linear_fc1.layer_norm_weight": (("post_attention_layernorm.weight",), Layout.PLAIN),
     "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), Layout.GATE_UP),
     "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), Layout.PLAIN),

@@ -22,15 +22,17 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     norms = dict.fromkeys(["q_norm", "k_norm"], (shape.head_dim,)) if shape.qk_norm else {}
     attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
     mlp = {"gate_proj": (shape.ffn, h), "up_proj": (shape.ffn, h), "down_proj": (h, shape.ffn)}
+    biased = "qkv" * shape.qkv_bias + "o" * shape.o_bias
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (h,),
-        **{f"self_attn.{name}": size for name, size in {**attention, **norms}.items()},
-        "post_attention_layernorm": (h,),
-        **{f"mlp.{name}": size for name, size in mlp.items()},
+        "input_layernorm.weight": (h,),
+        **{f"self_attn.{name}.weight": size for name, size in {**attention, **norms}.items()},
+        **{f"self_attn.{x}_proj.bias": attention[f"{x}_proj"][:1] for x in biased},
+        "post_attention_layernorm.weight": (h,),
+        **{f"mlp.{name}.weight": size for name, size in mlp.items()},
     }
     found: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab, h)}
     for i in range(shape.layers):
-        found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+        found |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     found["model.norm.weight"] = (h,)
     if not shape.tied:
         found[HEAD] = (shape.vocab, h)
