@@ -54,7 +54,7 @@ def timed(forward: Callable[[], Sequence[Tensor]], *, backward: bool = True) -> 
         middle = perf_counter() - begin
         if not backward:
             return (middle,)
-        torch.stack([x.sum() for x in values]).sum().backward()
+        torch.autograd.backward([x.sum() for x in values])
         return middle, perf_counter() - begin
 
 
@@ -106,7 +106,7 @@ def from_hidden(sizes: Sizes) -> dict[str, Way]:
     def torchs() -> Sequence[Tensor]:
         return [F.cross_entropy(hidden @ weight.t(), targets, reduction="none")]
 
-    ways = {
+    ways: dict[str, Callable[[], Sequence[Tensor]]] = {
         "scores": partial(ours, entropy=False),
         "product, F.cross_entropy": torchs,
         "scores, with entropy": partial(ours, entropy=True),
@@ -127,9 +127,11 @@ def budgets(sizes: Sizes) -> dict[str, Way]:
         x = hidden.clone().requires_grad_()
         return fused_linear_loss(x, weight, targets, derivative, chunk=chunk, **options)[:1]
 
-    chunks = {mb: rows_that_fit(weight, torch.float32, megabytes=mb) for mb in (16, 32, 64, 128, 256)}
-    named = {f"{mb} MiB, {rows} rows": rows for mb, rows in chunks.items()}
-    return {name: partial(timed, partial(train, rows)) for name, rows in named.items()}
+    ways: dict[str, Way] = {}
+    for size in (16, 32, 64, 128, 256):
+        rows = rows_that_fit(weight, torch.float32, megabytes=size)
+        ways[f"{size} MiB, {rows} rows"] = partial(timed, partial(train, rows))
+    return ways
 
 
 def drawn(rows: int, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
