@@ -76,7 +76,7 @@ def benchmark(folder: Path, times: int) -> tuple[int, list[dict[str, float]]]:
     from peergrad.parallel import damage
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.digests import digests
-    from peergrad.parallel.groups import close_groups, init_groups
+    from peergrad.parallel.mesh import close_mesh, init_mesh
     from peergrad.parallel.policy import Policy
     from peergrad.storage import size_of
 
@@ -85,10 +85,10 @@ def benchmark(folder: Path, times: int) -> tuple[int, list[dict[str, float]]]:
         model=ModelConfig(path=str(folder / "hf"), dtype=Dtype.float32),
         parallel=ParallelConfig(spec=Spec.torch),
     )
-    groups = init_groups(config.parallel, seed=0)
+    mesh = init_mesh(config.parallel, seed=0)
     try:
-        policy = Policy(config, groups)
-        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=1), groups)
+        policy = Policy(config, mesh)
+        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=1), mesh)
         gc.freeze()  # as a run does: Megatron's search for garbage then costs nothing
         rows = []
         for step in range(1, times + 2):
@@ -104,12 +104,12 @@ def benchmark(folder: Path, times: int) -> tuple[int, list[dict[str, float]]]:
                 checkpoints.finish()
             names = damage.read_meta(path)["files"]
             with timed(row, "digests"):
-                digests(path, names, groups)
+                digests(path, names, mesh)
             with timed(row, "verify"):
-                assert damage.verify(path, groups) is None
+                assert damage.verify(path, mesh) is None
             forget(path)
             with timed(row, "verify_cold"):
-                assert damage.verify(path, groups) is None
+                assert damage.verify(path, mesh) is None
             with timed(row, "load"):
                 assert checkpoints.restore(policy) == step
             rows.append(row)
@@ -117,7 +117,7 @@ def benchmark(folder: Path, times: int) -> tuple[int, list[dict[str, float]]]:
             print(f"{step - 1}/{times}  {', '.join(told)}", flush=True)
         return size_of(path), rows[1:]
     finally:
-        close_groups()
+        close_mesh()
 
 
 def save_plainly(policy: "Policy", file: Path) -> None:

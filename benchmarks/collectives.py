@@ -28,7 +28,7 @@ from summary import save_result, spread, write_result
 from torch import Tensor
 
 from peergrad.config import ParallelConfig
-from peergrad.parallel.groups import Groups, close_groups, init_groups
+from peergrad.parallel.mesh import Mesh, close_mesh, init_mesh
 from peergrad.rollout.buckets import buckets
 from peergrad.rollout.sync import join_group
 
@@ -47,11 +47,11 @@ def seconds(action: Callable[[], Any]) -> float:
     return perf_counter() - begin
 
 
-def all_reduce(groups: Groups, size: int) -> dict[str, Any]:
+def all_reduce(mesh: Mesh, size: int) -> dict[str, Any]:
     """Of ``size`` bytes of float32 over the ranks that share the data."""
-    numbers = torch.full((size // 4,), 3.0, device=groups.device)
-    times = [seconds(lambda: dist.all_reduce(numbers, group=groups.data)) for _ in range(ROUNDS)]
-    assert numbers[0] == numbers[-1] == 3 * groups.world ** len(times)
+    numbers = torch.full((size // 4,), 3.0, device=mesh.device)
+    times = [seconds(lambda: dist.all_reduce(numbers, group=mesh.data)) for _ in range(ROUNDS)]
+    assert numbers[0] == numbers[-1] == 3 * mesh.world ** len(times)
     return {"bytes": size, "seconds": asdict(spread(times[WARMUP:]))}
 
 
@@ -99,10 +99,10 @@ def weight_sync(device: torch.device, size: int) -> dict[str, Any]:
     return found
 
 
-def parts(tiny: bool, kept: list[Groups]) -> Iterator[Part]:
+def parts(tiny: bool, kept: list[Mesh]) -> Iterator[Part]:
     def join() -> dict[str, Any]:
         begin = perf_counter()
-        kept.append(init_groups(ParallelConfig(), seed=0))
+        kept.append(init_mesh(ParallelConfig(), seed=0))
         nccl = list(torch.cuda.nccl.version()) if GPU else None  # type: ignore[no-untyped-call]
         return {"seconds": perf_counter() - begin, "backend": dist.get_backend(), "nccl": nccl}
 
@@ -112,7 +112,7 @@ def parts(tiny: bool, kept: list[Groups]) -> Iterator[Part]:
     size = 2**20 if tiny else 2**31
     yield "weight sync", lambda: weight_sync(kept[0].device, size)
     yield "an all-reduce behind it", lambda: all_reduce(kept[0], 2**12)
-    yield "all groups closed", lambda: {"seconds": seconds(close_groups)}
+    yield "all groups closed", lambda: {"seconds": seconds(close_mesh)}
 
 
 def main() -> int:
@@ -124,7 +124,7 @@ def main() -> int:
     out = options.out or result_path(gpu, "collectives")
     result = {"benchmark": "collectives", **describe(gpu), "load_average_before": load_average()}
     records: list[dict[str, Any]] = []
-    kept: list[Groups] = []
+    kept: list[Mesh] = []
     for what, part in parts(options.tiny, kept):
         try:
             records.append({"what": what, **part()})

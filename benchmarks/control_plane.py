@@ -195,7 +195,7 @@ def on_one_core(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 
 def broadcast(rank: int, sizes: Sequence[int], repeats: int, folder: str) -> None:
-    """``Groups.share`` of a step's groups: what ``torch.distributed`` makes of an object."""
+    """``Mesh.share`` of a step's groups: what ``torch.distributed`` makes of an object."""
     file = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
     records = []

@@ -149,22 +149,22 @@ def benchmark(
 ) -> dict[str, Any]:
     """Build the models, run the steps, return everything the result file says of them."""
     # Imported here: --help should not have to wait for Megatron.
-    from peergrad.parallel.groups import close_groups, init_groups
+    from peergrad.parallel.mesh import close_mesh, init_mesh
     from peergrad.parallel.policy import Policy, Scorer
 
     config = configure(work, folder, dtype, warmup + steps)
-    groups = init_groups(config.parallel, seed=0)
+    mesh = init_mesh(config.parallel, seed=0)
     try:
-        policy = Policy(config, groups)
+        policy = Policy(config, mesh)
         made = make_groups(work, policy.shape.vocab)
         state, length = AlgoState(config.algo.kl.coef), work.answer
         graded = grade(made, make_samples(made), config.algo, state, max_tokens=length)[0]
         samples = weigh(graded, config.algo, max_tokens=length)
-        trainer = Trainer(config, policy, Scorer(config, groups, path=folder), samples)
+        trainer = Trainer(config, policy, Scorer(config, mesh, path=folder), samples)
         rows = trainer.run(warmup, steps)
         return {"dtype": dtype.name, "warmup": warmup, **trainer.report(rows, peak)}
     finally:
-        close_groups()
+        close_mesh()
 
 
 class Trainer:
@@ -177,7 +177,7 @@ class Trainer:
         self.objective = Objective(config.algo)
         largest = max(tensor.numel() for _, tensor in policy.weights())
         dtype = next(policy.model.parameters()).dtype
-        self.buffer = torch.empty(largest, dtype=dtype, device=policy.groups.device)
+        self.buffer = torch.empty(largest, dtype=dtype, device=policy.mesh.device)
 
     def run(self, warmup: int, steps: int) -> list[dict[str, float]]:
         """Seconds per phase of every measured step; peak memory is theirs, too."""

@@ -20,8 +20,8 @@ from peergrad.observing.curve import CurveSink
 from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB
 from peergrad.observing.screen import Screen
 from peergrad.parallel.checkpoint import Checkpoints
-from peergrad.parallel.groups import Groups, close_groups, init_groups
 from peergrad.parallel.job import Job
+from peergrad.parallel.mesh import Mesh, close_mesh, init_mesh
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.rollout.collector import Collector
 from peergrad.rollout.errors import Ended, ServerError, none_ended
@@ -57,22 +57,22 @@ class Build:
 
     def train(self, ending: Ending) -> None:
         """The whole run on this rank."""
-        groups = self.join(ending)
+        mesh = self.join(ending)
         # As rank 0 has it, which alone has read what run.epochs depends on.
-        self.config = config = groups.share(lambda: self.config)
+        self.config = config = mesh.share(lambda: self.config)
         last = config.run.steps
-        policy, checkpoints, start = self.load_policy(groups)
+        policy, checkpoints, start = self.load_policy(mesh)
         state = restore_state(config, checkpoints.algo_state(start))
-        reference = self.load_reference(groups, checkpoints, state, start)
+        reference = self.load_reference(mesh, checkpoints, state, start)
         rollouts = self.start_rollouts(
-            groups, checkpoints.collector_state(start), policy, ending.stop.reason
+            mesh, checkpoints.collector_state(start), policy, ending.stop.reason
         )
-        metrics = self.start_metrics(groups, start)
+        metrics = self.start_metrics(mesh, start)
         with self.stage("sync", "the first weight sync"):
             sync_weights(config, rollouts, policy, version=start)
         metrics.write("start", start, self.start_row())
         gc.freeze()  # all of this stays: Megatron looks for garbage in every save
-        job, stop = groups.job, ending.stop
+        job, stop = mesh.job, ending.stop
         stop.listen(job.ask_to_stop, job.asked_to_stop)
         train(
             config,
@@ -83,7 +83,7 @@ class Build:
             reference=reference,
             checkpoints=checkpoints,
             metrics=metrics,
-            stop=lambda: groups.share(stop.between_steps),
+            stop=lambda: mesh.share(stop.between_steps),
         )
         with metrics.event("export", last):
             policy.export(self.directory.hf)
@@ -100,20 +100,20 @@ class Build:
         """Seconds from the start of this process, its imports included, and of the stages."""
         return {"time/start": _age(), **self.times}
 
-    def join(self, ending: Ending) -> Groups:
-        """Find the other ranks, agree on the log folder, lay out the process groups."""
+    def join(self, ending: Ending) -> Mesh:
+        """Find the other ranks, agree on the log folder, lay out the process mesh."""
         parallel = self.config.parallel
         # Rank 0 comes once it has found the servers.
         minutes = parallel.timeout_minutes + self.config.rollout.servers.wait / 60
         with self.stage("join", "the other ranks"):
             job = ending.speaker = Job.connect(minutes=minutes)
             job.await_all(minutes=minutes, heard=self.screen.detail)
-            self.stack.callback(close_groups)
-            groups = init_groups(parallel, seed=self.config.run.seed, job=job)
-            self.attempt = groups.share(lambda: self.attempt)
+            self.stack.callback(close_mesh)
+            mesh = init_mesh(parallel, seed=self.config.run.seed, job=job)
+            self.attempt = mesh.share(lambda: self.attempt)
         attempt = self.attempt
         assert attempt is not None
-        blind = [rank for rank, seen in enumerate(groups.gather(attempt.is_dir())) if not seen]
+        blind = [rank for rank, seen in enumerate(mesh.gather(attempt.is_dir())) if not seen]
         require(
             not blind,
             "run.root",
@@ -121,16 +121,16 @@ class Build:
             f"is another folder on the machines of ranks {blind[:8]}",
             "put it on a disk that all machines share",
         )
-        if groups.rank > 0:
-            ending.log = log_to(attempt, f"rank_{groups.rank:05d}", screen=False)
-        return groups
+        if mesh.rank > 0:
+            ending.log = log_to(attempt, f"rank_{mesh.rank:05d}", screen=False)
+        return mesh
 
-    def load_policy(self, groups: Groups) -> tuple[Policy, Checkpoints, int]:
+    def load_policy(self, mesh: Mesh) -> tuple[Policy, Checkpoints, int]:
         """The model that learns, at the step that it goes on from."""
         config = self.config
         with self.stage("model", f"the model {config.model.path}"):
-            policy = Policy(config, groups)
-        checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint, groups)
+            policy = Policy(config, mesh)
+        checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint, mesh)
         if not config.run.resume:
             return policy, checkpoints, 0
         with self.stage("resume", "the checkpoint to resume from"):
@@ -140,7 +140,7 @@ class Build:
         return policy, checkpoints, start
 
     def load_reference(
-        self, groups: Groups, checkpoints: Checkpoints, state: AlgoState, start: int
+        self, mesh: Mesh, checkpoints: Checkpoints, state: AlgoState, start: int
     ) -> Scorer | None:
         """The frozen model of the KL term, if there is one."""
         model = self.config.model
@@ -149,19 +149,19 @@ class Build:
         with self.stage("reference", f"the reference model {model.reference or model.path}"):
             weights = None if model.reference else model.weights
             path = model.reference or model.path
-            reference = Scorer(self.config, groups, path=path, weights=weights)
+            reference = Scorer(self.config, mesh, path=path, weights=weights)
             if state.reference_step:
                 checkpoints.restore_reference(reference, start)
         return reference
 
     def start_rollouts(
         self,
-        groups: Groups,
+        mesh: Mesh,
         state: bytes | None,
         policy: Policy,
         stop: Callable[[], str | None],
     ) -> Rollouts:
-        """Recorded groups, or on rank 0 servers, collector and weight sync."""
+        """Recorded mesh, or on rank 0 servers, collector and weight sync."""
         rollout = self.config.rollout
         if rollout.replay is not None:
             return ReplayRollouts(Path(rollout.replay))
@@ -195,9 +195,9 @@ class Build:
             self.stack.callback(sync.close)
             return collector, sync
 
-        collector, sync = on_rank_zero(groups, start_engine) or (None, None)
+        collector, sync = on_rank_zero(mesh, start_engine) or (None, None)
         rollouts = LiveRollouts(
-            groups.share,
+            mesh.share,
             collector=collector,
             sync=sync,
             run_dir=self.directory.path,
@@ -214,7 +214,7 @@ class Build:
         identity: str,
         ended: Ended,
     ) -> Collector:
-        """The process that gathers groups, with its prompts and rewards."""
+        """The process that gathers mesh, with its prompts and rewards."""
         assert self.attempt is not None
         with self.stage("collector", "the prompts and the rewards"):
             collector = Collector(
@@ -232,10 +232,10 @@ class Build:
             collector.ready()
         return collector
 
-    def start_metrics(self, groups: Groups, start: int) -> Metrics:
+    def start_metrics(self, mesh: Mesh, start: int) -> Metrics:
         """Where numbers go; nowhere on ranks other than 0."""
-        sinks = on_rank_zero(groups, lambda: self.sinks(start))
-        folder = self.directory.path if groups.rank == 0 else None
+        sinks = on_rank_zero(mesh, lambda: self.sinks(start))
+        folder = self.directory.path if mesh.rank == 0 else None
         metrics = Metrics(sinks or [], folder, waiting=self.screen.waiting)
         self.stack.callback(metrics.close)
         return metrics
@@ -265,8 +265,8 @@ def restore_state(config: Config, saved: dict[str, object] | None) -> AlgoState:
     return state if adapts else replace(state, kl_coef=config.algo.kl.coef)
 
 
-def on_rank_zero(groups: Groups, function: Callable[[], Any]) -> Any:
+def on_rank_zero(mesh: Mesh, function: Callable[[], Any]) -> Any:
     """``function()`` on rank 0, None elsewhere; every rank waits for it and fails if it does."""
     kept: list[Any] = []
-    groups.share(lambda: kept.append(function()))
+    mesh.share(lambda: kept.append(function()))
     return kept[0] if kept else None

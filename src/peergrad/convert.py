@@ -26,8 +26,8 @@ from peergrad.storage import StorageError, in_bytes, size_of, writing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peergrad.parallel.groups import Groups
     from peergrad.parallel.hf.config import Shape
+    from peergrad.parallel.mesh import Mesh
     from peergrad.parallel.model import Stage
 
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -110,22 +110,22 @@ def hf_to_megatron(work: Work) -> str:
         from peergrad.parallel.snapshot import load_weights, on_every_rank, save_weights
         from peergrad.parallel.weights import load_hf, read_shards
 
-    model, groups = _model(work, shape, dtype)
+    model, mesh = _model(work, shape, dtype)
     with work.screen.waiting(f"{path} to be read", announce=True):
-        on_every_rank(groups, lambda: load_hf(model, str(path), shape, groups, key=key))
+        on_every_rank(mesh, lambda: load_hf(model, str(path), shape, mesh, key=key))
     with _writing(work):
-        save_weights(out, model, shape, groups, companions=companions)
+        save_weights(out, model, shape, mesh, companions=companions)
 
     def compare() -> None:
         with open_tensors(source) as reader:
-            for parameter, shard in read_shards(model, reader, shape, groups):
+            for parameter, shard in read_shards(model, reader, shape, mesh):
                 _require_same(parameter.data, shard.to(parameter.dtype), out)
 
-    with _reading_back(work, groups):
+    with _reading_back(work, mesh):
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))  # whatever is not read cannot pass
-        load_weights(out, model, shape, groups, key="--out")
-        on_every_rank(groups, compare)
+        load_weights(out, model, shape, mesh, key="--out")
+        on_every_rank(mesh, compare)
     return _summary(shape, stored, dtype)
 
 
@@ -149,13 +149,13 @@ def megatron_to_hf(work: Work) -> str:
     stored = {str(read_meta(path)["dtype"])}
     dtype = _target(work.options.dtype, stored)
     shape, companions = read_shape(str(path / "hf"), key), Companions.read(path / "hf", key)
-    model, groups = _model(work, shape, dtype)
+    model, mesh = _model(work, shape, dtype)
     with work.screen.waiting(f"{path} to be read", announce=True):
-        load_weights(path, model, shape, groups, key=key)
+        load_weights(path, model, shape, mesh, key=key)
     with _writing(work):
         _on_rank_0(
-            groups,
-            export_hf(model, shape, groups),
+            mesh,
+            export_hf(model, shape, mesh),
             lambda stream: write_hf(stream, out, companions=companions, replace=False),
         )
 
@@ -167,8 +167,8 @@ def megatron_to_hf(work: Work) -> str:
                 names.remove(name)
         assert not names
 
-    with _reading_back(work, groups):
-        _on_rank_0(groups, export_hf(model, shape, groups), compare)
+    with _reading_back(work, mesh):
+        _on_rank_0(mesh, export_hf(model, shape, mesh), compare)
     return _summary(shape, stored, dtype)
 
 
@@ -248,10 +248,10 @@ def _target(asked: str | None, stored: set[str]) -> Dtype:
     return Dtype.float32 if wide else Dtype.bfloat16
 
 
-def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[Stage, Groups]":
+def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[Stage, Mesh]":
     """This rank's part of a model of ``shape``, yet to be filled."""
-    from peergrad.parallel.groups import close_groups, init_groups
     from peergrad.parallel.job import Job
+    from peergrad.parallel.mesh import close_mesh, init_mesh
     from peergrad.parallel.model import build_model
 
     _check_sizes(work.options, shape)
@@ -259,9 +259,9 @@ def _model(work: Work, shape: "Shape", dtype: Dtype) -> "tuple[Stage, Groups]":
     with work.screen.waiting("the other ranks"):
         job = work.ending.speaker = Job.connect(minutes=parallel.timeout_minutes)
         job.await_all(minutes=parallel.timeout_minutes, heard=work.screen.detail)
-        work.stack.callback(close_groups)
-        groups = init_groups(parallel, seed=0, job=job)
-    return build_model(shape, parallel, dtype, groups), groups
+        work.stack.callback(close_mesh)
+        mesh = init_mesh(parallel, seed=0, job=job)
+    return build_model(shape, parallel, dtype, mesh), mesh
 
 
 def _check_sizes(options: Namespace, shape: "Shape") -> None:
@@ -279,7 +279,7 @@ def _check_sizes(options: Namespace, shape: "Shape") -> None:
 
 
 def _on_rank_0(
-    groups: "Groups",
+    mesh: "Mesh",
     stream: "Iterator[tuple[str, Tensor]]",
     function: "Callable[[Iterator[tuple[str, Tensor]]], None]",
 ) -> None:
@@ -287,7 +287,7 @@ def _on_rank_0(
     from peergrad.parallel.snapshot import on_every_rank
 
     failure: Exception | None = None
-    if groups.rank == 0:
+    if mesh.rank == 0:
         try:
             function(stream)
         except Exception as error:
@@ -299,7 +299,7 @@ def _on_rank_0(
         if failure is not None:
             raise failure
 
-    on_every_rank(groups, fail)
+    on_every_rank(mesh, fail)
 
 
 @contextmanager
@@ -310,13 +310,13 @@ def _writing(work: Work) -> Iterator[None]:
 
 
 @contextmanager
-def _reading_back(work: Work, groups: "Groups") -> Iterator[None]:
+def _reading_back(work: Work, mesh: "Mesh") -> Iterator[None]:
     """Remove what was written if it cannot be read back."""
     try:
         with work.screen.waiting("what was written to be read back", announce=True):
             yield
     except BaseException:
-        if groups.rank == 0:
+        if mesh.rank == 0:
             shutil.rmtree(work.options.out, ignore_errors=True)
         raise
 

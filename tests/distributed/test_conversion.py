@@ -116,14 +116,14 @@ def save_without_the_model(path: str, root: str) -> None:
     """Start on model ``path``, take that folder away, save and export."""
     from peergrad.config import CheckpointConfig, Config, Dtype, ModelConfig, ParallelConfig
     from peergrad.parallel.checkpoint import Checkpoints
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.policy import Policy
 
     config = Config(model=ModelConfig(path=path, dtype=Dtype.bfloat16))
-    policy = Policy(config, init_groups(ParallelConfig(), seed=0))
+    policy = Policy(config, init_mesh(ParallelConfig(), seed=0))
     (Path(path) / "chat_template.jinja").write_text("another")
     Path(path).rename(Path(root) / "gone")
-    checkpoints = Checkpoints(Path(root) / "checkpoints", CheckpointConfig(), policy.groups)
+    checkpoints = Checkpoints(Path(root) / "checkpoints", CheckpointConfig(), policy.mesh)
     checkpoints.save(policy, None, {}, None, step=1)
     policy.export(Path(root) / "hf")
 

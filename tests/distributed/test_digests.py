@@ -15,29 +15,29 @@ EMPTY, ABC = "99aa06d3014798d86001c324468d497f", "06b05ab6733a618578af5f94892f39
 def take_and_compare(root: str) -> dict[str, Any]:
     from peergrad.config import ParallelConfig
     from peergrad.parallel.digests import changed_file, digests
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
 
-    groups = init_groups(ParallelConfig(), seed=0)
+    mesh = init_mesh(ParallelConfig(), seed=0)
     folder = Path(root)
     names = [f"model/__{rank}_{i}.distcp" for rank in (0, 1, 5) for i in (0, 1)] + ["meta", "empty"]
-    seen: dict[str, Any] = {"taken": (taken := digests(folder, names, groups))}
-    seen["same"] = changed_file(folder, taken, groups)
+    seen: dict[str, Any] = {"taken": (taken := digests(folder, names, mesh))}
+    seen["same"] = changed_file(folder, taken, mesh)
 
     def after(damage: Any) -> Any:
-        groups.share(damage)
-        found = changed_file(folder, taken, groups)
-        groups.barrier()
+        mesh.share(damage)
+        found = changed_file(folder, taken, mesh)
+        mesh.barrier()
         return found
 
     for name in names[:-1]:
         file = folder / name
-        content = groups.share(file.read_bytes)  # rank 0 alone: it is the one that writes
+        content = mesh.share(file.read_bytes)  # rank 0 alone: it is the one that writes
         flipped = bytes([content[0] ^ 1]) + content[1:]
         seen[name] = after(lambda f=file, c=flipped: f.write_bytes(c))
-        groups.share(lambda f=file, c=content: f.write_bytes(c))
+        mesh.share(lambda f=file, c=content: f.write_bytes(c))
     seen["gone"] = after((folder / "meta").unlink)
     try:
-        digests(folder, names, groups)
+        digests(folder, names, mesh)
     except OSError as error:
         seen["unread"] = str(error)
     return seen

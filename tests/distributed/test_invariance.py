@@ -180,7 +180,7 @@ def gradients(
     from peergrad.algo.samples import make_samples, with_logp
     from peergrad.config import Logprob
     from peergrad.learning import learn
-    from peergrad.parallel.groups import init_groups, leave_layout
+    from peergrad.parallel.mesh import init_mesh, leave_layout
     from peergrad.parallel.policy import Policy, Scorer
 
     if broken == "denominator":  # its own on every rank: what averaging over ranks would do
@@ -209,7 +209,7 @@ def gradients(
         config = replace(
             given, parallel=parallel, kernels=replace(given.kernels, logprob=Logprob[kernel])
         )
-        ranks = init_groups(parallel, seed=0)
+        ranks = init_mesh(parallel, seed=0)
         policy, frozen = Policy(config, ranks), Scorer(config, ranks, path=reference)
         before, update = [p.clone() for p in policy.model.parameters()], policy.update
         fresh = with_logp(make_samples(groups), "logp_old", old)

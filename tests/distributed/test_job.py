@@ -21,13 +21,13 @@ def waits() -> dict[str, Any]:
     """Rank 0 takes three times as long as a collective may; then one of its tasks fails."""
     from peergrad.config import ParallelConfig
     from peergrad.echo import OtherRankFailed
-    from peergrad.parallel.groups import init_groups
     from peergrad.parallel.job import Job
+    from peergrad.parallel.mesh import init_mesh
 
     heard: list[str] = []
     job = Job.connect(minutes=1)
     job.await_all(minutes=1, heard=heard.append)
-    groups = init_groups(ParallelConfig(timeout_minutes=0.05), seed=0, job=job)
+    mesh = init_mesh(ParallelConfig(timeout_minutes=0.05), seed=0, job=job)
 
     def slow() -> int:
         time.sleep(9)
@@ -36,19 +36,19 @@ def waits() -> dict[str, Any]:
     def fail() -> None:
         raise KeyError("on rank 0")
 
-    seen: dict[str, Any] = {"slow": groups.share(slow)}
-    seen["many"] = [groups.share(lambda i=i: i) for i in range(250)]  # more than are kept
+    seen: dict[str, Any] = {"slow": mesh.share(slow)}
+    seen["many"] = [mesh.share(lambda i=i: i) for i in range(250)]  # more than are kept
     try:
-        groups.share(fail)
+        mesh.share(fail)
     except (KeyError, OtherRankFailed) as error:
         seen["error"] = f"{type(error).__name__}: {error}"
     seen["first"] = [job.claim(), job.claim()]
-    groups.barrier()
+    mesh.barrier()
     seen["failed"] = job.failed()
     began = time.monotonic()
     assert job.await_said(0.3) is None
     seen["patience"] = time.monotonic() - began
-    groups.barrier()
+    mesh.barrier()
     if job.rank == 0:
         job.said(7)
     seen["status"] = job.await_said(30)

@@ -37,7 +37,7 @@ def build(path: str, layout: Layout) -> Any:
         ParallelConfig,
         RolloutConfig,
     )
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.policy import Scorer
 
     config = Config(
@@ -46,7 +46,7 @@ def build(path: str, layout: Layout) -> Any:
         kernels=KernelsConfig(chunk=7),
         rollout=RolloutConfig(temperature=0.7),
     )
-    return Scorer(config, init_groups(config.parallel, seed=0), path=path)
+    return Scorer(config, init_mesh(config.parallel, seed=0), path=path)
 
 
 def last_hidden(scorer: Any, batches: list[Any]) -> list[torch.Tensor]:
@@ -74,10 +74,10 @@ def rank_logits(path: str, layout: Layout) -> dict[str, Any]:
     out: dict[str, Any] = {"logits": {}, "weights": {}}
     for name, parts in ways if not {"context", "virtual_pipeline"} & set(layout) else ():
         hidden = last_hidden(scorer, [pack(part, multiple=multiple) for part in parts])
-        if scorer.groups.is_last_stage:
+        if scorer.mesh.is_last_stage:
             weight = scorer.head.model.head_weight()
-            shards = [torch.empty_like(weight) for _ in range(scorer.groups.tensor.size())]
-            torch.distributed.all_gather(shards, weight.detach(), group=scorer.groups.tensor)
+            shards = [torch.empty_like(weight) for _ in range(scorer.mesh.tensor.size())]
+            torch.distributed.all_gather(shards, weight.detach(), group=scorer.mesh.tensor)
             head = torch.cat(shards)[: scorer.shape.vocab]
             rows = torch.cat(
                 [
@@ -96,7 +96,7 @@ def rank_logits(path: str, layout: Layout) -> dict[str, Any]:
 
 def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]:
     """Every model on every layout, one after the other in the same processes."""
-    from peergrad.parallel.groups import leave_layout
+    from peergrad.parallel.mesh import leave_layout
 
     found = []
     for layout in layouts:

@@ -111,7 +111,7 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
         ParallelConfig,
         RolloutConfig,
     )
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.policy import Policy
 
     config = Config(
@@ -130,8 +130,8 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=OptimConfig(lr=1e-2, clip_grad=1.0),
     )
-    groups = init_groups(config.parallel, seed=0)
-    return Policy(config, groups), groups
+    mesh = init_mesh(config.parallel, seed=0)
+    return Policy(config, mesh), mesh
 
 
 def objective(*, entropy_coef: float = 0.0, kl_coef: float = 0.0, **surrogate: Any) -> Any:
@@ -150,13 +150,13 @@ def objective(*, entropy_coef: float = 0.0, kl_coef: float = 0.0, **surrogate: A
 def step(path: str, reference: str, layouts: list[Layout]) -> list[dict[str, Any]]:
     """Scores of policy and reference, refused updates and one that is made, on each layout."""
     from peergrad.algo.samples import with_logp
-    from peergrad.parallel.groups import leave_layout
+    from peergrad.parallel.mesh import leave_layout
     from peergrad.parallel.policy import Scorer
 
     whole, found = objective(entropy_coef=ENTROPY_COEF, kl_coef=KL_COEF), []
     for layout in layouts:
-        policy, groups = make(path, layout)
-        frozen = Scorer(policy.config, groups, path=reference)
+        policy, mesh = make(path, layout)
+        frozen = Scorer(policy.config, mesh, path=reference)
         own, theirs = policy.score(samples(), with_entropy=True), frozen.score(samples())
         assert all(np.isnan(x).all() for x in theirs.entropy)  # nothing reads it: see ``loop``
         good = with_logp(samples(), "logp_ref", theirs.logp)
@@ -315,14 +315,14 @@ def checkpoint_rounds(
     number."""
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
-    from peergrad.parallel.groups import leave_layout
+    from peergrad.parallel.mesh import leave_layout
 
     losses = []
     for i, (layout, distributed, multiple) in enumerate([layouts[0], *layouts]):
         with mock.patch("peergrad.parallel.hf.config.VOCAB_MULTIPLE", multiple):
-            policy, groups = make(path, layout, distributed=distributed)
+            policy, mesh = make(path, layout, distributed=distributed)
         assert policy.shape.vocab == 100
-        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=2), groups)
+        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=2), mesh)
         if i == 0:
             for number in (1, 2):
                 policy.update(samples(), objective())
@@ -366,15 +366,15 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
     then read it on each layout. Weights by HF name, as this rank has them."""
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
-    from peergrad.parallel.groups import leave_layout
+    from peergrad.parallel.mesh import leave_layout
     from peergrad.parallel.policy import Scorer
 
     def weights(model: Any) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in model.weights()}
 
-    policy, groups = make(path, layouts[0])
-    reference = Scorer(policy.config, groups, path=path)
-    checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), groups)
+    policy, mesh = make(path, layouts[0])
+    reference = Scorer(policy.config, mesh, path=path)
+    checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), mesh)
     seen: dict[str, Any] = {"start": weights(reference), "restored": []}
     policy.update(samples(), objective())
     checkpoints.save(policy, None, {}, None, step=1)
@@ -388,9 +388,9 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
     checkpoints.finish()
     for layout in layouts:
         leave_layout()
-        policy, groups = make(path, layout)
-        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), groups)
-        frozen = Scorer(policy.config, groups, path=path)
+        policy, mesh = make(path, layout)
+        checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), mesh)
+        frozen = Scorer(policy.config, mesh, path=path)
         assert checkpoints.restore(policy) == 2
         checkpoints.restore_reference(frozen, 2)
         seen["restored"].append((weights(policy), weights(frozen)))
@@ -422,16 +422,16 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def failing_share() -> str:
     from peergrad.config import ParallelConfig
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
 
-    groups = init_groups(ParallelConfig(), seed=0)
-    assert groups.share(lambda: groups.rank) == 0
+    mesh = init_mesh(ParallelConfig(), seed=0)
+    assert mesh.share(lambda: mesh.rank) == 0
 
     def fail() -> None:
         raise KeyError("the cause")
 
     try:
-        groups.share(fail)
+        mesh.share(fail)
     except Exception as error:
         return f"{type(error).__name__} {error}"
     return "nothing raised"

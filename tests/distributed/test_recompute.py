@@ -30,18 +30,18 @@ def kept_bytes(path: str) -> dict[str, int]:
     from peergrad.algo.packing import pack
     from peergrad.algo.samples import Sample
     from peergrad.config import Dtype, ParallelConfig, Recompute, RecomputeMethod
-    from peergrad.parallel.groups import init_groups
     from peergrad.parallel.hf.config import read_shape
+    from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.model import build_model, run
 
-    groups = init_groups(ParallelConfig(), seed=0)
+    mesh = init_mesh(ParallelConfig(), seed=0)
     tokens, zero = np.arange(TOKENS, dtype=np.int32), np.zeros(TOKENS - 8, np.float32)
     sample = Sample(tokens, 8, zero, zero, zero + 1, zero.astype(np.int32))
     found = {}
     for name, given in CASES.items():
         kinds = {"recompute": Recompute, "recompute_method": RecomputeMethod}
         fields = {k: kinds[k][v] if k in kinds else v for k, v in given.items()}
-        stage = build_model(read_shape(path), ParallelConfig(**fields), Dtype.float32, groups)
+        stage = build_model(read_shape(path), ParallelConfig(**fields), Dtype.float32, mesh)
         held = {p.untyped_storage().data_ptr() for p in stage.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}
 

@@ -92,7 +92,7 @@ def both(path: str, layouts: list[Layout]) -> list[dict[bool, Any]]:
         ParallelConfig,
         RolloutConfig,
     )
-    from peergrad.parallel.groups import init_groups, leave_layout
+    from peergrad.parallel.mesh import init_mesh, leave_layout
     from peergrad.parallel.policy import Policy
 
     results = []
@@ -110,7 +110,7 @@ def both(path: str, layouts: list[Layout]) -> list[dict[bool, Any]]:
             rollout=RolloutConfig(temperature=TEMPERATURE),
             optim=OptimConfig(lr=1e-30, clip_grad=0.0),
         )
-        policy, found = Policy(config, init_groups(parallel, seed=0)), {}
+        policy, found = Policy(config, init_mesh(parallel, seed=0)), {}
         assert policy.model.shares_prompts
         for share in (False, True):
             policy.model.shares_prompts = share

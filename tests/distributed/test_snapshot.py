@@ -34,9 +34,9 @@ def refused(function: Callable[[], Any]) -> str:
 @cache
 def one_rank() -> Any:
     from peergrad.config import ParallelConfig
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
 
-    return init_groups(ParallelConfig(), seed=0)
+    return init_mesh(ParallelConfig(), seed=0)
 
 
 def make_policy(path: str, dtype: str = "float32", distributed: bool = True, **optim: Any) -> Any:
@@ -55,7 +55,7 @@ def keeper(folder: Path, policy: Any, **config: Any) -> Any:
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
 
-    return Checkpoints(folder, CheckpointConfig(**config), policy.groups)
+    return Checkpoints(folder, CheckpointConfig(**config), policy.mesh)
 
 
 def try_everything(root: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def try_folders(root: Path, policy: Any) -> dict[str, Any]:
     other = make_policy(f"{root}/b")
     seen["foreign"] = refused(lambda: checkpoints.restore(other))
     seen["no folder"] = refused(
-        lambda: load_weights(folder / "step_000009", policy.model, policy.shape, policy.groups)
+        lambda: load_weights(folder / "step_000009", policy.model, policy.shape, policy.mesh)
     )
     return seen
 
@@ -203,8 +203,8 @@ def try_damage(folder: Path, policy: Any) -> dict[str, str]:
         seen["large"] = refused(lambda: checkpoints.restore(policy))
         falling = keeper(folder, policy, fallback=True)
         seen["large, fallback"] = refused(lambda: falling.restore(policy))
-        shape, groups = policy.shape, policy.groups
-        seen["large, weights"] = refused(lambda: load_weights(newest, policy.model, shape, groups))
+        shape, mesh = policy.shape, policy.mesh
+        seen["large, weights"] = refused(lambda: load_weights(newest, policy.model, shape, mesh))
     weights.write_bytes(content)
 
     # What no digest guards: checkpoints of older versions.

@@ -28,13 +28,13 @@ run_ranks(2, report_and_sleep, sys.argv[1])
 def dirty() -> tuple[list[str], list[str], int, str]:
     """(what was inherited, and what a rank has of its own once it has joined a job)."""
     from peergrad.config import ParallelConfig
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
     from tests.preload import unfit
 
     before = unfit()
-    groups = init_groups(ParallelConfig(), seed=0)
+    mesh = init_mesh(ParallelConfig(), seed=0)
     os.environ["PEERGRAD_TEST_LEFT"] = "behind"
-    return before, unfit(), groups.world, f"{Path.cwd()} {os.environ.get('PEERGRAD_TEST_GIVEN')}"
+    return before, unfit(), mesh.world, f"{Path.cwd()} {os.environ.get('PEERGRAD_TEST_GIVEN')}"
 
 
 def test_nothing_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,14 +81,14 @@ def measure_gaps(path: str, url: str) -> dict[str, float]:
     from peergrad.algo.objective import Objective
     from peergrad.algo.samples import make_samples, weigh
     from peergrad.config import AlgoConfig, Config, KlConfig, ModelConfig, OptimConfig
-    from peergrad.parallel.groups import init_groups
+    from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.policy import Policy
     from peergrad.rollout.sync import WeightSync
 
     model = ModelConfig(path=path, dtype=Dtype.float32)
     algo = AlgoConfig(kl=KlConfig(coef=0.0))
     config = Config(model=model, algo=algo, optim=OptimConfig(lr=1e-2))
-    policy = Policy(config, init_groups(config.parallel, seed=0))
+    policy = Policy(config, init_mesh(config.parallel, seed=0))
     sync = WeightSync([url], vocab_size=policy.shape.vocab)
     gaps = {}
 

@@ -60,13 +60,13 @@ def measure_gaps(paths: list[str], urls: list[str]) -> list[tuple[float, float]]
     """Largest gaps in nats, on the canary and on sampled tokens, between each trainer and its
     server."""
     from peergrad.config import Config, ModelConfig
-    from peergrad.parallel.groups import init_groups, leave_layout
+    from peergrad.parallel.mesh import init_mesh, leave_layout
     from peergrad.parallel.policy import Scorer
 
     found = []
     for path, url in zip(paths, urls, strict=True):
         config = Config(model=ModelConfig(path=path, dtype=Dtype.float32))
-        trainer = Scorer(config, init_groups(config.parallel, seed=0), path=path)
+        trainer = Scorer(config, init_mesh(config.parallel, seed=0), path=path)
         sync = WeightSync([url], vocab_size=trainer.shape.vocab)
         proof = sync.load(trainer.weights(), 1)
         sync.close()

@@ -28,7 +28,7 @@ from peergrad.parallel.damage import (
     read_meta,
     verify,
 )
-from peergrad.parallel.groups import Groups
+from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.optimizer import schedule_updates
 from peergrad.parallel.policy import Policy, Scorer
 from peergrad.parallel.resume import (
@@ -79,8 +79,8 @@ class _Pending:
 class Checkpoints:
     """The checkpoints of one run; ``folder`` is ``<run>/checkpoints``."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, groups: Groups) -> None:
-        self.folder, self.config, self.groups = folder, config, groups
+    def __init__(self, folder: Path, config: CheckpointConfig, mesh: Mesh) -> None:
+        self.folder, self.config, self.mesh = folder, config, mesh
         self._pending: _Pending | None = None
         self._rotten: dict[Path, str] = {}  # folders that look whole, and what reading them found
 
@@ -122,15 +122,15 @@ class Checkpoints:
         start = time.monotonic()
         target = self.folder / f"step_{step:06d}"
         then = partial(self._then, target)
-        folder = new_snapshot("checkpoint", target, self.groups, then=then)
-        with filling("checkpoint", target, folder, self.groups, then=then):
+        folder = new_snapshot("checkpoint", target, self.mesh, then=then)
+        with filling("checkpoint", target, folder, self.mesh, then=then):
             writes = [write_megatron(folder / "model", policy.model, policy.optimizer, aside=aside)]
             if reference is not None:
-                self.groups.share((folder / REFERENCE).mkdir)
+                self.mesh.share((folder / REFERENCE).mkdir)
                 model = reference.model
                 writes.append(write_megatron(folder / REFERENCE, model, None, aside=aside))
-            rng = folder / f"rng_{self.groups.rank:05d}.pt"
-            on_every_rank(self.groups, lambda: rng.write_bytes(_rng_state()))
+            rng = folder / f"rng_{self.mesh.rank:05d}.pt"
+            on_every_rank(self.mesh, lambda: rng.write_bytes(_rng_state()))
 
             def complete() -> None:
                 if collector is not None:
@@ -138,12 +138,12 @@ class Checkpoints:
                 (folder / ALGO).write_text(json.dumps(algo))
                 policy.companions.write(folder / "hf", dtype=policy.config.model.dtype.name)
 
-            self.groups.share(complete)
+            self.mesh.share(complete)
         meta = describe(
             policy.model,
             policy.shape,
             policy.optimizer,
-            self.groups,
+            self.mesh,
             step=step,
             updates=policy.updates,
             schedule_updates=schedule_updates(policy.config),
@@ -155,7 +155,7 @@ class Checkpoints:
     def written(self) -> bool:
         """Whether ``finish`` would not wait for any rank's files. Collective."""
         assert self._pending is not None
-        return all(self.groups.gather(all(write.done for write in self._pending.writes)))
+        return all(self.mesh.gather(all(write.done for write in self._pending.writes)))
 
     def finish(self) -> Saved:
         """Wait for what ``begin`` has begun, and make it the newest checkpoint. Collective. Saving
@@ -164,7 +164,7 @@ class Checkpoints:
         assert pending is not None
         target, folder = pending.target, pending.folder
         then = partial(self._then, target)
-        with filling("checkpoint", target, folder, self.groups, then=then):
+        with filling("checkpoint", target, folder, self.mesh, then=then):
             known: dict[str, str] = {}
             for write in pending.writes:
                 known |= write.finish()
@@ -174,9 +174,9 @@ class Checkpoints:
                 point_to(target)
                 return size_of(target)
 
-            write_meta(folder, pending.meta, self.groups, known=known)
-            size = self.groups.share(finish)
-        self.groups.share(lambda: self._prune(pending.step))
+            write_meta(folder, pending.meta, self.mesh, known=known)
+            size = self.mesh.share(finish)
+        self.mesh.share(lambda: self._prune(pending.step))
         self._log("saved", target, pending.step, pending.start)
         return Saved(target, size, time.monotonic() - pending.start)
 
@@ -188,7 +188,7 @@ class Checkpoints:
         return f", then resume with run.resume=true: {whole[0].name} is whole"
 
     def _log(self, done: str, path: Path, step: int, start: float) -> None:
-        if self.groups.rank == 0:
+        if self.mesh.rank == 0:
             seconds, size = time.monotonic() - start, size_of(path)
             log.info("%s %s: step %d, %d bytes in %.1f s", done, path, step, size, seconds)
 
@@ -200,33 +200,33 @@ class Checkpoints:
         path = self._newest_verified()
         if path is None:
             return 0
-        meta = self.groups.share(lambda: read_meta(path))
+        meta = self.mesh.share(lambda: read_meta(path))
         require_resumable(path, meta, policy.shape, policy.config)
-        if self.groups.rank == 0 and (rates := moved_rate(meta, policy.config)) is not None:
+        if self.mesh.rank == 0 and (rates := moved_rate(meta, policy.config)) is not None:
             log.warning("%s was to go on at the learning rate %.3g; now it is %.3g", path, *rates)
         try:
             load_megatron(path / "model", policy.model, policy.optimizer)
         except Unloadable as error:
             raise self._refused(path, str(error)) from error.__cause__
         policy.updates = meta["updates"]
-        on_every_rank(self.groups, lambda: self._restore_rng(path, meta["world"]))
+        on_every_rank(self.mesh, lambda: self._restore_rng(path, meta["world"]))
         self._log("resumed from", path, meta["step"], start)
         return int(meta["step"])
 
     def _newest_verified(self) -> Path | None:
         """``_newest``, every bit of it. Collective."""
         self._rotten.clear()
-        while (path := self.groups.share(self._newest)) is not None:
+        while (path := self.mesh.share(self._newest)) is not None:
             self._require_shared(path)
-            problem = verify(path, self.groups)
+            problem = verify(path, self.mesh)
             if problem is None:
                 break
             self._rotten[path] = problem
         return path
 
     def _restore_rng(self, path: Path, world: int) -> None:
-        file = path / f"rng_{self.groups.rank:05d}.pt"
-        if world != self.groups.world:
+        file = path / f"rng_{self.mesh.rank:05d}.pt"
+        if world != self.mesh.world:
             return
         try:
             _set_rng_state(_read_rng_state(file))
@@ -236,7 +236,7 @@ class Checkpoints:
 
     def _require_shared(self, path: Path) -> None:
         """Every rank must see the checkpoint: on several machines, a shared disk. Collective."""
-        blind = [rank for rank, seen in enumerate(self.groups.gather(path.is_dir())) if not seen]
+        blind = [rank for rank, seen in enumerate(self.mesh.gather(path.is_dir())) if not seen]
         require(
             not blind,
             "run.resume",

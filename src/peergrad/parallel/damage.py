@@ -20,7 +20,7 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from peergrad.parallel.digests import changed_file, digests, first_changed
-from peergrad.parallel.groups import Groups
+from peergrad.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -78,14 +78,14 @@ def damage(path: Path) -> str | None:
         return " ".join(str(error).split())
 
 
-def verify(path: Path, groups: Groups) -> str | None:
+def verify(path: Path, mesh: Mesh) -> str | None:
     """What is wrong with the content of a checkpoint's large files, whose sizes ``damage`` has
     found right; None if nothing is. Collective; reads all of them once, divided over the ranks."""
-    meta = groups.share(lambda: read_meta(path))
+    meta = mesh.share(lambda: read_meta(path))
     large = {n: v for n, v in _digests(meta).items() if meta["files"][n] >= SMALL_BYTES}
     start = time.monotonic()
-    problem = changed_file(path, large, groups)
-    if groups.rank == 0 and large:
+    problem = changed_file(path, large, mesh)
+    if mesh.rank == 0 and large:
         size = sum(meta["files"][name] for name in large)
         log.info("%s: %d bytes verified in %.1f s", path, size, time.monotonic() - start)
     return problem
@@ -113,13 +113,11 @@ def _misfit(path: Path, sizes: dict[str, int]) -> str | None:
     return None
 
 
-def describe_files(
-    folder: Path, groups: Groups, known: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path, mesh: Mesh, known: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Sizes and digests of all files in ``folder``, as ``meta.json`` keeps them; ``known``: digests
     that this rank has taken, by the files' names. Collective; the folder is whole on rank 0."""
-    sizes: dict[str, int] = groups.share(lambda: _sizes(folder))
-    return {"files": sizes, "xxh3_128": digests(folder, sizes, groups, known=known)}
+    sizes: dict[str, int] = mesh.share(lambda: _sizes(folder))
+    return {"files": sizes, "xxh3_128": digests(folder, sizes, mesh, known=known)}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

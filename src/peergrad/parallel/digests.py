@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import xxhash
 
-from peergrad.parallel.groups import Groups
+from peergrad.parallel.mesh import Mesh
 
 T = TypeVar("T")
 BUFFER_BYTES = 4 << 20
@@ -30,30 +30,30 @@ def digest(file: Path) -> str:
 
 
 def digests(
-    folder: Path, names: Iterable[str], groups: Groups, *, known: Mapping[str, str] = NONE
+    folder: Path, names: Iterable[str], mesh: Mesh, *, known: Mapping[str, str] = NONE
 ) -> dict[str, str]:
     """The digest of each file in ``folder``. Collective; raises OSError if a rank cannot read one.
 
     Whoever wrote a file reads it, while it is still in that machine's memory, unless it is among
     those whose digest it knows."""
-    mine = [name for name in names if _writer(name, groups.world) == groups.rank]
+    mine = [name for name in names if _writer(name, mesh.world) == mesh.rank]
     found: dict[str, str] = {}
 
     def taken() -> dict[str, str]:
         return {name: known.get(name) or digest(folder / name) for name in mine}
 
-    for part in groups.gather(_attempt(taken)):
+    for part in mesh.gather(_attempt(taken)):
         if isinstance(part, str):
             raise OSError(part)
         found |= part
     return found
 
 
-def changed_file(folder: Path, expected: Mapping[str, str], groups: Groups) -> str | None:
+def changed_file(folder: Path, expected: Mapping[str, str], mesh: Mesh) -> str | None:
     """A file in ``folder`` whose digest is not the expected one, and what is wrong with it; None if
     there is none. Collective."""
-    mine = sorted(expected)[groups.rank :: groups.world]
-    found = groups.gather(_attempt(lambda: first_changed(folder, {n: expected[n] for n in mine})))
+    mine = sorted(expected)[mesh.rank :: mesh.world]
+    found = mesh.gather(_attempt(lambda: first_changed(folder, {n: expected[n] for n in mine})))
     return next(filter(None, found), None)
 
 

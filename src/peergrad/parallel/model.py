@@ -21,8 +21,8 @@ from torch import Tensor
 from peergrad.algo.packing import MicroBatch
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.attention import PackedAttention, PackedRow, take_angles
-from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.norm import RMSNorm
 from peergrad.parallel.options import choose_spec, recompute_fields, with_users_fields
 from peergrad.parallel.output_bias import add_output_bias
@@ -185,21 +185,21 @@ def _te_spec(config: TransformerConfig, shape: Shape) -> ModuleSpec:
     return layer
 
 
-def build_model(shape: Shape, parallel: ParallelConfig, dtype: Dtype, groups: Groups) -> Stage:
+def build_model(shape: Shape, parallel: ParallelConfig, dtype: Dtype, mesh: Mesh) -> Stage:
     """This rank's part of the model, on its device, with weights yet to be loaded."""
     spec = choose_spec(parallel.spec)
     config = transformer_config(shape, parallel, dtype, spec)
     pieces = parallel.virtual_pipeline
     stage = Stage(
-        _build_piece(shape, config, spec, groups, piece=i if pieces > 1 else None)
+        _build_piece(shape, config, spec, mesh, piece=i if pieces > 1 else None)
         for i in range(pieces)
     )
     stage.shares_prompts = spec is Spec.torch and parallel.context == 1
-    return stage.to(device=groups.device, dtype=config.params_dtype)
+    return stage.to(device=mesh.device, dtype=config.params_dtype)
 
 
 def _build_piece(
-    shape: Shape, config: TransformerConfig, spec: Spec, groups: Groups, *, piece: int | None
+    shape: Shape, config: TransformerConfig, spec: Spec, mesh: Mesh, *, piece: int | None
 ) -> PolicyModel:
     """``piece``: its number on this rank; None: there is one."""
     last = (config.virtual_pipeline_model_parallel_size or 1) - 1
@@ -208,8 +208,8 @@ def _build_piece(
         _torch_spec(config, shape, piece) if spec is Spec.torch else _te_spec(config, shape),
         vocab_size=shape.padded_vocab,
         max_sequence_length=shape.max_length,
-        pre_process=groups.pipeline.rank() == 0 and not piece,
-        post_process=groups.is_last_stage and (piece is None or piece == last),
+        pre_process=mesh.pipeline.rank() == 0 and not piece,
+        post_process=mesh.is_last_stage and (piece is None or piece == last),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         parallel_output=True,

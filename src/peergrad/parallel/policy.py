@@ -20,11 +20,11 @@ from peergrad.algo.samples import Sample, make_samples, pieces
 from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.context import hold
-from peergrad.parallel.groups import Groups
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.files import write_hf
+from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import build_optimizer, learning_rate, schedule_updates, wrap_model
 from peergrad.parallel.snapshot import load_weights
@@ -63,18 +63,18 @@ class Scorer:
     """A model that gives logprobs: the frozen reference, and the base of the policy."""
 
     def __init__(
-        self, config: Config, groups: Groups, *, path: str, weights: str | None = None
+        self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
     ) -> None:
-        self.config, self.groups = config, groups
+        self.config, self.mesh = config, mesh
         key = "model.path" if path == config.model.path else "model.reference"
         self.shape = read_shape(path, key)
-        self.model = build_model(self.shape, config.parallel, config.model.dtype, groups)
-        kind = choose_logprob(config.kernels.logprob, groups.device)
+        self.model = build_model(self.shape, config.parallel, config.model.dtype, mesh)
+        kind = choose_logprob(config.kernels.logprob, mesh.device)
         self.head = Head(self.model.pieces[-1], config, vocab=self.shape.vocab, kind=kind)
         if weights is None:
-            load_hf(self.model, path, self.shape, groups, key=key)
+            load_hf(self.model, path, self.shape, mesh, key=key)
         else:
-            load_weights(Path(weights), self.model, self.shape, groups)
+            load_weights(Path(weights), self.model, self.shape, mesh)
 
     def score(
         self,
@@ -118,29 +118,29 @@ class Scorer:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on the ranks of the first data-parallel replica, nothing on
         the others; collective, must be drained by every rank."""
-        return export_hf(self.model, self.shape, self.groups)
+        return export_hf(self.model, self.shape, self.mesh)
 
     def _divide(self, samples: Sequence[Sample]) -> Division:
-        budget = self.config.parallel.micro_batch_tokens * self.groups.context.size()
+        budget = self.config.parallel.micro_batch_tokens * self.mesh.context.size()
         share = self.model.shares_prompts
         # Of micro-batches the interleaved schedule takes one for each pipeline rank at a time.
-        multiple = self.groups.pipeline.size() if len(self.model) > 1 else 1
-        ranks = self.groups.data.size()
+        multiple = self.mesh.pipeline.size() if len(self.model) > 1 else 1
+        ranks = self.mesh.data.size()
         options: dict[str, Any] = {"share": share, "multiple": multiple, "cost": cost(self.shape)}
         return divide(samples, ranks=ranks, budget=budget, **options)
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel = self.config.parallel
-        context = self.groups.context
+        context = self.mesh.context
         multiple = (parallel.tensor if parallel.sequence else 1) * context.size()
-        share, mine = self.model.shares_prompts, bins[self.groups.data.rank()]
+        share, mine = self.model.shares_prompts, bins[self.mesh.data.rank()]
         rows = ([samples[i] for i in part] for part in mine)
         each = 2 * context.size() if context.size() > 1 else 1
         multiple = math.lcm(multiple, each)
         packed = [pack(row, share=share, multiple=multiple, each=each) for row in rows]
         held = [hold(batch, context.rank(), context.size()) for batch in packed]
-        return [_to_device(batch, self.groups.device) for batch in held]
+        return [_to_device(batch, self.mesh.device) for batch in held]
 
     def _collect(
         self,
@@ -152,11 +152,11 @@ class Scorer:
         """Bring (logp, entropy) of every micro-batch to every rank and back into the order of the
         samples; with it ``extra`` of each rank that reports."""
         mine = None
-        if self.groups.reports:
+        if self.mesh.reports:
             columns = [torch.cat(parts).float().cpu().numpy() for parts in zip(*found, strict=True)]
-            first = self.groups.context.rank() == 0  # the others have the same
-            mine = (self.groups.data.rank(), columns if first else None, extra)
-        gathered = [part for part in self.groups.gather(mine) if part is not None]
+            first = self.mesh.context.rank() == 0  # the others have the same
+            mine = (self.mesh.data.rank(), columns if first else None, extra)
+        gathered = [part for part in self.mesh.gather(mine) if part is not None]
         sizes = [s.logp_engine.size for s in samples]
         starts = np.cumsum([0, *sizes])
         scored = np.flatnonzero(np.concatenate([np.zeros(0), *(s.weight for s in samples)]))
@@ -202,9 +202,9 @@ class Scorer:
 class Policy(Scorer):
     """The model that learns."""
 
-    def __init__(self, config: Config, groups: Groups) -> None:
+    def __init__(self, config: Config, mesh: Mesh) -> None:
         self.companions = Companions.read(Path(config.model.path))
-        super().__init__(config, groups, path=config.model.path, weights=config.model.weights)
+        super().__init__(config, mesh, path=config.model.path, weights=config.model.weights)
         self.ddp = wrap_model(self.model, config.parallel)
         self.optimizer = build_optimizer(
             self.ddp, config.optim, config.parallel, config.model.dtype
@@ -252,7 +252,7 @@ class Policy(Scorer):
         when the run started. Collective; rank 0 writes."""
         stream = self.weights()
         failure: list[Exception] = []
-        if self.groups.rank == 0:
+        if self.mesh.rank == 0:
             try:
                 write_hf(stream, folder, companions=self.companions)
             except Exception as error:
@@ -263,7 +263,7 @@ class Policy(Scorer):
             for error in failure:
                 raise error
 
-        self.groups.share(finish)
+        self.mesh.share(finish)
 
     def _set_learning_rate(self) -> float:
         total = schedule_updates(self.config)

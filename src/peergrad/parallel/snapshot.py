@@ -32,9 +32,9 @@ from peergrad.parallel.damage import (
     sealed,
     verify,
 )
-from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import PolicyModel, Stage
 from peergrad.parallel.resume import describe_optimizer, require_same_model
 from peergrad.parallel.saving import Write
@@ -49,25 +49,25 @@ class Unloadable(ValueError):
 
 
 def save_weights(
-    path: Path, model: Stage, shape: Shape, groups: Groups, *, companions: Companions
+    path: Path, model: Stage, shape: Shape, mesh: Mesh, *, companions: Companions
 ) -> None:
     """Write a checkpoint of weights alone (no optimizer): what a conversion makes. Collective.
 
     Something of that name is refused. Raises StorageError if the disk refuses.
     """
-    partial = new_snapshot("checkpoint", path, groups)
-    with filling("checkpoint", path, partial, groups):
+    partial = new_snapshot("checkpoint", path, mesh)
+    with filling("checkpoint", path, partial, mesh):
         digests = write_megatron(partial / "model", model, None, aside=False).finish()
         dtype = str(model.config.params_dtype).removeprefix("torch.")
-        groups.barrier()
-        groups.share(lambda: companions.write(partial / "hf", dtype=dtype))
-        meta = describe(model, shape, None, groups, step=0, updates=0)
-        write_meta(partial, meta, groups, known=digests)
-        groups.share(lambda: put_in_place(partial, path, replace=False))
+        mesh.barrier()
+        mesh.share(lambda: companions.write(partial / "hf", dtype=dtype))
+        meta = describe(model, shape, None, mesh, step=0, updates=0)
+        write_meta(partial, meta, mesh, known=digests)
+        mesh.share(lambda: put_in_place(partial, path, replace=False))
 
 
 def load_weights(
-    path: Path, model: Stage, shape: Shape, groups: Groups, *, key: str = "model.weights"
+    path: Path, model: Stage, shape: Shape, mesh: Mesh, *, key: str = "model.weights"
 ) -> None:
     """Fill ``model`` from the weights of checkpoint ``path``. Collective.
 
@@ -75,7 +75,7 @@ def load_weights(
     """
     start = time.monotonic()
     remedy = "name another step folder, or make it again with tools/hf_to_megatron.py"
-    problem = groups.share(lambda: damage(path)) or verify(path, groups)
+    problem = mesh.share(lambda: damage(path)) or verify(path, mesh)
     if problem is not None:
         raise ValueError(f"{key} = {str(path)!r}: is no whole checkpoint ({problem}); {remedy}")
     require_same_model(key, path, read_meta(path), shape)
@@ -86,17 +86,17 @@ def load_weights(
     log.info("read the weights of %s in %.1f s", path, time.monotonic() - start)
 
 
-def new_snapshot(what: str, target: Path, groups: Groups, *, then: Callable[[], str] = str) -> Path:
+def new_snapshot(what: str, target: Path, mesh: Mesh, *, then: Callable[[], str] = str) -> Path:
     """A fresh hidden folder beside ``target``, the same on every rank, to be filled (``filling``)
     and put in place. Collective. Raises StorageError if the disk refuses, which calls the target
     ``what`` and ends in ``then()``."""
     with writing(what, target, then=then):
-        return groups.share(lambda: _fresh(target))
+        return mesh.share(lambda: _fresh(target))
 
 
 @contextmanager
 def filling(
-    what: str, target: Path, partial: Path, groups: Groups, *, then: Callable[[], str] = str
+    what: str, target: Path, partial: Path, mesh: Mesh, *, then: Callable[[], str] = str
 ) -> Iterator[None]:
     """The body writes into ``partial``, which ``new_snapshot`` made for ``target``; it is removed
     if that fails. Raises as ``new_snapshot`` does."""
@@ -104,7 +104,7 @@ def filling(
         with writing(what, target, then=then):
             yield
     except BaseException:
-        if groups.rank == 0:
+        if mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -117,7 +117,7 @@ def _fresh(target: Path) -> Path:
     return partial
 
 
-def on_every_rank(groups: Groups, function: Callable[[], object]) -> None:
+def on_every_rank(mesh: Mesh, function: Callable[[], object]) -> None:
     """Run ``function``, which has no collective, on every rank. If it fails anywhere it fails
     everywhere, so that no rank waits for another: own errors as they are. Collective."""
     failure: Exception | None = None
@@ -126,7 +126,7 @@ def on_every_rank(groups: Groups, function: Callable[[], object]) -> None:
     except Exception as error:
         failure = error
     mine = None if failure is None else (isinstance(failure, ValueError), str(failure))
-    found = [other for other in groups.gather(mine) if other is not None]
+    found = [other for other in mesh.gather(mine) if other is not None]
     if failure is not None:
         raise failure
     for wrong_value, text in found:
@@ -137,7 +137,7 @@ def describe(
     model: Stage,
     shape: Shape,
     optimizer: MegatronOptimizer | None,
-    groups: Groups,
+    mesh: Mesh,
     **progress: float | str,
 ) -> dict[str, Any]:
     """What ``meta.json`` says of a checkpoint beside its files.
@@ -148,7 +148,7 @@ def describe(
     return {
         "format": FORMAT,
         **progress,
-        "world": groups.world,
+        "world": mesh.world,
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
         "optimizer": None if optimizer is None else describe_optimizer(optimizer),
         "shape": asdict(shape),
@@ -156,12 +156,12 @@ def describe(
 
 
 def write_meta(
-    folder: Path, meta: Mapping[str, Any], groups: Groups, *, known: Mapping[str, str]
+    folder: Path, meta: Mapping[str, Any], mesh: Mesh, *, known: Mapping[str, str]
 ) -> None:
     """Write meta.json of the checkpoint ``folder``, which is complete but for this. ``known``:
     digests that this rank has taken already, by the files' names. Collective."""
-    text = json.dumps(sealed({**meta, **describe_files(folder, groups, known)}), indent=1)
-    groups.share(lambda: (folder / "meta.json").write_text(text))
+    text = json.dumps(sealed({**meta, **describe_files(folder, mesh, known)}), indent=1)
+    mesh.share(lambda: (folder / "meta.json").write_text(text))
 
 
 def point_to(target: Path) -> None:

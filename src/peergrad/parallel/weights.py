@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peergrad.parallel.groups import Groups
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import TensorReader, open_tensors
 from peergrad.parallel.hf.fit import check_weights
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
+from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import Stage
 
 log = logging.getLogger(__name__)
@@ -37,24 +37,22 @@ def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 
 
 @torch.no_grad()
-def load_hf(
-    model: Stage, path: str, shape: Shape, groups: Groups, *, key: str = "model.path"
-) -> None:
+def load_hf(model: Stage, path: str, shape: Shape, mesh: Mesh, *, key: str = "model.path") -> None:
     """Fill this rank's parameters from the HF folder ``path``, reading only what it needs.
 
     Raises ValueError, which names the folder ``key``, unless it holds exactly the tensors of
     ``shape``; rank 0 alone tells of files that were not read.
     """
-    folder = check_weights(path, key, shape, values=groups.rank == 0)
-    if groups.rank == 0 and folder.unread:
+    folder = check_weights(path, key, shape, values=mesh.rank == 0)
+    if mesh.rank == 0 and folder.unread:
         log.warning("%s", folder.unread_line())
     with open_tensors(folder) as reader:
-        for parameter, shard in read_shards(model, reader, shape, groups):
+        for parameter, shard in read_shards(model, reader, shape, mesh):
             parameter.copy_(shard)
 
 
 def read_shards(
-    model: Stage, reader: TensorReader, shape: Shape, groups: Groups
+    model: Stage, reader: TensorReader, shape: Shape, mesh: Mesh
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank, with what the HF files say that it is, in their precision."""
     for name, parameter in local_parameters(model):
@@ -66,15 +64,15 @@ def read_shards(
             mapped.layout,
             shape,
             dim=sharded_dim(parameter),
-            rank=groups.tensor.rank(),
-            ranks=groups.tensor.size(),
+            rank=mesh.tensor.rank(),
+            ranks=mesh.tensor.size(),
         )
         assert shard.shape == parameter.shape, name
         yield parameter, shard
 
 
 @torch.no_grad()
-def export_hf(model: Stage, shape: Shape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(HF name, full tensor)`` in a fixed order, on every rank of the first data-parallel
     replica; the others, which hold the same weights, get nothing.
 
@@ -82,29 +80,27 @@ def export_hf(model: Stage, shape: Shape, groups: Groups) -> Iterator[tuple[str,
     of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.
     Tensors stay valid until the generator advances.
     """
-    if groups.data.rank() != 0 or groups.context.rank() != 0:
+    if mesh.data.rank() != 0 or mesh.context.rank() != 0:
         return
     mine = dict(local_parameters(model))
     described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
     stages: list[list[tuple[str, torch.Size, torch.dtype, int | None]]]
-    stages = [described] * groups.pipeline.size()
-    if groups.pipeline.size() > 1:
-        dist.all_gather_object(stages, described, group=groups.pipeline)
+    stages = [described] * mesh.pipeline.size()
+    if mesh.pipeline.size() > 1:
+        dist.all_gather_object(stages, described, group=mesh.pipeline)
     for stage, parameters in enumerate(stages):
         for name, size, dtype, dim in parameters:
             if shape.tied and name == "output_layer.weight":
                 continue
-            if stage == groups.pipeline.rank():
-                shards = _gather(mine[name].detach(), dim, groups.tensor)
+            if stage == mesh.pipeline.rank():
+                shards = _gather(mine[name].detach(), dim, mesh.tensor)
             else:
-                parts = 1 if dim is None else groups.tensor.size()
-                shards = [
-                    torch.empty(size, dtype=dtype, device=groups.device) for _ in range(parts)
-                ]
-            if groups.pipeline.size() > 1:
-                source = dist.get_global_rank(groups.pipeline, stage)
+                parts = 1 if dim is None else mesh.tensor.size()
+                shards = [torch.empty(size, dtype=dtype, device=mesh.device) for _ in range(parts)]
+            if mesh.pipeline.size() > 1:
+                source = dist.get_global_rank(mesh.pipeline, stage)
                 for shard in shards:
-                    dist.broadcast(shard, src=source, group=groups.pipeline)
+                    dist.broadcast(shard, src=source, group=mesh.pipeline)
             mapped = hf_names(name)
             yield from zip(mapped.names, to_hf(shards, mapped.layout, shape, dim=dim), strict=True)
 

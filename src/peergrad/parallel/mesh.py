@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Groups:
+class Mesh:
     """This process's place in the TP x CP x DP x PP grid.
 
     ``control`` spans all ranks over gloo whatever the device: it carries objects and small numbers.
@@ -82,7 +82,7 @@ class Groups:
         dist.barrier(group=self.control)
 
 
-def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) -> Groups:
+def init_mesh(config: ParallelConfig, *, seed: int, job: Job | None = None) -> Mesh:
     """Build Megatron's groups over the ranks of ``job`` (default: join it) and seed its generators.
     Order of ranks: tensor, context, data, pipeline."""
     device = set_up_device()
@@ -110,7 +110,7 @@ def init_groups(config: ParallelConfig, *, seed: int, job: Job | None = None) ->
         seed, inference_rng_tracker=device.type == "cpu", force_reset_rng=True
     )
     torch.manual_seed(seed)
-    return Groups(
+    return Mesh(
         job=job,
         device=device,
         rank=dist.get_rank(),
@@ -130,11 +130,11 @@ def _joined(minutes: float) -> Job:
 
 
 def leave_layout() -> None:
-    """Forget the grid but stay in the job; ``init_groups`` may lay it out anew."""
+    """Forget the grid but stay in the job; ``init_mesh`` may lay it out anew."""
     parallel_state.destroy_model_parallel()
 
 
-def close_groups() -> None:
+def close_mesh() -> None:
     """Leave the job; safe to call twice."""
     if dist.is_initialized():
         leave_layout()
