@@ -25,6 +25,7 @@ LAYOUTS = {  # name -> processes and overrides
     "data2": (2, ["parallel.data=2"]),
     "data2_again": (2, ["parallel.data=2"]),
     "data2_plain": (2, ["parallel.data=2", "parallel.distributed_optimizer=false"]),
+    "context2": (2, ["parallel.context=2"]),
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 TWICE = (
@@ -38,6 +39,7 @@ RESUMED = (  # checkpoint of step 2 of -> step 3 of
     ("data2", "data2"),
     ("data2_plain", "data2_plain"),
     ("tensor2", "data2"),
+    ("data2", "context2"),
     ("tensor2_pipeline2", "data2"),
     ("data2", "tensor2"),
 )

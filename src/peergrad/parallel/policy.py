@@ -131,13 +131,11 @@ class Scorer:
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
-        parallel = self.config.parallel
-        context = self.mesh.context
-        multiple = (parallel.tensor if parallel.sequence else 1) * context.size()
+        parallel, context = self.config.parallel, self.mesh.context
+        each = 2 * context.size() if context.size() > 1 else 1
+        multiple = math.lcm(each, context.size() * (parallel.tensor if parallel.sequence else 1))
         share, mine = self.model.shares_prompts, bins[self.mesh.data.rank()]
         rows = ([samples[i] for i in part] for part in mine)
-        each = 2 * context.size() if context.size() > 1 else 1
-        multiple = math.lcm(multiple, each)
         packed = [pack(row, share=share, multiple=multiple, each=each) for row in rows]
         held = [hold(batch, context.rank(), context.size()) for batch in packed]
         return [_to_device(batch, self.mesh.device) for batch in held]
