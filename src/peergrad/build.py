@@ -101,7 +101,7 @@ class Build:
         return {"time/start": _age(), **self.times}
 
     def join(self, ending: Ending) -> Mesh:
-        """Find the other ranks, agree on the log folder, lay out the process mesh."""
+        """Find the other ranks, agree on the log folder, lay out the mesh."""
         parallel = self.config.parallel
         # Rank 0 comes once it has found the servers.
         minutes = parallel.timeout_minutes + self.config.rollout.servers.wait / 60
@@ -161,7 +161,7 @@ class Build:
         policy: Policy,
         stop: Callable[[], str | None],
     ) -> Rollouts:
-        """Recorded mesh, or on rank 0 servers, collector and weight sync."""
+        """Recorded groups, or on rank 0 servers, collector and weight sync."""
         rollout = self.config.rollout
         if rollout.replay is not None:
             return ReplayRollouts(Path(rollout.replay))
@@ -214,7 +214,7 @@ class Build:
         identity: str,
         ended: Ended,
     ) -> Collector:
-        """The process that gathers mesh, with its prompts and rewards."""
+        """The process that gathers groups, with its prompts and rewards."""
         assert self.attempt is not None
         with self.stage("collector", "the prompts and the rewards"):
             collector = Collector(

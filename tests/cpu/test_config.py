@@ -35,6 +35,7 @@ from peergrad.config import (
     OptimConfig,
     ParallelConfig,
     Proof,
+    Recompute,
     RewardConfig,
     RewardKind,
     RolloutConfig,
@@ -50,6 +51,7 @@ from peergrad.config import (
 
 NAN, INF = float("nan"), float("inf")
 FUNCTION = RewardKind.function
+SELECTIVE = {"recompute": Recompute.selective}
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (RunConfig, {"steps": 0}, "run.steps"),
@@ -174,6 +176,16 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (KernelsConfig, {"chunk_mb": 0}, "kernels.chunk_mb"),
     (KernelsConfig, {"chunk": 512, "chunk_mb": 64}, "kernels.chunk_mb"),
     (ParallelConfig, {"sequence": True}, "parallel.sequence"),
+    (ParallelConfig, {"context": 0}, "parallel.context"),
+    (ParallelConfig, {"virtual_pipeline": 2}, "parallel.virtual_pipeline"),
+    (ParallelConfig, {"virtual_pipeline": 0}, "parallel.virtual_pipeline"),
+    (ParallelConfig, {"first_stage_layers": 2}, "parallel.first_stage_layers"),
+    (ParallelConfig, {"last_stage_layers": 0, "pipeline": 2}, "parallel.last_stage_layers"),
+    (ParallelConfig, {"recompute_layers": 0}, "parallel.recompute_layers"),
+    (ParallelConfig, {"recompute_layers": 2}, "parallel.recompute_layers"),
+    (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["moe"]}, "parallel.recompute_modules"),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),

@@ -52,7 +52,7 @@ def kept_bytes(path: str) -> dict[str, int]:
 
         stage.train()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            run(stage.pieces[0], pack([sample], share=False))
+            run(stage.pieces[0], pack([sample], share=False), mesh.context)
         found[name] = sum(storage.nbytes() for storage in kept.values())
     return found
 

@@ -141,6 +141,7 @@ def divide(
     budget: int,
     share: bool = False,
     multiple: int = 1,
+    each: int = 1,
     cost: Cost = Cost(),
 ) -> Division:
     """Which samples each data-parallel rank puts into each of its micro-batches, as indices. With
@@ -148,7 +149,8 @@ def divide(
 
     All ranks get the same number of micro-batches, a multiple of ``multiple``: those with less work
     end with empty ones, because schedules and expert-parallel layers need every rank to take part
-    in every collective. Samples that bring nothing to the loss are left out.
+    in every collective. Samples that bring nothing to the loss are left out. ``each``: of what
+    number of tokens every sequence will be a multiple (``pack``), which counts for the budget.
     """
     context = contexts(samples).tolist()
     active = [i for i, tokens in enumerate(context) if tokens]
@@ -158,7 +160,7 @@ def divide(
         families = _cut(whole, ranks=ranks, budget=budget, cost=cost)
     else:
         families = [Family(context[i], ((i,),), (0,), (scored[i],)) for i in active]
-    work, sizes = ([f.work(cost) for f in families], [f.size for f in families])
+    work, sizes = ([f.work(cost) for f in families], [-(-f.size // each) * each for f in families])
     parts = balance(work, ranks)
     bins = [fill(sizes, part, budget) for part in parts]
     count = ceil(max(1, *(len(part) for part in bins)) / multiple) * multiple

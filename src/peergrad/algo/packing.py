@@ -17,7 +17,12 @@ from peergrad.algo.samples import Sample, contexts
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds of a micro-batch that is divided over several."""
+    """What one rank holds of a micro-batch that is divided over several.
+
+    Example:
+        rank 0 of two, of a sequence of 4 of which rows 0, 1 and 2 predict: ``Held(tokens=[0, 3],
+        scored=[0], rows=[0])``.
+    """
 
     tokens: Int[Tensor, " L"]  # int64, which of the row's, in its order
     scored: Int[Tensor, " H"]  # int64, which scored tokens its part of the row predicts

@@ -1,6 +1,6 @@
 """How the model and a batch are divided over the processes."""
 
-from peergrad.config import Config, ParallelConfig, require
+from peergrad.config import Config, ParallelConfig, Recompute, RecomputeMethod, require
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
 
 
@@ -29,6 +29,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
             f"use a divisor of {number}",
         )
     _check_stages(parallel, shape.layers)
+    _check_recompute(parallel, shape.layers)
     wanted = tensor * pipeline * parallel.context * (parallel.data or 1)
     grid = f"tensor {tensor} x pipeline {pipeline}"
     grid += f" x context {parallel.context}" if parallel.context > 1 else ""
@@ -45,17 +46,15 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
 
 def _check_stages(parallel: ParallelConfig, layers: int) -> None:
     """Every piece of a pipeline rank has layers, as many as each other of its rank."""
-    pieces = parallel.virtual_pipeline
-    ends = {"first_stage_layers": parallel.first_stage_layers}
-    ends |= {"last_stage_layers": parallel.last_stage_layers}
-    given = {name: number for name, number in ends.items() if number is not None}
+    pieces, given = parallel.virtual_pipeline, _ends(parallel)
     for name, number in given.items():
         rule = f"must be a multiple of parallel.virtual_pipeline = {pieces}"
         require(number % pieces == 0, f"parallel.{name}", number, rule, "change one of the two")
     if not given:
         times = f"times parallel.virtual_pipeline = {pieces} " if pieces > 1 else ""
         rule = f"{times}must divide the model's {layers} layers"
-        fit, remedy = layers % (parallel.pipeline * pieces) == 0, f"use a divisor of {layers}"
+        remedy = "lower one of the two" if pieces > 1 else f"use a divisor of {layers}"
+        fit = layers % (parallel.pipeline * pieces) == 0
         require(fit, "parallel.pipeline", parallel.pipeline, rule, remedy)
         return
     ranks, rest = parallel.pipeline - len(given), layers - sum(given.values())
@@ -65,6 +64,32 @@ def _check_stages(parallel: ParallelConfig, layers: int) -> None:
     rule = f"leaves{beside} {rest} of {layers} layers to the {ranks} other pipeline ranks{times}"
     fit = rest == 0 if ranks == 0 else rest > 0 and rest % (ranks * pieces) == 0
     require(fit, f"parallel.{key}", value, f"{rule}, which must divide them", "change one of them")
+    # Megatron counts the layers of the ranks in between, and divides by their number.
+    rule = "is what parallel.first_stage_layers leaves; of two ranks in pieces one alone is said"
+    last = parallel.last_stage_layers
+    require(ranks > 0 or pieces == 1, "parallel.last_stage_layers", last, rule, "unset it")
+
+
+def _ends(parallel: ParallelConfig) -> dict[str, int]:
+    """The stages whose number of layers is said."""
+    ends = ("first_stage_layers", "last_stage_layers")
+    return {name: number for name in ends if (number := getattr(parallel, name)) is not None}
+
+
+def _check_recompute(parallel: ParallelConfig, layers: int) -> None:
+    """Megatron takes ``recompute_layers`` at a time, also where fewer are left."""
+    uniform = parallel.recompute_method is RecomputeMethod.uniform
+    if parallel.recompute is not Recompute.full or not uniform:
+        return
+    numbers = list(_ends(parallel).values())
+    if between := parallel.pipeline - len(numbers):
+        numbers.append((layers - sum(numbers)) // between)
+    for number in numbers:
+        held = number // parallel.virtual_pipeline
+        rule = f"must divide the {held} layers that lie one behind the other on a pipeline rank"
+        remedy = f"use a divisor of {held}, or parallel.recompute_method=block"
+        fit, value = held % parallel.recompute_layers == 0, parallel.recompute_layers
+        require(fit, "parallel.recompute_layers", value, rule, remedy)
 
 
 def check_batch(config: Config, world: int) -> None:

@@ -141,7 +141,7 @@ class ParallelConfig:
     """Token budget of one packed micro-batch, on each of the context ranks; a longer sequence gets
     one of its own."""
     distributed_optimizer: bool = True
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer's state over the data-parallel and context ranks."""
     recompute: Recompute = Recompute.off
     """Activations that are computed again in the backward pass rather than kept: none, those of
     ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
@@ -149,7 +149,7 @@ class ParallelConfig:
     """Of each layer, with ``selective``: ``core_attn``, ``mlp``, ``layernorm`` (te)."""
     recompute_method: RecomputeMethod = RecomputeMethod.uniform
     """With ``full``: ``uniform`` keeps the input of every ``recompute_layers`` layers, ``block``
-    that of each of the first ``recompute_layers`` of a pipeline rank, and all of the rest."""
+    that of each of the first ``recompute_layers`` of a rank's piece, and all of the rest."""
     recompute_layers: int = 1
     """See ``recompute`` and ``recompute_method``."""
     timeout_minutes: float = 30.0
@@ -170,9 +170,7 @@ class ParallelConfig:
             unset = value is None or (name == "virtual_pipeline" and value == 1)
             rule, remedy = "needs parallel.pipeline > 1", "unset it"
             require(unset or self.pipeline > 1, f"parallel.{name}", value, rule, remedy)
-        for module in self.recompute_modules:
-            rule, remedy = f"must be of {', '.join(MODULES)}", "correct it"
-            require(module in MODULES, "parallel.recompute_modules", module, rule, remedy)
+        self._check_recompute()
         seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,
@@ -181,6 +179,22 @@ class ParallelConfig:
             "needs parallel.tensor > 1",
             "unset it",
         )
+
+    def _check_recompute(self) -> None:
+        """What is set must have an effect."""
+        full, selective = (self.recompute is one for one in (Recompute.full, Recompute.selective))
+        layers, method = self.recompute_layers, self.recompute_method
+        rule, remedy = "has no effect without parallel.recompute=full", "set that, or unset this"
+        require(full or layers == 1, "parallel.recompute_layers", layers, rule, remedy)
+        plain = method is RecomputeMethod.uniform
+        require(full or plain, "parallel.recompute_method", method.name, rule, remedy)
+        key, modules = "parallel.recompute_modules", self.recompute_modules
+        rule = "has no effect without parallel.recompute=selective"
+        require(selective or modules == ["core_attn"], key, modules, rule, remedy)
+        known = all(module in MODULES for module in modules)
+        require(known, key, modules, f"must be of {', '.join(MODULES)}", "correct it")
+        rule, remedy = "names nothing to compute again", "name one, or set parallel.recompute=off"
+        require(bool(modules) or not selective, key, modules, rule, remedy)
 
 
 @dataclass(kw_only=True)

@@ -74,7 +74,7 @@ class Head:
         temperature: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(logp, entropy if asked for) ``[S]`` of the batch's scored tokens, float32, on every
-        context rank. ``temperature`` defaults to the rollouts'."""
+        context rank. ``temperature`` defaults to the rollouts'. Collective."""
         tau = self.temperature if temperature is None else temperature
         found = self._logprobs(hidden, batch.here, tau, with_entropy)
         logp, entropy = (None if x is None else self._whole(x, batch) for x in found)
@@ -116,7 +116,7 @@ class Head:
         ``[S]``.
 
         An objective whose tokens depend on each other needs all logprobs before any gradient. Every
-        context rank then computes all of the loss, and one of them reports it.
+        context rank then computes all of the loss, and one of them reports it. Collective.
         """
         if self.kind is not Logprob.fused_linear or not objective.per_token:
             logp, entropy = self.logprobs(hidden, batch, with_entropy=True)

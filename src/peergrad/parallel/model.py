@@ -4,8 +4,9 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -78,19 +79,20 @@ class Stage(torch.nn.ModuleList):
         return self.pieces[0].config
 
 
-def run(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+def run(model: torch.nn.Module, batch: MicroBatch, context: dist.ProcessGroup) -> Tensor:
     """Forward this rank's part of a packed micro-batch through ``model``, a PolicyModel or its DDP
-    wrapper.
+    wrapper. ``context``: the ranks that hold the other parts. Collective.
 
     Returns hidden states ``[T, 1, H]`` of it, ``[T / tp, 1, H]`` if sequence parallel.
     """
-    tokens, positions, divided = batch.tokens, batch.positions, {}
+    tokens, positions = batch.tokens, batch.positions
+    divided: dict[str, Any] = {}
     if batch.held is not None:
         tokens, positions = tokens[batch.held.tokens], positions[batch.held.tokens]
         divided = {
             "cu_seqlens_q_padded": batch.cu_seqlens,
             "cu_seqlens_kv_padded": batch.cu_seqlens,
-            "cp_group": parallel_state.get_context_parallel_group(),
+            "cp_group": context,
         }
     packed = PackedRow(
         qkv_format="thd",

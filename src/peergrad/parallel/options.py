@@ -15,7 +15,11 @@ from peergrad.config.rules import one_line
 
 log = logging.getLogger(__name__)
 
-UNSUPPORTED = ("expert_model_parallel_size",)
+UNSUPPORTED = (
+    *("expert_model_parallel_size", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+    *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
+    "account_for_loss_in_pipeline_split",
+)
 ANOTHER_MODEL = (
     *("num_moe_experts", "mtp_num_layers", "multi_latent_attention"),
     *("experimental_attention_variant", "linear_attention_freq", "no_rope_freq", "window_size"),
@@ -28,9 +32,25 @@ ANOTHER_MODEL = (
 
 OF_THE_ENGINE = (
     *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
+    "cp_comm_type",
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
 """Fields that only Transformer Engine's layers know; others ignore them, or fail when they run."""
+
+OURS = {
+    "tensor_model_parallel_size": "tensor",
+    "pipeline_model_parallel_size": "pipeline",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline",
+    "num_layers_in_first_pipeline_stage": "first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "last_stage_layers",
+    "context_parallel_size": "context",
+    "sequence_parallel": "sequence",
+    "recompute_granularity": "recompute",
+    "recompute_method": "recompute_method",
+    "recompute_num_layers": "recompute_layers",
+    "recompute_modules": "recompute_modules",
+}
+"""Fields that are keys of ``parallel``."""
 
 
 def choose_spec(spec: Spec) -> Spec:
@@ -86,7 +106,8 @@ def with_users_fields(
         require(name in names, key, value, "is no field of TransformerConfig", remedy)
         foreign = name not in ours and name not in (*UNSUPPORTED, *ANOTHER_MODEL)
         foreign = foreign and not name.startswith("moe_")
-        require(foreign, key, value, "is set by peergrad or not supported", "remove it")
+        instead = f"set parallel.{OURS[name]}" if name in OURS else "remove it"
+        require(foreign, key, value, "is set by peergrad or not supported", instead)
         idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
         require(not idle, key, value, "needs Transformer Engine's layers", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)

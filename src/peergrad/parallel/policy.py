@@ -116,8 +116,8 @@ class Scorer:
             mine.copy_(theirs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """``(HF name, full tensor)`` on the ranks of the first data-parallel replica, nothing on
-        the others; collective, must be drained by every rank."""
+        """``(HF name, full tensor)`` on the first data and context ranks, nothing on the others;
+        collective, must be drained by every rank."""
         return export_hf(self.model, self.shape, self.mesh)
 
     def _divide(self, samples: Sequence[Sample]) -> Division:
@@ -127,16 +127,24 @@ class Scorer:
         multiple = self.mesh.pipeline.size() if len(self.model) > 1 else 1
         ranks = self.mesh.data.size()
         options: dict[str, Any] = {"share": share, "multiple": multiple, "cost": cost(self.shape)}
-        return divide(samples, ranks=ranks, budget=budget, **options)
+        return divide(samples, ranks=ranks, budget=budget, each=self._each, **options)
+
+    @property
+    def _each(self) -> int:
+        """Of what number of tokens every sequence is a multiple: a context rank holds two pieces
+        of it."""
+        context = self.mesh.context.size()
+        return 2 * context if context > 1 else 1
 
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel, context = self.config.parallel, self.mesh.context
-        each = 2 * context.size() if context.size() > 1 else 1
-        multiple = math.lcm(each, context.size() * (parallel.tensor if parallel.sequence else 1))
+        multiple = math.lcm(
+            self._each, context.size() * (parallel.tensor if parallel.sequence else 1)
+        )
         share, mine = self.model.shares_prompts, bins[self.mesh.data.rank()]
         rows = ([samples[i] for i in part] for part in mine)
-        packed = [pack(row, share=share, multiple=multiple, each=each) for row in rows]
+        packed = [pack(row, share=share, multiple=multiple, each=self._each) for row in rows]
         held = [hold(batch, context.rank(), context.size()) for batch in packed]
         return [_to_device(batch, self.mesh.device) for batch in held]
 
@@ -169,7 +177,7 @@ class Scorer:
 
     def _schedule(
         self,
-        pieces: Sequence[torch.nn.Module],
+        models: Sequence[torch.nn.Module],
         batches: Sequence[MicroBatch],
         finish: Callable[..., Any],
         forward_only: bool,
@@ -182,12 +190,12 @@ class Scorer:
             iterator: Iterator[MicroBatch], piece: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(iterator)
-            return run(piece, batch), partial(finish, batch)
+            return run(piece, batch, self.mesh.context), partial(finish, batch)
 
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[iter(batches) for _ in pieces],
-            model=list(pieces),
+            data_iterator=[iter(batches) for _ in models],
+            model=list(models),
             num_microbatches=len(batches),
             seq_length=1,  # real lengths travel with the activations
             micro_batch_size=1,
@@ -288,7 +296,7 @@ def _add_up(reports: Sequence[Metrics]) -> dict[str, tuple[float, float]]:
             old = total.get(key)
             total[key] = (value, count) if old is None else (old[0] + value, old[1] + count)
     if not total:
-        return {}  # not on the last pipeline stage
+        return {}  # not on the last stage, or another context rank says it all
     sums = torch.stack([value for value, _ in total.values()])
     counts = [torch.as_tensor(count).to(sums) for _, count in total.values()]
     both = zip(sums.tolist(), torch.stack(counts).tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Whether a run can go on from a checkpoint that is whole: the same model, an optimizer state that
 can be read, steps left to do, and a learning rate that does not jump unless ``optim`` says so."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from peergrad.config import Config, Dtype, require
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.rope import Rope
 from peergrad.parallel.optimizer import learning_rate, schedule_updates
 
 JUMP = 1e-3
@@ -27,10 +28,7 @@ def require_resumable(path: Path, meta: dict[str, Any], shape: Shape, config: Co
 def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape) -> None:
     """ValueError, which names ``key``, unless checkpoint ``path`` is of a model of ``shape``."""
     ours = asdict(shape)
-    # Of checkpoints from before there was more than one kind of scaling.
-    ours["rope_theta"] = shape.rope.theta
-    ours["rope_factor"] = shape.rope.factor if shape.rope.kind == "llama3" else None
-    for name, theirs in meta["shape"].items():
+    for name, theirs in _described(meta["shape"]).items():
         require(
             ours.get(name) == theirs,
             key,
@@ -38,6 +36,18 @@ def require_same_model(key: str, path: Path, meta: dict[str, Any], shape: Shape)
             f"is of another model ({name} {theirs} instead of {ours.get(name)})",
             "set model.path to the model it was made from",
         )
+
+
+def _described(shape: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's shape. Two fields of those from before there were more ropes meant the default
+    one, or Llama 3.1's with its own numbers."""
+    if "rope_theta" not in shape:
+        return shape
+    rest = {name: x for name, x in shape.items() if name not in ("rope_theta", "rope_factor")}
+    rope = Rope(shape["rope_theta"])
+    if (factor := shape["rope_factor"]) is not None:
+        rope = replace(rope, kind="llama3", factor=factor, original=8192, slow=1.0, fast=4.0)
+    return {**rest, "rope": asdict(rope)}
 
 
 def describe_optimizer(optimizer: MegatronOptimizer) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def read_shards(
 
 @torch.no_grad()
 def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """Stream ``(HF name, full tensor)`` in a fixed order, on every rank of the first data-parallel
-    replica; the others, which hold the same weights, get nothing.
+    """Stream ``(HF name, full tensor)`` in a fixed order, on every first data and context rank;
+    the others, which hold the same weights, get nothing.
 
     Collective: every rank must drain it. One parameter at a time is gathered over the tensor ranks
     of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.

@@ -72,6 +72,13 @@ def test_samples_without_weight_are_left_out() -> None:
     assert len(divide([samples[1]] * 5, ranks=1, budget=1, multiple=3).bins[0]) == 6
 
 
+def test_padding_counts_for_the_budget() -> None:
+    """Five tokens are eight where every sequence is a multiple of four."""
+    samples = [new_sample([1] * 5, [2])] * 4
+    assert [len(part) for part in divide(samples, ranks=1, budget=16).bins[0]] == [3, 1]
+    assert [len(part) for part in divide(samples, ranks=1, budget=16, each=4).bins[0]] == [2, 2]
+
+
 @pytest.mark.parametrize("samples", [[], [new_sample([1], [2], 0.0)]])
 def test_nothing_to_learn_from_is_one_empty_micro_batch(samples: list[Sample]) -> None:
     assert divide(samples, ranks=2, budget=8).bins == [[[]], [[]]]

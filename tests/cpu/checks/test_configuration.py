@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from peergrad.checks import check
-from peergrad.config import Config, Dtype, OldPolicy, Schedule
+from peergrad.config import (
+    Config,
+    Dtype,
+    OldPolicy,
+    Recompute,
+    RecomputeMethod,
+    Schedule,
+)
 
 SHAPE = {
     "model_type": "qwen3",
@@ -96,6 +103,9 @@ def test_the_pipeline_size_divides_the_layers(config: Config) -> None:
     assert message.startswith("parallel.pipeline = 4: must divide the model's 6 layers; ")
 
 
+FULL = {"recompute": Recompute.full}
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -113,6 +123,29 @@ def test_the_pipeline_size_divides_the_layers(config: Config) -> None:
         ),
         ({"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, None),
         (
+            {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 4, "last_stage_layers": 2},
+            "parallel.last_stage_layers = 2: is what parallel.first_stage_layers leaves; ",
+        ),
+        (
+            {**FULL, "recompute_layers": 4},
+            "parallel.recompute_layers = 4: must divide the 6 layers that lie one behind the o",
+        ),
+        ({**FULL, "recompute_layers": 3}, None),
+        (
+            {"pipeline": 2, **FULL, "recompute_layers": 2},
+            "parallel.recompute_layers = 2: must divide the 3 layers that ",
+        ),
+        (
+            {"pipeline": 2, "first_stage_layers": 4, "recompute_layers": 4, **FULL},
+            "parallel.recompute_layers = 4: must divide the 2 layers that ",
+        ),
+        ({"pipeline": 2, "first_stage_layers": 4, "recompute_layers": 2, **FULL}, None),
+        ({"recompute_layers": 4, "recompute_method": RecomputeMethod.block, **FULL}, None),
+        (
+            {"recompute_method": RecomputeMethod.block},
+            "parallel.recompute_method = 'block': has no effect without parallel.recompute=full; ",
+        ),
+        (
             {"pipeline": 3, "last_stage_layers": 1},
             "parallel.last_stage_layers = 1: leaves 5 of 6 layers to the 2 other pipeline ranks, "
             "which must divide them; change one of them",
@@ -127,12 +160,15 @@ def test_the_pipeline_size_divides_the_layers(config: Config) -> None:
         ),
     ],
 )
-def test_stages_share_the_layers(config: Config, changes: dict[str, int], rule: str | None) -> None:
-    config.parallel = replace(config.parallel, **changes)
+def test_stages_share_the_layers(config: Config, changes: dict[str, Any], rule: str | None) -> None:
     if rule is None:
+        config.parallel = replace(config.parallel, **changes)
         check(config, world=config.parallel.pipeline)
-    else:
-        assert refusal(config, world=config.parallel.pipeline).startswith(rule)
+        return
+    with pytest.raises(ValueError) as caught:
+        config.parallel = replace(config.parallel, **changes)
+        check(config, world=config.parallel.pipeline)
+    assert str(caught.value).startswith(rule)
 
 
 @pytest.mark.parametrize(

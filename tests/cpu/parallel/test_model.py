@@ -1,12 +1,14 @@
 """What ``parallel.megatron`` may and may not say."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from peergrad.algo.division import Cost
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.model import transformer_config
-from peergrad.parallel.options import choose_spec
+from peergrad.parallel.options import OURS, choose_spec
 from peergrad.parallel.policy import cost
 from tests.cpu.parallel.test_mapping import SHAPE
 
@@ -41,6 +43,9 @@ from tests.cpu.parallel.test_mapping import SHAPE
         ("offload_modules", "mlp", "must be a list of text or null"),
         ("offload_modules", [1], "must be a list of text or null"),
         ("deterministic_mode", "yes", "must be true or false"),
+        ("hybrid_context_parallel", True, "is set by peergrad or not supported"),
+        ("pipeline_model_parallel_layout", "Et|tL", "is set by peergrad or not supported"),
+        ("cp_comm_type", "a2a", "needs Transformer Engine's layers"),
         ("fp8", "e4m3", "needs Transformer Engine's layers"),
         ("cpu_offloading", True, "needs Transformer Engine's layers"),
         ("init_method_std", "small", "must be a number"),
@@ -51,6 +56,14 @@ def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule
     with pytest.raises(ValueError) as caught:
         transformer_config(SHAPE, ParallelConfig(megatron={key: value}), Dtype.float32, Spec.torch)
     assert str(caught.value).startswith(f"parallel.megatron.{key} = {value!r}: {rule}; ")
+
+
+def test_a_field_with_a_key_of_its_own_names_it() -> None:
+    names = {field.name for field in dataclasses.fields(ParallelConfig)}
+    assert set(OURS.values()) <= names
+    parallel = ParallelConfig(megatron={"recompute_granularity": "full"})
+    with pytest.raises(ValueError, match=r"or not supported; set parallel\.recompute$"):
+        transformer_config(SHAPE, parallel, Dtype.float32, Spec.torch)
 
 
 def test_what_megatron_refuses_is_one_line() -> None:

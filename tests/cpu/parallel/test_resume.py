@@ -39,6 +39,12 @@ def test_a_checkpoint_is_of_one_model() -> None:
         with pytest.raises(ValueError, match=r"is of another model \(rope"):
             wider = replace(llama3, factor=32.0)
             require_same_model("run.resume", PATH, made, replace(SHAPE, rope=wider))
+    plain = {"shape": {"heads": SHAPE.heads, "rope_theta": 1e4, "rope_factor": None}}
+    require_same_model("run.resume", PATH, plain, SHAPE)
+    for rope in (replace(SHAPE.rope, kind="linear", factor=2.0), replace(llama3, fast=8.0)):
+        with pytest.raises(ValueError, match=r"is of another model \(rope"):
+            made = plain if rope.kind == "linear" else older
+            require_same_model("run.resume", PATH, made, replace(SHAPE, rope=rope))
 
 
 def test_the_schedule_is_counted_in_optimizer_steps() -> None:

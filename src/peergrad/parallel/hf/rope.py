@@ -68,7 +68,11 @@ def read_rope(source: Source) -> Rope:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """The object in config.json that describes one."""
+    """The object in config.json that describes one.
+
+    Example:
+        ``_Scaling(source, "rope_scaling", {"rope_type": "linear", "factor": 2.0})``
+    """
 
     source: Source
     name: str
