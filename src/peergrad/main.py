@@ -200,8 +200,10 @@ def train(
     with screen.waiting("PyTorch, Megatron and SGLang to load", announce=True):
         gc.disable()  # what is imported stays: looking through it for garbage takes a second
         # Imported here: an error of the configuration should not have to wait for Megatron.
-        from peergrad.build import Build
+        from peergrad.parallel.device import without_compiler
 
+        with without_compiler():
+            from peergrad.build import Build
         gc.enable()
     Build(config, directory, attempt, servers, screen, stack).train(ending)
 

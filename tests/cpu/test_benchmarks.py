@@ -142,7 +142,7 @@ def test_peak_goes_by_the_most_special_name() -> None:
 def test_control_plane_benchmark_runs(tmp_path: Path) -> None:
     """Every cost at two sizes, its growth, and what travels; the peers do the same work."""
     script, out = Path(__file__).parents[2] / "benchmarks" / "control_plane.py", tmp_path / "o.json"
-    command = [sys.executable, str(script), "--tiny", "--repeats=2", f"--out={out}"]
+    command = [sys.executable, str(script), "--tiny", "--repeats=1", f"--out={out}"]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads(out.read_text())
     summary = {(row["cost"], row["way"]): row for row in result["summary"]}

@@ -9,8 +9,8 @@ schedules and checkpoints that GPU runs do.
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,19 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """For the import of Megatron, which hands small functions to ``torch.compile`` then and so
+    loads a compiler: two seconds of a core for every rank. Without CUDA they stay as they are."""
+    compiler = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function=None, **_: function or (lambda same: same)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 @cache  # a second mode on top of the first would translate twice

@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -550,6 +552,15 @@ EXCUSED = {
 }
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Every other test checks shapes; here that is half of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_knob_that_may_be_chosen_does_something_and_no_other_does(situation: str) -> None:
     """For every knob of the objective and values that would bite if they could: where choosing it

@@ -23,9 +23,13 @@ print(faults())
 """
 
 LITERALS = """
-import torch
-from peergrad.parallel.device import set_up_device
+import sys, torch
+from peergrad.parallel.device import set_up_device, without_compiler
 torch.cuda.is_available = lambda: False
+with without_compiler():  # as a run does
+    import peergrad.build
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile(lambda: 3, backend="eager")() == 3  # what asks later gets the real one
 assert set_up_device() is set_up_device()
 x = torch.zeros(2, device="cuda", pin_memory=True)
 assert x.device.type == "cpu" and x.cuda() is x and x.pin_memory() is x
@@ -42,7 +46,7 @@ def run(code: str) -> str:
     return found.stdout.strip()
 
 
-def test_cuda_by_name_is_the_host() -> None:
+def test_cuda_by_name_is_the_host_and_no_compiler_is_loaded() -> None:
     assert run(LITERALS) == "cpu"
 
 
