@@ -38,8 +38,9 @@ class PackedRow(PackedSeqParams):
     def layout(self) -> Layout:
         """Once for all layers."""
         assert self.positions is not None
-        place = {} if self.cp_group is None else _place(self.cp_group)
-        return lay_out(self.families, self.positions.device, **place)
+        if (group := self.cp_group) is None:
+            return lay_out(self.families, self.positions.device)
+        return lay_out(self.families, self.positions.device, rank=group.rank(), ranks=group.size())
 
     @cached_property
     def triangle(self) -> Tensor:
@@ -47,10 +48,6 @@ class PackedRow(PackedSeqParams):
         lower right corner, -inf above: its last rows and columns mask any block of queries."""
         widest = max(batch.width for batch in self.layout.batches)
         return torch.full((BLOCK, widest), -torch.inf).triu(1 + widest - BLOCK)
-
-
-def _place(group: Any) -> dict[str, int]:
-    return {"rank": group.rank(), "ranks": group.size()}
 
 
 def take_angles(

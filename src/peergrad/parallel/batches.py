@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peergrad.parallel.context import shares
+from peergrad.parallel.context import pieces_of, shares
 
 PADDING = 64
 """Tokens of padding that are cheaper than one more call of the attention kernel, and no more are
@@ -86,9 +86,8 @@ def lay_out(families: Families, device: torch.device, *, rank: int = 0, ranks: i
     divided over context ``ranks``, those of ``rank``: queries and slots are of its part, and keys
     of the parts of all, one behind the other."""
     batches: list[Batch] = []
-    queries, keys, total = [], [], sum(map(sum, families)) // ranks
+    queries, keys, total = [], [], sum(map(sum, families))
     slots, at = np.zeros(total, np.int64), 0
-    own_rows, all_rows = _places(families, rank, ranks)
     for run in alike(_units(families) if ranks == 1 else _pieces(families, rank, ranks)):
         # Columns of the units, to be broadcast over positions.
         prompt, tokens, lead, start = np.array([unit.places for unit in run]).T[:, :, None]
@@ -97,27 +96,34 @@ def lay_out(families: Families, device: torch.device, *, rank: int = 0, ranks: i
         rows = np.where(position < prompt, lead, start - prompt) + np.minimum(position, end - 1)
         mask = _mask(families, rows, position < end).to(device) if run[0].family else None
         batches.append(Batch(len(run), first, position.size, mask))
-        queries.append(own_rows[rows[:, first:].ravel()])
-        keys.append(all_rows[rows.ravel()])
+        queries.append(rows[:, first:].ravel())
+        keys.append(rows.ravel())
         own = ((position >= prompt) & (position < end))[:, first:].ravel()
         slots[queries[-1][own]] = at + np.flatnonzero(own)
         at += own.size
-    plain = at == total  # without padding
+    plain = at == total // ranks  # without padding
     indices = (np.concatenate(queries), np.concatenate(keys), slots)
+    if ranks > 1:
+        indices = _in_parts(families, *indices, rank=rank, ranks=ranks)
     return Layout(batches, *(_unless_in_order(index, plain, device) for index in indices))
 
 
-def _places(families: Families, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """``[T]`` each: where a token of the row lies in the part of ``rank`` (0 if it does not), and
-    in the parts of all."""
-    total = sum(map(sum, families))
-    if ranks == 1:
-        return np.arange(total), np.arange(total)
-    own, every = np.zeros(total, np.int64), np.zeros(total, np.int64)
+def _in_parts(
+    families: Families,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    slots: np.ndarray,
+    *,
+    rank: int,
+    ranks: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices into the row as ones into the part of ``rank`` (those of other parts, which only pad,
+    as 0), and of keys into the parts of all."""
     parts = shares(np.array([n for (n,) in families]), ranks)
+    own, every = np.zeros((2, parts.size), np.int64)
     own[parts[rank]] = np.arange(parts.shape[1])
-    every[parts.ravel()] = np.arange(total)
-    return own, every
+    every[parts.ravel()] = np.arange(parts.size)
+    return own[queries], every[keys], slots[parts[rank]]
 
 
 def _pieces(families: Families, rank: int, ranks: int) -> list[Unit]:
@@ -125,7 +131,7 @@ def _pieces(families: Families, rank: int, ranks: int) -> list[Unit]:
     found, start = [], 0
     for (length,) in families:
         size = length // (2 * ranks)
-        for piece in (rank, 2 * ranks - 1 - rank):
+        for piece in pieces_of(rank, ranks):
             found.append(Unit(False, piece * size, size, start, start + piece * size))
         start += length
     return found

@@ -16,6 +16,11 @@ from torch import Tensor
 from peergrad.algo.packing import Held, MicroBatch
 
 
+def pieces_of(rank: int, ranks: int) -> tuple[int, int]:
+    """Which of a sequence's ``2 * ranks`` pieces a rank holds."""
+    return rank, 2 * ranks - 1 - rank
+
+
 def shares(lengths: np.ndarray, ranks: int) -> np.ndarray:
     """``[ranks, T / ranks]`` int64: which tokens of a row of sequences of these ``lengths``, each a
     multiple of ``2 * ranks``, every rank holds, in its order.
@@ -29,7 +34,7 @@ def shares(lengths: np.ndarray, ranks: int) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     mine = []
     for rank in range(ranks):
-        first = starts[:, None] + size[:, None] * np.array([rank, 2 * ranks - 1 - rank])
+        first = starts[:, None] + size[:, None] * np.array(pieces_of(rank, ranks))
         pieces = zip(first.ravel(), np.repeat(size, 2), strict=True)
         mine.append(np.concatenate([np.arange(at, at + n) for at, n in pieces]))
     return np.stack(mine)

@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from peergrad.config import ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
+from peergrad.running.hints import meant
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +37,6 @@ OF_THE_ENGINE = (
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
 """Fields that only Transformer Engine's layers know; others ignore them, or fail when they run."""
-
-OURS = {
-    "tensor_model_parallel_size": "tensor",
-    "pipeline_model_parallel_size": "pipeline",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline",
-    "num_layers_in_first_pipeline_stage": "first_stage_layers",
-    "num_layers_in_last_pipeline_stage": "last_stage_layers",
-    "context_parallel_size": "context",
-    "sequence_parallel": "sequence",
-    "recompute_granularity": "recompute",
-    "recompute_method": "recompute_method",
-    "recompute_num_layers": "recompute_layers",
-    "recompute_modules": "recompute_modules",
-}
-"""Fields that are keys of ``parallel``."""
 
 
 def choose_spec(spec: Spec) -> Spec:
@@ -106,7 +92,8 @@ def with_users_fields(
         require(name in names, key, value, "is no field of TransformerConfig", remedy)
         foreign = name not in ours and name not in (*UNSUPPORTED, *ANOTHER_MODEL)
         foreign = foreign and not name.startswith("moe_")
-        instead = f"set parallel.{OURS[name]}" if name in OURS else "remove it"
+        own = [phrase for phrase in meant(name) if phrase.startswith("parallel.")]
+        instead = f"set {own[0]}" if own else "remove it"
         require(foreign, key, value, "is set by peergrad or not supported", instead)
         idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
         require(not idle, key, value, "needs Transformer Engine's layers", "remove it")

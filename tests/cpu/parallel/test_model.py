@@ -8,7 +8,7 @@ import torch
 from peergrad.algo.division import Cost
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.model import transformer_config
-from peergrad.parallel.options import OURS, choose_spec
+from peergrad.parallel.options import choose_spec
 from peergrad.parallel.policy import cost
 from tests.cpu.parallel.test_mapping import SHAPE
 
@@ -58,11 +58,26 @@ def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule
     assert str(caught.value).startswith(f"parallel.megatron.{key} = {value!r}: {rule}; ")
 
 
-def test_a_field_with_a_key_of_its_own_names_it() -> None:
-    names = {field.name for field in dataclasses.fields(ParallelConfig)}
-    assert set(OURS.values()) <= names
-    parallel = ParallelConfig(megatron={"recompute_granularity": "full"})
-    with pytest.raises(ValueError, match=r"or not supported; set parallel\.recompute$"):
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tensor_model_parallel_size", "tensor"),
+        ("pipeline_model_parallel_size", "pipeline"),
+        ("virtual_pipeline_model_parallel_size", "virtual_pipeline"),
+        ("num_layers_in_first_pipeline_stage", "first_stage_layers"),
+        ("num_layers_in_last_pipeline_stage", "last_stage_layers"),
+        ("context_parallel_size", "context"),
+        ("sequence_parallel", "sequence"),
+        ("recompute_granularity", "recompute"),
+        ("recompute_method", "recompute_method"),
+        ("recompute_num_layers", "recompute_layers"),
+        ("recompute_modules", "recompute_modules"),
+    ],
+)
+def test_a_field_with_a_key_of_its_own_names_it(name: str, key: str) -> None:
+    assert key in {field.name for field in dataclasses.fields(ParallelConfig)}
+    parallel = ParallelConfig(megatron={name: "full"})
+    with pytest.raises(ValueError, match=rf"or not supported; set parallel\.{key}$"):
         transformer_config(SHAPE, parallel, Dtype.float32, Spec.torch)
 
 
