@@ -69,11 +69,12 @@ def rank_logits(path: str, layout: Layout) -> dict[str, Any]:
     for tokens in sequences():
         zero = np.zeros(tokens.size - 1, np.float32)
         samples.append(Sample(tokens, 1, zero, zero, zero + 1, zero.astype(np.int32)))
-    multiple = layout["tensor"] if "sequence" in layout else 1
+    options: dict[str, Any] = {"multiple": layout["tensor"] if "sequence" in layout else 1}
+    options["routed"] = scorer.shape.experts is not None
     ways = (("packed", [samples]), ("alone", [[s] for s in samples]))
     out: dict[str, Any] = {"logits": {}, "weights": {}}
     for name, parts in ways if not {"context", "virtual_pipeline"} & set(layout) else ():
-        hidden = last_hidden(scorer, [pack(part, multiple=multiple) for part in parts])
+        hidden = last_hidden(scorer, [pack(part, **options) for part in parts])
         if scorer.mesh.is_last_stage:
             weight = scorer.head.model.head_weight()
             shards = [torch.empty_like(weight) for _ in range(scorer.mesh.tensor.size())]

@@ -52,6 +52,7 @@ from peergrad.config.run import (
     LoggerConfig,
     Logprob,
     ModelConfig,
+    MoeConfig,
     OnError,
     OnNonfinite,
     OptimConfig,
@@ -91,6 +92,7 @@ __all__ = [
     "LoggerConfig",
     "Logprob",
     "ModelConfig",
+    "MoeConfig",
     "OldPolicy",
     "OnError",
     "OnGap",
@@ -123,6 +125,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
