@@ -29,8 +29,9 @@ VARIED: dict[str, dict[str, Any]] = {
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
-        "norm_topk_prob": True,
+        **{"norm_topk_prob": True, "attention_bias": True, "rope_parameters": SCALED["yarn"]},
     },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 """Every family of mixtures of experts."""
 CHAT_TEMPLATE = (
@@ -104,7 +105,7 @@ def make_hf_model(
         **({"sliding_window": None} if family == "mistral" else {}),
         **others,
     }
-    if family == "qwen2":  # knows none
+    if family in ("qwen2", "mixtral"):  # none is known there, or none but the quotient
         del sizes["head_dim"]
     config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import VARIED, make_hf_model
+from tests.models import MIXTURES, VARIED, make_hf_model
 from tests.spawn import run_ranks
 
 LENGTHS = (3, 17, 1, 40, 9)
 VOCAB = 100  # no multiple of the padding
 Layout = dict[str, Any]  # fields of parallel
+SPREAD: Layout = {"tensor": 2, "sequence": True, "expert": 2}
 
 
 def sequences() -> list[np.ndarray]:
@@ -114,12 +115,16 @@ def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]
         (1, [{}]),
         (2, [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}, {"context": 2}]),
         (4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}]),
+        (2, [{"expert": 2}, {**SPREAD, "expert_tensor": 1}, {"context": 2, "expert": 2}]),
+        (4, [SPREAD, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}]),
+        (4, [{**SPREAD, "tensor": 4, "expert_tensor": 1}]),  # two ranks hold the same experts
     ],
 )
 def test_equals_transformers(tmp_path: Path, ranks: int, layouts: list[Layout]) -> None:
+    families = MIXTURES if any("expert" in layout for layout in layouts) else VARIED
     paths = [
         make_hf_model(tmp_path / family, family=family, vocab=VOCAB, **others)
-        for family, others in VARIED.items()
+        for family, others in families.items()
     ]
     models = [(hf_logits(str(path)), path) for path in paths]
     every = run_ranks(ranks, all_layouts, [str(path) for path in paths], layouts)

@@ -150,8 +150,7 @@ def _gather_uneven_parts() -> None:
             return scatter(own, parts, *args, **options)
         whole = torch.cat(parts)
         dist.all_reduce(whole, group=options.get("group"))
-        own.copy_(
-            whole.split([part.shape[0] for part in parts])[dist.get_rank(options.get("group"))]
-        )
+        sizes, rank = [part.shape[0] for part in parts], dist.get_rank(options.get("group"))
+        own.copy_(torch.split(whole, sizes)[rank])
 
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter  # type: ignore[assignment]

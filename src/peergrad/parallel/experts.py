@@ -126,8 +126,14 @@ class ExpertLayer(MoELayer):
 
 def use_experts(layer: ModuleSpec) -> None:
     """Have the layers of this spec of Megatron's, which is changed, choose experts as above."""
-    layer.submodules.mlp.module = ExpertLayer
-    layer.submodules.mlp.submodules.router = Router
+    parts = layer.submodules.mlp.submodules
+    parts.router = Router
+
+    class Experts(ExpertLayer):  # as a class: of a spec with another module Megatron warns
+        def __init__(self, **options: Any) -> None:
+            super().__init__(submodules=parts, **options)
+
+    layer.submodules.mlp = Experts
 
 
 def tell_router(

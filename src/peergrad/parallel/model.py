@@ -258,4 +258,8 @@ def _build_piece(
     if shape.experts is not None:
         for layer in model.decoder.layers:
             layer.register_forward_pre_hook(tell_router, with_kwargs=True)
+            for parameter in layer.mlp.experts.parameters():
+                # Also of one part: Megatron would add up over the wrong ranks where fewer share an
+                # expert's matrices than the others, and keep its optimizer's state elsewhere.
+                parameter.allreduce = False
     return model

@@ -96,14 +96,30 @@ def read_shape(path: str, key: str = "model.path") -> Shape:
         ffn=_ffn(source, family),
         vocab=source.size("vocab_size"),
         max_length=source.size("max_position_embeddings"),
-        norm_eps=source.number("rms_norm_eps", 1e-6),
-        rope=read_rope(source),
-        tied=source.flag("tie_word_embeddings"),
+        norm_eps=source.number("rms_norm_eps", family.norm_eps),
+        rope=_rope(source, family),
+        tied=_tied(source, family),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias or biases,
         o_bias=biases,
         experts=_experts(source, family),
     )
+
+
+def _rope(source: Source, family: Family) -> Rope:
+    rope = read_rope(source, family.theta)
+    if not family.scales_rope and (rope.kind != "default" or rope.theta % 1):
+        name = "rope_scaling" if source.values.get("rope_scaling") else "rope_parameters"
+        rule = "is not supported: SGLang knows the default one alone here, of a whole rope_theta"
+        source.refuse(name if name in source.values else "rope_theta", rule)
+    return rope
+
+
+def _tied(source: Source, family: Family) -> bool:
+    tied = source.flag("tie_word_embeddings")
+    if tied and not family.ties:
+        source.refuse("tie_word_embeddings", "is not supported: SGLang would have no head")
+    return tied
 
 
 def _ffn(source: Source, family: Family) -> int:

@@ -48,3 +48,7 @@ class Family:
     window: int | None = None  # sliding_window by default; it is never supported in force
     window_flag: bool = False  # whether it needs use_sliding_window to be in force
     mixture: Mixture | None = None  # of experts in the place of every MLP
+    norm_eps: float = 1e-6  # rms_norm_eps by default
+    theta: float = 10_000.0  # rope_theta by default
+    ties: bool = True  # whether SGLang takes the embedding for a head that is not there
+    scales_rope: bool = True  # whether SGLang knows more than the default rope of a whole theta

@@ -9,6 +9,7 @@ FAMILY = Family(
     qk_norm=True,
     attention_bias=True,
     window_flag=True,
+    ties=False,
     mixture=Mixture(
         number=("num_experts", "num_local_experts"),
         experts=128,
