@@ -85,6 +85,7 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
             weight=next(weights),
             version=rollout.token_versions,
             group=index,
+            experts=rollout.experts,
         )
         for index, group in enumerate(groups)
         for rollout in group.rollouts

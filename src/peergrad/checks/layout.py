@@ -8,6 +8,7 @@ from peergrad.config import (
     ParallelConfig,
     Recompute,
     RecomputeMethod,
+    Replay,
     require,
 )
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
@@ -114,6 +115,8 @@ def check_experts(config: Config, shape: Shape, world: int) -> None:
             said[f"parallel.{name}"] = getattr(parallel, name)
         said["parallel.recompute_modules"] = [one for one in modules if one == "moe"]
         rule = f"model.path is no mixture of experts ({shape.family})"
+        replays = config.moe.replay is Replay.on
+        said["moe.replay"] = config.moe.replay.name if replays else None
         for key, value in said.items():
             require(value in (0, 1, None, []), key, value, rule, "unset it")
         return

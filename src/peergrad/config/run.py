@@ -204,6 +204,12 @@ class ParallelConfig:
         require(bool(modules) or not selective, key, modules, rule, remedy)
 
 
+class Replay(Enum):
+    auto = 1
+    on = 2
+    off = 3
+
+
 @dataclass(kw_only=True)
 class MoeConfig:
     """Of a mixture of experts; anything else refuses what is set here."""
@@ -213,6 +219,10 @@ class MoeConfig:
     of their part of the sample's choices times their mean probability. 1 where all are alike."""
     z_loss_coef: float = 0.0
     """Of the mean over tokens of the squared logsumexp of the router's logits, in each layer."""
+    replay: Replay = Replay.auto
+    """Rollout routing replay (R3): tokens are scored and trained on with the experts that the
+    engine chose, weighed by the trainer's router. ``auto``: where a server says them; ``on``: an
+    answer without is an error; ``off``: the trainer chooses."""
 
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef"):

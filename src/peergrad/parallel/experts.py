@@ -55,6 +55,11 @@ class Router(TopKRouter):
         if told is not None and learning:
             copies = told.copies(logits.shape[0])
             told.tally.add("load", self.layer_number, copies @ chosen.float())
+            if told.chosen is not None:
+                own = torch.zeros_like(chosen).scatter(1, logits.topk(self.topk).indices, True)
+                same = (own & chosen).sum(1) / self.topk
+                told.tally.add("given", self.layer_number, copies.sum())
+                told.tally.add("agreed", self.layer_number, copies @ same)
             weights = self._with_balance(weights, chosen, logits, told)
         return weights, chosen
 

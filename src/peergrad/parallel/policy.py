@@ -17,7 +17,7 @@ from peergrad.algo.division import Cost, Division, divide
 from peergrad.algo.objective import Metrics
 from peergrad.algo.packing import MicroBatch, pack, ranges
 from peergrad.algo.samples import Sample, contexts, make_samples, pieces
-from peergrad.config import Config
+from peergrad.config import Config, Replay
 from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.head import Head, Objective, choose_logprob
@@ -62,6 +62,9 @@ class Update:
 
 class Scorer:
     """A model that gives logprobs: the frozen reference, and the base of the policy."""
+
+    replays = False
+    """Whether tokens go to the experts that the engine chose: its weights are this model's."""
 
     def __init__(
         self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
@@ -217,6 +220,7 @@ class Scorer:
             tensor=self.mesh.tensor,
             group=self.mesh.tensor_context,
             sequence=self.config.parallel.sequence,
+            replay=self.replays and self.config.moe.replay is not Replay.off,
             coefficients=coefficients,
             tally=self.tally,
         )
@@ -224,6 +228,8 @@ class Scorer:
 
 class Policy(Scorer):
     """The model that learns."""
+
+    replays = True
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.companions = Companions.read(Path(config.model.path))

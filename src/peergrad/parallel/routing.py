@@ -5,7 +5,7 @@ description of the packed row, so that layers which are computed again find what
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Tally:
     load: dict[int, Tensor] = field(default_factory=dict)  # of a layer: [experts] tokens
     balance: dict[int, Tensor] = field(default_factory=dict)  # sum over samples, 1 is even
     z: dict[int, Tensor] = field(default_factory=dict)  # sum over tokens
+    given: dict[int, Tensor] = field(default_factory=dict)  # tokens whose experts were given
+    agreed: dict[int, Tensor] = field(default_factory=dict)  # of these, the part that it would take
 
     def add(self, kind: str, layer: int, value: Tensor) -> None:
         found = getattr(self, kind)
@@ -55,7 +57,7 @@ class Tally:
 
     def take(self) -> dict[str, dict[int, np.ndarray]]:
         """What there is, on the host; and begin anew."""
-        found = {kind: getattr(self, kind) for kind in ("load", "balance", "z")}
+        found = {kind.name: getattr(self, kind.name) for kind in fields(self)}
         taken = {
             kind: {layer: x.double().cpu().numpy() for layer, x in of.items()}
             for kind, of in found.items()
@@ -98,10 +100,11 @@ def routed(
     tensor: dist.ProcessGroup,
     group: dist.ProcessGroup,
     sequence: bool,
+    replay: bool,
     **told: Any,
 ) -> Routed:
     """``batch`` for the routers of this rank. ``group``: all ranks that hold parts of it; with
-    ``sequence`` those of ``tensor`` do."""
+    ``sequence`` those of ``tensor`` do. ``replay``: the engine's choices are taken again."""
     place = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
     if batch.held is not None:
         place = place[batch.held.tokens]
@@ -114,7 +117,8 @@ def routed(
     rows = here[members.rows]
     kept = rows >= 0
     lengths = torch.bincount(members.samples, minlength=batch.sequences).float()
-    chosen = None if members.experts is None else members.experts[:, place].long()
+    given = members.experts if replay else None
+    chosen = None if given is None else given[:, place].long()
     return Routed(rows[kept], members.samples[kept], lengths, group, chosen=chosen, **told)
 
 
@@ -123,7 +127,7 @@ def router_metrics(
 ) -> dict[str, float]:
     """What all ranks have counted in one optimizer step, over samples of these ``contexts``."""
     lengths = [n for n in contexts if n]
-    whole: dict[str, dict[int, np.ndarray]] = {"load": {}, "balance": {}, "z": {}}
+    whole: dict[str, dict[int, np.ndarray]] = {kind.name: {} for kind in fields(Tally)}
     for tally in tallies:
         for kind, layers in tally.items():
             for layer, value in layers.items():
@@ -139,4 +143,7 @@ def router_metrics(
     for name, (kind, count) in counts.items():
         if whole[kind]:
             found[f"moe/{name}"] = float(np.mean(list(whole[kind].values()))) / max(1, count)
+    if given := float(sum(whole["given"].values())):
+        found["moe/replayed"] = given / (len(whole["load"]) * sum(lengths))
+        found["moe/agreement"] = float(sum(whole["agreed"].values())) / given
     return found
