@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from peergrad.algo.samples import Sample, contexts
@@ -40,7 +40,7 @@ class Members:
 
     rows: Int[Tensor, " C"]  # int64, where it lies
     samples: Int[Tensor, " C"]  # int64, whose it is of those packed
-    experts: Int[Tensor, "L T K"] | None = None  # uint8 or int16, those that the engine chose
+    experts: Integer[Tensor, "L T K"] | None = None  # uint8 or int16, those that the engine chose
 
 
 @dataclass(frozen=True)
