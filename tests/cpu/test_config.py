@@ -185,7 +185,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"recompute_layers": 2}, "parallel.recompute_layers"),
     (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
-    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["moe"]}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["experts"]}, "parallel.recompute_modules"),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
