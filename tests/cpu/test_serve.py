@@ -16,6 +16,7 @@ from benchmarks.marked import is_alive
 from peergrad.running.ports import free_ports
 from peergrad.serve import Options, main, read
 from tests.models import make_hf_model
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -34,21 +35,25 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 PROGRAM = f"""
 import sys
 from peergrad.rollout import servers
+from peergrad.running import stopping
 from peergrad.serve import main
 from tests.cpu.rollout import stand_in
 
 servers._check_installed = lambda: None
 servers.CPU_SERVER = servers.GPU_SERVER = stand_in.__name__
+stopping.REPEAT_SECONDS = 600.0
 port = lambda self, index: str(self._address.ports[index])
 servers.ManagedServers.options = lambda self, index: [{SERVER!r}, port(self, index)]
 """
-# As beside GPUs, whose servers are given time to end, which these do not take notice of.
+# As beside GPUs, whose servers are given time to end, which these do not take notice of. No signal
+# is taken for the same again, and each is answered with a line.
 STUBBORN = """
-import signal, torch
-from peergrad.running import stopping
+import os, signal, torch
 
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8
-servers.GRACE_SECONDS, stopping.REPEAT_SECONDS = 600.0, 0.5
+servers.GRACE_SECONDS, stopping.REPEAT_SECONDS = 600.0, 0.0
+hear = stopping.Stop.hear
+stopping.Stop.hear = lambda self, number: (hear(self, number), os.write(1, b"heard\\n"))[0]
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """
@@ -175,9 +180,8 @@ class Serving:
 
     def end(self) -> int:
         """What it ends with, all of it."""
-        self.said = self.process.communicate(timeout=60)[0]
-        _, alive = psutil.wait_procs(self.tree, timeout=30)
-        assert not any(map(is_alive, alive))
+        self.said = self.process.communicate(timeout=PATIENCE_SECONDS)[0]
+        wait_until(lambda: not any(map(is_alive, self.tree)))
         return self.process.returncode
 
 
@@ -217,10 +221,11 @@ def test_a_signal_ends_the_servers(serving: Callable[..., Serving], number: sign
 def test_a_second_signal_does_not_wait_for_the_servers(serving: Callable[..., Serving]) -> None:
     served = serving(1, STUBBORN)
     served.process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    assert served.process.stdout is not None and served.process.stdout.readline() == "heard\n"
+    time.sleep(0.5)
     assert served.process.poll() is None and all(map(is_alive, served.tree))
     served.process.send_signal(signal.SIGINT)
-    assert served.end() == 130
+    assert served.end() == 130 and served.said == "heard\n"
 
 
 def test_the_last_server_that_dies_ends_all_with_its_cause(serving: Callable[..., Serving]) -> None:
