@@ -1,7 +1,6 @@
 """Several nodes, each a real process of this machine with a name of its own."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -36,7 +35,7 @@ class Nodes:
     shared: Path
     number: int
     words: Sequence[str] = EASY
-    deadline: float = 180.0
+    deadline: float = 60.0
 
     def start(self, rank: int, *words: str, **environment: str) -> "subprocess.Popen[str]":
         place = ["--rank", str(rank), "--nodes", str(self.number), "--host", f"n{rank}"]
@@ -59,7 +58,7 @@ class Nodes:
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
@@ -100,7 +99,7 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
     weights.write_bytes(weights.read_bytes()[:-100])
     stuck.mkdir()
     os.mkfifo(stuck / "config.json")
-    nodes = Nodes(shared, 10, (*EASY, "--need", "1"), deadline=60)
+    nodes = Nodes(shared, 10, (*EASY, "--need", "1"), deadline=30)
     with (
         small_disk(tmp_path / "full", "600k") as full,
         read_only(shared, tmp_path / "view") as view,
@@ -112,7 +111,7 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
         nodes.start(2, TMPDIR=str(full))
         unable = replace(nodes, shared=view).start(3)
         nodes.start(4, f"model.path={cut}", f"run.root={tmp_path}")
-        hung = nodes.start(9, f"model.path={stuck}", f"run.root={tmp_path}", "--deadline=30")
+        hung = nodes.start(9, f"model.path={stuck}", f"run.root={tmp_path}")
         for rank in (5, 6, 7):
             pose(nodes, rank)
         status, out, err = ended(first)
@@ -126,11 +125,11 @@ def test_every_fault_is_named_with_its_node_and_the_good_one_is_enough(tmp_path:
         assert f"(pid {os.getpid()}); end that process" in said["n1"]
         assert said["n2"].startswith(f"TMPDIR = '{full}': cannot be written, the disk has too lit")
         assert all(
-            said[name].startswith(f"said nothing in {shared} within 30 s") for name in silent
+            said[name].startswith(f"said nothing in {shared} within 15 s") for name in silent
         )
         assert said["n4"].startswith(f"model.path = '{cut}': model.safetensors ")
         assert said["n5"].startswith("torch = '1.0': 6 of 7 nodes have '")
-        assert re.match(r"clock = 'ahead': is off by (2[89]|3[01])\d\.\d s ", said["n6"])
+        assert said["n6"].startswith("clock = 'ahead': is off by 300.")
         assert said["n7"].startswith(
             f"--shared = '{shared}': its file is cut off at 4096 bytes on "
         )
@@ -169,7 +168,7 @@ def test_a_node_that_does_not_come_to_the_all_reduce_is_told_from_those_that_wai
     tmp_path: Path,
 ) -> None:
     """n1 has no such network; the others wait for it in vain, and prove themselves in pairs."""
-    nodes = Nodes(tmp_path, 3, (*EASY, "--need", "2"), deadline=80)
+    nodes = Nodes(tmp_path, 3, (*EASY, "--need", "2"), deadline=50)
     others = [nodes.start(2), nodes.start(1, GLOO_SOCKET_IFNAME="absent0")]
     status, out, err = ended(nodes.start(0))
     assert status == 3, err
