@@ -438,7 +438,7 @@ def loaded_by(statement: str) -> set[str]:
     """Top-level modules after ``statement`` in a fresh interpreter."""
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     return set(done.stdout.split())
 
