@@ -79,9 +79,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": None,  # YaRN costs a digit, see test_parity
     },
 }
-# Every objective on up to two ranks and two layers. More of them, and what divides or computes
-# layers in another way, meet some that need all there is: whole batches, whole answers, a pass
-# before the update.
+# Every objective on up to two ranks and two layers, and on two expert ranks. More of them, and what
+# divides or computes layers in another way, meet some that need all there is: whole batches, whole
+# answers, a pass before the update.
 GRID: dict[tuple[str, int], list[Layout]] = {
     (SHALLOW, 1): [
         ({"micro_batch_tokens": 10_000}, 0, FUSED),
@@ -112,8 +112,8 @@ GRID: dict[tuple[str, int], list[Layout]] = {
         ({"context": 4, "micro_batch_tokens": 50, **PARTS}, 0, LOGITS),
     ],
     (EXPERTS, 2): [
-        ({"expert": 2, "micro_batch_tokens": 100}, 1, FUSED),
-        ({**SPREAD, "expert_tensor": 1, "micro_batch_tokens": 160, **EXPERTS_AGAIN}, 2, FUSED),
+        ({"expert": 2, "micro_batch_tokens": 250}, 1, FUSED),
+        ({**SPREAD, "expert_tensor": 1, "micro_batch_tokens": 300, **EXPERTS_AGAIN}, 2, FUSED),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 0, LOGITS),
         ({"context": 2, "expert": 2, "micro_batch_tokens": 50}, 3, FUSED),
     ],
@@ -127,11 +127,12 @@ GRID: dict[tuple[str, int], list[Layout]] = {
 SOME = ("dapo", "gspo_token", "icepop")
 
 
-def objectives_of(model: str, ranks: int) -> tuple[str, ...]:
+def objectives_of(model: str, ranks: int, layout: Layout | None = None) -> tuple[str, ...]:
+    """Those that meet ``layout``; None: those that meet any."""
     balanced = tuple(BALANCED) if model == EXPERTS else ()
-    if model == DEEP or (model == EXPERTS and ranks == 4):
-        return (*SOME, *balanced)
-    return (*SOME, "rlinf", "roll", "sapo") if ranks == 4 else (*OBJECTIVES, *balanced)
+    first = layout is None or layout == GRID[model, ranks][0]
+    some = model == DEEP or ranks == 4 or (model == EXPERTS and not first)
+    return (*(SOME if some else OBJECTIVES), *balanced)
 
 
 def configure(path: str, name: str) -> Any:
@@ -181,59 +182,91 @@ def scores(model: Any, prompt: np.ndarray, tokens: np.ndarray) -> tuple[Any, Any
     return log_p.gather(1, targets)[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def oracle(
-    path: str, reference: str, config: Any, groups: Any, old: Any
-) -> list[dict[str, torch.Tensor]]:
-    """Gradient of each optimizer step by HF name."""
+@dataclass(frozen=True)
+class Passed:
+    """What a model says of all answers in float64, from one pass over them."""
+
+    model: Any
+    logp: list[torch.Tensor]
+    entropy: list[torch.Tensor]
+    router: list[list[torch.Tensor]]  # of each answer, of each layer: [tokens before it, experts]
+
+
+def load(path: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    policy, frozen = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64, experts_implementation="eager")
-        for p in (path, reference)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, experts_implementation="eager"
     )
+
+
+def pass_over(model: Any, groups: Any) -> Passed:
+    """Padding is on the right, where nothing sees it."""
     pairs = [(group.prompt.tokens, r.tokens) for group in groups for r in group.rollouts]
-    own = [scores(policy, *pair) for pair in pairs]
-    with torch.no_grad():
-        ref = [scores(frozen, *pair)[0] for pair in pairs]
+    rows = [torch.from_numpy(np.concatenate(pair)).long() for pair in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mixed = hasattr(model.config, "num_experts")
+    output = model(ids, **({"output_router_logits": True} if mixed else {}))
+    layers = [x.view(*ids.shape, -1) for x in output.router_logits] if mixed else []
+    found = Passed(model, [], [], [])
+    for row, logits, (prompt, tokens) in zip(range(len(ids)), output.logits, pairs, strict=True):
+        before = slice(prompt.size - 1, prompt.size - 1 + tokens.size)
+        log_p = (logits[before] / TEMPERATURE).log_softmax(-1)
+        targets = torch.from_numpy(tokens).long()[:, None]
+        found.logp.append(log_p.gather(1, targets)[:, 0])
+        found.entropy.append(-(log_p.exp() * log_p).sum(-1))
+        found.router.append([x[row, : before.stop] for x in layers if tokens.size])
+    return found
+
+
+def oracle(
+    policy: Passed, reference: Passed, config: Any, groups: Any, old: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Gradient of each optimizer step by HF name."""
     found = losses(
         groups,
         config.algo,
         max_tokens=MAX_TOKENS,
-        logp=[x for x, _ in own],
-        entropy=[x for _, x in own],
+        logp=policy.logp,
+        entropy=policy.entropy,
         logp_old=[torch.from_numpy(x).double() for x in old],
-        logp_ref=ref,
+        logp_ref=reference.logp,
     )
     if config.moe.aux_loss_coef:
-        batches = np.array_split(np.array(pairs, dtype=object), config.algo.minibatches)
-        router = [router_loss(policy, batch, config.moe) for batch in batches]
-        found = [loss + more for loss, more in zip(found, router, strict=True)]
-    names, parameters = zip(*policy.named_parameters(), strict=True)
+        size = len(policy.router) // config.algo.minibatches
+        parts = [policy.router[i : i + size] for i in range(0, len(policy.router), size)]
+        found = [
+            loss + router_loss(policy.model, part, config.moe)
+            for loss, part in zip(found, parts, strict=True)
+        ]
+    names, parameters = zip(*policy.model.named_parameters(), strict=True)
     every = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in found]
     return [unfused(dict(zip(names, gradient, strict=True))) for gradient in every]
 
 
-def router_loss(model: Any, pairs: Any, moe: Any) -> torch.Tensor:
-    """Of the tokens that the answers' are predicted from, by each layer's logits of the router."""
-    balance, z, count = [], [], 0
-    for prompt, tokens in pairs:
-        ids = torch.from_numpy(np.concatenate([prompt, tokens])[:-1]).long()[None]
-        if not tokens.size:
-            continue
-        count += ids.numel()
-        for logits in model(ids, output_router_logits=True).router_logits:
-            chosen = logits.topk(model.config.num_experts_per_tok).indices
-            part = torch.bincount(chosen.flatten(), minlength=logits.shape[1]) / chosen.numel()
-            balance.append(logits.shape[1] * (part * logits.softmax(-1).mean(0)).sum())
-            z.append(logits.logsumexp(-1).square().sum())
-    samples = len(balance) / model.config.num_hidden_layers
-    return moe.aux_loss_coef * sum(balance) / samples + moe.z_loss_coef * sum(z) / count
+def router_loss(model: Any, router: list[list[torch.Tensor]], moe: Any) -> torch.Tensor:
+    """Of the tokens that the answers' are predicted from."""
+    balance, z = [], []
+    for logits in (logits for layers in router for logits in layers):
+        chosen = logits.topk(model.config.num_experts_per_tok).indices
+        part = torch.bincount(chosen.flatten(), minlength=logits.shape[1]) / chosen.numel()
+        balance.append(logits.shape[1] * (part * logits.softmax(-1).mean(0)).sum())
+        z.append(logits.logsumexp(-1).square().sum())
+    answers = [layers for layers in router if layers]
+    tokens = sum(len(layers[0]) for layers in answers)
+    return moe.aux_loss_coef * sum(balance) / len(answers) + moe.z_loss_coef * sum(z) / tokens
 
 
 def gradients(
-    reference: str, configs: dict[str, Any], layouts: list[Layout], recorded: Any, broken: str = ""
+    reference: str,
+    configs: dict[str, Any],
+    layouts: list[Layout],
+    recorded: Any,
+    broken: str = "",
+    meeting: list[tuple[str, ...]] | None = None,
 ) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
-    """What the package computes under each configuration on each layout, on rank 0."""
+    """What the package computes under each configuration on each layout, on rank 0. ``meeting``:
+    under which of them on each; None: under all."""
     from dataclasses import replace
 
     from peergrad.algo.grading import AlgoState, grade
@@ -292,7 +325,7 @@ def gradients(
         policy_module.routed = told  # type: ignore[assignment]
     groups, old = recorded
     found: dict[tuple[str, str], list[dict[str, torch.Tensor]]] = {}
-    for layout in layouts:
+    for names, layout in zip(meeting or [tuple(configs)] * len(layouts), layouts, strict=True):
         sizes, order, kernel = layout
         given = next(iter(configs.values()))
         parallel = replace(given.parallel, **sizes)
@@ -304,7 +337,8 @@ def gradients(
         before, update = [p.clone() for p in policy.model.parameters()], policy.update
         fresh = with_logp(make_samples(groups), "logp_old", old)
         fresh = with_logp(fresh, "logp_ref", frozen.score(fresh).logp)
-        for name, given in configs.items():
+        for name in names:
+            given = configs[name]
             algo, policy.config = given.algo, replace(config, moe=given.moe)
             state = AlgoState(algo.kl.coef)
             samples = grade(groups, fresh, algo, state, max_tokens=MAX_TOKENS)[0]
@@ -348,17 +382,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
     @cache
     def build(model: str) -> Case:
-        from transformers import AutoModelForCausalLM
 
         made = [make_hf_model(folder / f"{model}-{s}", seed=s, **MODELS[model]) for s in (0, 1)]
         path, reference = map(str, made)
-        recorded = record(
-            AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float64, experts_implementation="eager"
-            )
-        )
+        model_of = {which: load(which) for which in (path, reference)}
+        recorded = record(model_of[path])
+        policy = pass_over(model_of[path], recorded[0])
+        with torch.no_grad():
+            frozen = pass_over(model_of[reference], recorded[0])
         configs = {name: configure(path, name) for name in objectives_of(model, 1)}
-        wanted = {name: oracle(path, reference, c, *recorded) for name, c in configs.items()}
+        wanted = {name: oracle(policy, frozen, c, *recorded) for name, c in configs.items()}
         return Case(reference, configs, recorded, wanted)
 
     return build
@@ -372,10 +405,10 @@ def test_every_layout_gives_the_gradient_of_one_process(
     cases: Callable[[str], Case], model: str, ranks: int
 ) -> None:
     case, layouts = cases(model), GRID[model, ranks]
-    configs = {name: case.configs[name] for name in objectives_of(model, ranks)}
-    ours = (case.reference, configs, layouts, case.recorded)
+    meeting = [objectives_of(model, ranks, layout) for layout in layouts]
+    ours = (case.reference, case.configs, layouts, case.recorded, "", meeting)
     found = run_ranks(ranks, gradients, *ours, timeout=500)[0]
-    assert len(found) == len(configs) * len(layouts)
+    assert len(found) == sum(map(len, meeting))
     worst = {}
     for (name, layout), steps in found.items():
         assert len(steps) == len(case.expected[name])
