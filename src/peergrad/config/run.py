@@ -142,6 +142,18 @@ class ParallelConfig:
     one of its own."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel and context ranks."""
+    overlap_grad_reduce: bool = False
+    """Send gradients to the other data-parallel and context ranks, a bucket of parameters at a
+    time, while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """With ``overlap_grad_reduce``: parameters that other ranks' optimizers have updated are waited
+    for where the next forward pass needs them, not at the end of the step."""
+    ddp_bucket_size: int | None = None
+    """Parameters of a bucket. null: 40 million, or a million for each data-parallel and context
+    rank if that is more. Behind the first pipeline rank, all of a piece's, whatever this says."""
+    deterministic_mode: bool = False
+    """Of an operation that adds up in whatever order, take the form that does not, or fail: equal
+    rollouts then give equal weights, bit for bit, on a GPU too."""
     recompute: Recompute = Recompute.off
     """Activations that are computed again in the backward pass rather than kept: none, those of
     ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
@@ -171,6 +183,7 @@ class ParallelConfig:
             rule, remedy = "needs parallel.pipeline > 1", "unset it"
             require(unset or self.pipeline > 1, f"parallel.{name}", value, rule, remedy)
         self._check_recompute()
+        self._check_overlap()
         seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,
@@ -179,6 +192,17 @@ class ParallelConfig:
             "needs parallel.tensor > 1",
             "unset it",
         )
+
+    def _check_overlap(self) -> None:
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        key, remedy = "parallel.overlap_param_gather", "set that, or unset this"
+        for name in ("overlap_grad_reduce", "distributed_optimizer"):
+            fit = getattr(self, name) or not gather
+            require(fit, key, gather, f"needs parallel.{name}", remedy)
+        if (size := self.ddp_bucket_size) is not None:
+            key = "parallel.ddp_bucket_size"
+            at_least(key, size, 1)
+            require(reduce, key, size, "has no effect without parallel.overlap_grad_reduce", remedy)
 
     def _check_recompute(self) -> None:
         """What is set must have an effect."""
