@@ -56,6 +56,7 @@ FUSED, LOGITS, PLAIN = "fused_linear", "from_logits", "reference"
 FULL = {"recompute": Recompute.full}
 PARTS = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "mlp"]}
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
+BESIDE = {"overlap_grad_reduce": True, "ddp_bucket_size": 9000}
 SHALLOW, DEEP = 2, 4  # layers
 # Every objective on up to two ranks and two layers. More of them, and what divides or computes
 # layers in another way, meet some that need all there is: whole batches, whole answers, a pass
@@ -69,12 +70,12 @@ GRID: dict[tuple[int, int], list[Layout]] = {
         ({"tensor": 2, "micro_batch_tokens": 160}, 0, FUSED),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 1, LOGITS),
         ({"pipeline": 2, "micro_batch_tokens": 100}, 2, FUSED),
-        ({"context": 2, "micro_batch_tokens": 50}, 1, FUSED),
-        ({"micro_batch_tokens": 100}, 3, PLAIN),
+        ({"context": 2, "micro_batch_tokens": 50, **BESIDE}, 1, FUSED),
+        ({"micro_batch_tokens": 100, **BESIDE}, 3, PLAIN),
     ],
     (SHALLOW, 4): [
         ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 160}, 1, LOGITS),
-        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 2, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 80, **BESIDE}, 2, FUSED),
         ({"context": 2, "tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 3, LOGITS),
         ({"micro_batch_tokens": 160}, 0, FUSED),
     ],
@@ -85,9 +86,9 @@ GRID: dict[tuple[int, int], list[Layout]] = {
     ],
     (DEEP, 4): [
         ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 160, **FULL}, 1, LOGITS),
-        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS}, 2, FUSED),
-        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL}, 0, FUSED),
-        ({"context": 4, "micro_batch_tokens": 50, **PARTS}, 0, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS, **BESIDE}, 2, FUSED),
+        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL, **BESIDE}, 0, FUSED),
+        ({"context": 4, "micro_batch_tokens": 50, **PARTS, **BESIDE}, 0, LOGITS),
     ],
 }
 SOME = ("dapo", "gspo_token", "icepop")

@@ -1,6 +1,7 @@
 """Communication beside the computation gives the very bits that it gives after it, and is really
 beside it: gradients during the backward pass, parameters where the forward pass needs them."""
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 LENGTHS = (4, 9, 24, 12, 21, 6, 15, 7)
-BUCKET = 9000  # parameters: a layer has 41,000, and two matrices that are larger alone
+BUCKET = 4000  # parameters: the head has a bucket of its own, and so has every matrix of a layer
 # layers, fields of parallel, whether the embedding is tied
 Layout = tuple[int, dict[str, Any], bool]
 PLAIN: dict[str, Any] = {"micro_batch_tokens": 40}
@@ -163,7 +164,8 @@ def test_bits_are_those_without(paths: dict[Any, str], ranks: int) -> None:
 @contextmanager
 def watched(policy: Any) -> Iterator[list[str]]:
     """What goes on meanwhile, in order: the forward pass of a layer, a parameter whose gradient is
-    there, a bucket sent or gathered, the end of the last backward pass."""
+    there, a bucket sent or gathered, the head with all parameters or too early, the end of the last
+    backward pass."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     events: list[str] = []
@@ -179,7 +181,15 @@ def watched(policy: Any) -> Iterator[list[str]]:
         **{"register_grad_ready": "gradient", "start_grad_sync": "send"},
         "start_param_sync": "gather",
     }
-    config = policy.model.config
+    config, head = policy.model.config, policy.head.loss
+
+    def loss(*args: Any) -> Any:
+        groups = [group for piece in policy.ddp for group in piece.bucket_groups]
+        late = any(group.param_gather_handle is not None for group in groups)
+        events.append("early" if late else "head")
+        return head(*args)
+
+    policy.head.loss = loss
     hooks = [
         layer.register_forward_hook(lambda *_: events.append("layer"))
         for layer in policy.model.pieces[0].decoder.layers
@@ -188,7 +198,7 @@ def watched(policy: Any) -> Iterator[list[str]]:
     config.finalize_model_grads_func = told("end", finish)
     with mock.patch.multiple(Group, **{k: told(v, getattr(Group, k)) for k, v in names.items()}):
         yield events
-    config.finalize_model_grads_func = finish
+    config.finalize_model_grads_func, policy.head.loss = finish, head
     for hook in hooks:
         hook.remove()
 
@@ -219,6 +229,7 @@ def test_it_is_beside_the_computation(paths: dict[Any, str]) -> None:
     ):
         buckets = beside.count("send")
         passes, rest = beside.split(" end")
+        assert passes.count("head") == 1 and "early" not in passes
         assert passes.count("send") == buckets > 5  # none waited for the last gradient of all
         assert passes.rindex("gradient") > passes.index("send") > passes.rindex("layer")
         assert (
@@ -229,3 +240,24 @@ def test_it_is_beside_the_computation(paths: dict[Any, str]) -> None:
         passes, rest = after.split(" end")
         assert "send" not in passes and "gather" not in passes
         assert rest == " send gather read" and not at_once
+
+
+def repeated(path: str) -> tuple[bool, list[object]]:
+    """Whether two trainings have the same bits, and what the process was told for that."""
+    from peergrad.parallel.mesh import leave_layout
+
+    fields = {**BOTH, "micro_batch_tokens": 40, "deterministic_mode": True}
+    found = []
+    for _ in range(2):
+        policy = build(path, fields)
+        found.append(bits(rounds(policy)))
+        leave_layout()
+    embedding = policy.model.pieces[0].embedding.word_embeddings
+    told = [torch.are_deterministic_algorithms_enabled(), embedding.deterministic_mode]
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+    return found[0] == found[1], [*told, *(os.environ[name] for name in names)]
+
+
+def test_a_deterministic_trainer_repeats_itself(paths: dict[Any, str]) -> None:
+    for same, told in run_ranks(2, repeated, paths[2, True]):
+        assert same and told == [True, True, ":4096:8", "0"]

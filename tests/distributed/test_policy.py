@@ -399,6 +399,8 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
         assert checkpoints.restore(policy) == 2
         checkpoints.restore_reference(frozen, 2)
         seen["restored"].append((weights(policy), weights(frozen)))
+    saved = str(Path(folder) / "step_000002")  # of which a run may take the weights alone
+    seen["weights"] = weights(Scorer(policy.config, mesh, path=path, weights=saved))
     seen["algo"] = [checkpoints.algo_state(step) for step in (1, 2, 3)]
     return seen
 
@@ -412,6 +414,7 @@ def test_a_checkpoint_keeps_a_replaced_reference(tmp_path: Path) -> None:
     assert not same(first["policy"], first["start"])
     assert same(first["reference"], first["policy"])
     assert not same(first["policy later"], first["policy"])
+    assert same(first["weights"], first["policy later"])
     for policy, reference in first["restored"]:
         assert same(policy, first["policy later"])
         assert same(reference, first["reference"])

@@ -31,6 +31,7 @@ from peergrad.config.algo import (
     TokenLevel,
 )
 from peergrad.config.conflict import Conflict
+from peergrad.config.optim import OnNonfinite, OptimConfig, Schedule, StateDtype
 from peergrad.config.rollout import (
     OnGap,
     Proof,
@@ -53,15 +54,12 @@ from peergrad.config.run import (
     Logprob,
     ModelConfig,
     OnError,
-    OnNonfinite,
-    OptimConfig,
     ParallelConfig,
     Recompute,
     RecomputeMethod,
     RewardConfig,
     RewardKind,
     RunConfig,
-    Schedule,
     Spec,
 )
 
@@ -110,6 +108,7 @@ __all__ = [
     "ServersConfig",
     "ShapingConfig",
     "Spec",
+    "StateDtype",
     "SurrogateConfig",
     "SurrogateKind",
     "TokenLevel",

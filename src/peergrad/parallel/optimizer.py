@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from peergrad.config import Config, Dtype, OptimConfig, ParallelConfig, Schedule
 from peergrad.parallel.model import PolicyModel, Stage
+from peergrad.parallel.states import state_fields
 
 
 class Wrapped(DistributedDataParallel):
@@ -110,6 +111,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        **state_fields(optim),
     )
     optimizer = get_megatron_optimizer(config, ddp)
     ddp[0].config.grad_scale_func = optimizer.scale_loss

@@ -20,6 +20,7 @@ from peergrad.algo.samples import Sample, make_samples, pieces
 from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.context import hold
+from peergrad.parallel.determinism import be_deterministic
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -72,6 +73,8 @@ class Scorer:
         self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
     ) -> None:
         self.config, self.mesh = config, mesh
+        if config.parallel.deterministic_mode:
+            be_deterministic()
         key = "model.path" if path == config.model.path else "model.reference"
         self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, mesh)
