@@ -53,10 +53,12 @@ from peergrad.config.run import (
     LoggerConfig,
     Logprob,
     ModelConfig,
+    MoeConfig,
     OnError,
     ParallelConfig,
     Recompute,
     RecomputeMethod,
+    Replay,
     RewardConfig,
     RewardKind,
     RunConfig,
@@ -89,6 +91,7 @@ __all__ = [
     "LoggerConfig",
     "Logprob",
     "ModelConfig",
+    "MoeConfig",
     "OldPolicy",
     "OnError",
     "OnGap",
@@ -98,6 +101,7 @@ __all__ = [
     "Proof",
     "Recompute",
     "RecomputeMethod",
+    "Replay",
     "RewardConfig",
     "RewardKind",
     "RolloutConfig",
@@ -122,6 +126,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
