@@ -190,7 +190,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"recompute_layers": 2}, "parallel.recompute_layers"),
     (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
-    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["moe"]}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["rope"]}, "parallel.recompute_modules"),
     (ParallelConfig, GATHER, "parallel.overlap_param_gather"),
     (
         ParallelConfig,

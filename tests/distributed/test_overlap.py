@@ -13,24 +13,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.models import make_hf_model
+from tests.models import MIXTURES, make_hf_model
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 LENGTHS = (4, 9, 24, 12, 21, 6, 15, 7)
 BUCKET = 4000  # parameters: the head has a bucket of its own, and so has every matrix of a layer
-# layers, fields of parallel, whether the embedding is tied
-Layout = tuple[int, dict[str, Any], bool]
+MODELS: dict[str, dict[str, Any]] = {
+    **{"tied": {"tied": True, "layers": 2}, "untied": {"layers": 2}, "deep": {"tied": True}},
+    "experts": {"layers": 2, "family": "qwen3_moe", **MIXTURES["qwen3_moe"]},
+}
+Layout = tuple[str, dict[str, Any]]  # model, fields of parallel
 PLAIN: dict[str, Any] = {"micro_batch_tokens": 40}
 TENSOR = {"tensor": 2, "micro_batch_tokens": 40}
 STAGES = {"pipeline": 2, "micro_batch_tokens": 40}
-VIRTUAL = {**STAGES, "virtual_pipeline": 2}
 GRID: dict[int, list[Layout]] = {
-    2: [(2, PLAIN, False), (2, PLAIN, True), (2, {**PLAIN, "context": 2}, False)],
+    2: [
+        *(("untied", PLAIN), ("tied", PLAIN), ("untied", {**PLAIN, "context": 2})),
+        ("experts", {**PLAIN, "expert": 2}),
+    ],
     4: [
-        *((2, TENSOR, False), (2, {**TENSOR, "sequence": True}, True), (2, STAGES, True)),
-        (4, VIRTUAL, True),
+        *(("untied", TENSOR), ("tied", {**TENSOR, "sequence": True}), ("tied", STAGES)),
+        ("deep", {**STAGES, "virtual_pipeline": 2}),
     ],
 }
 GRADIENTS = {"overlap_grad_reduce": True, "ddp_bucket_size": BUCKET}
@@ -42,8 +47,8 @@ CHOICES: dict[int, list[dict[str, Any]]] = {
 
 
 def samples(*, some: int = len(LENGTHS), advantage: float = 1.0) -> list[Any]:
-    """The last of them without a weight; with fewer than two that have one, a data-parallel rank
-    has nothing to learn from."""
+    """Of which the first ``some`` have a weight: with one, all but one data-parallel rank have
+    nothing to learn from."""
     from peergrad.algo.samples import Sample
 
     rng = np.random.default_rng(1)
@@ -98,11 +103,12 @@ def objective(kind: str = "clip") -> Any:
 
 def gradients(policy: Any) -> list[torch.Tensor]:
     """Of each parameter, whole: with the distributed optimizer a rank has a part of each bucket."""
-    for piece in policy.ddp:
-        for bucket in (bucket for group in piece.bucket_groups for bucket in group.buckets):
-            if policy.config.parallel.distributed_optimizer:
-                part = bucket.grad_data.chunk(piece.dp_cp_group.size())[piece.dp_cp_group.rank()]
-                dist.all_gather_into_tensor(bucket.grad_data, part.clone(), group=piece.dp_cp_group)
+    for piece in policy.ddp if policy.config.parallel.distributed_optimizer else []:
+        for group in piece.bucket_groups + piece.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                part = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, part, group=ranks)
     return [parameter.main_grad.clone() for parameter in policy.model.parameters()]
 
 
@@ -129,32 +135,28 @@ def bits(tensors: list[torch.Tensor]) -> list[bytes]:
     return [tensor.contiguous().numpy().tobytes() for tensor in tensors]
 
 
-def agree(paths: dict[Any, str], ranks: int) -> list[tuple[str, list[bool]]]:
+def agree(paths: dict[str, str], ranks: int) -> list[tuple[str, list[bool]]]:
     """Whether each choice has the bits of the first, on each layout."""
     from peergrad.parallel.mesh import leave_layout
 
     found = []
-    for layers, fields, tied in GRID[ranks]:
+    for model, fields in GRID[ranks]:
         seen = []
         for more in CHOICES[ranks]:
-            seen.append(bits(rounds(build(paths[layers, tied], {**fields, **more}))))
+            seen.append(bits(rounds(build(paths[model], {**fields, **more}))))
             leave_layout()
-        found.append((f"{fields} {tied}", [seen[0] == one for one in seen]))
+        found.append((f"{model} {fields}", [seen[0] == one for one in seen]))
     return found
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, str]:
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    kinds = [(layers, tied) for layers in (2, 4) for tied in (False, True)]
-    return {
-        (layers, tied): str(make_hf_model(folder / f"{layers}{tied}", layers=layers, tied=tied))
-        for layers, tied in kinds
-    }
+    return {name: str(make_hf_model(folder / name, **given)) for name, given in MODELS.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_bits_are_those_without(paths: dict[Any, str], ranks: int) -> None:
+def test_bits_are_those_without(paths: dict[str, str], ranks: int) -> None:
     for rank in run_ranks(ranks, agree, paths, ranks):
         assert len(rank) == len(GRID[ranks])
         for layout, same in rank:
@@ -223,9 +225,9 @@ def second_updates(path: str, choices: list[dict[str, Any]]) -> list[tuple[str, 
     return found
 
 
-def test_it_is_beside_the_computation(paths: dict[Any, str]) -> None:
+def test_it_is_beside_the_computation(paths: dict[str, str]) -> None:
     for (beside, late), (after, at_once) in run_ranks(
-        2, second_updates, paths[2, False], [BOTH, {}]
+        2, second_updates, paths["untied"], [BOTH, {}]
     ):
         buckets = beside.count("send")
         passes, rest = beside.split(" end")
@@ -258,6 +260,6 @@ def repeated(path: str) -> tuple[bool, list[object]]:
     return found[0] == found[1], [*told, *(os.environ[name] for name in names)]
 
 
-def test_a_deterministic_trainer_repeats_itself(paths: dict[Any, str]) -> None:
-    for same, told in run_ranks(2, repeated, paths[2, True]):
+def test_a_deterministic_trainer_repeats_itself(paths: dict[str, str]) -> None:
+    for same, told in run_ranks(2, repeated, paths["tied"]):
         assert same and told == [True, True, ":4096:8", "0"]
