@@ -190,7 +190,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"recompute_layers": 2}, "parallel.recompute_layers"),
     (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
-    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["rope"]}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["experts"]}, "parallel.recompute_modules"),
     (ParallelConfig, GATHER, "parallel.overlap_param_gather"),
     (
         ParallelConfig,
@@ -474,7 +474,7 @@ def loaded_by(statement: str) -> set[str]:
     """Top-level modules after ``statement`` in a fresh interpreter."""
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     return set(done.stdout.split())
 
