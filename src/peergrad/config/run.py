@@ -156,8 +156,8 @@ class ParallelConfig:
     """Parameters of a bucket. null: 40 million, or a million for each data-parallel and context
     rank if that is more. Behind the first pipeline rank, all of a piece's, whatever this says."""
     deterministic_mode: bool = False
-    """Of an operation that adds up in whatever order, take the form that does not, or fail: equal
-    rollouts then give equal weights, bit for bit, on a GPU too."""
+    """Of an operation that adds up in whatever order, take the form that does not, or fail: for
+    equal weights from equal rollouts, bit for bit. GPUs need ``NCCL_ALGO``, as ``Ring``."""
     recompute: Recompute = Recompute.off
     """Activations that are computed again in the backward pass rather than kept: none, those of
     ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
