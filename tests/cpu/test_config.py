@@ -45,6 +45,7 @@ from peergrad.config import (
     ServerMode,
     ServersConfig,
     ShapingConfig,
+    StateDtype,
     SurrogateConfig,
     SurrogateKind,
 )
@@ -52,6 +53,10 @@ from peergrad.config import (
 NAN, INF = float("nan"), float("inf")
 FUNCTION = RewardKind.function
 SELECTIVE = {"recompute": Recompute.selective}
+GATHER = {"overlap_param_gather": True}
+AWARE: dict[str, Any] = {"use_precision_aware_optimizer": True}
+OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True}
+HALF: dict[str, Any] = {"exp_avg_dtype": StateDtype.bfloat16}
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (RunConfig, {"steps": 0}, "run.steps"),
@@ -186,7 +191,26 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": ["experts"]}, "parallel.recompute_modules"),
+    (ParallelConfig, GATHER, "parallel.overlap_param_gather"),
+    (
+        ParallelConfig,
+        {**GATHER, "overlap_grad_reduce": True, "distributed_optimizer": False},
+        "parallel.overlap_param_gather",
+    ),
+    (ParallelConfig, {"ddp_bucket_size": 10}, "parallel.ddp_bucket_size"),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
+    (OptimConfig, OFFLOAD, "optim.optimizer_cpu_offload"),
+    (OptimConfig, {"optimizer_offload_fraction": 0.5}, "optim.optimizer_offload_fraction"),
+    (
+        OptimConfig,
+        {**AWARE, **OFFLOAD, "optimizer_offload_fraction": 0.0},
+        "optim.optimizer_offload_fraction",
+    ),
+    (
+        OptimConfig,
+        {**AWARE, "overlap_cpu_optimizer_d2h_h2d": True},
+        "optim.overlap_cpu_optimizer_d2h_h2d",
+    ),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
     (ServersConfig, {"start_timeout": -1.0}, "rollout.servers.start_timeout"),
@@ -298,6 +322,18 @@ def test_values_at_the_edge_are_allowed(
 TOKEN_DROP = CorrectionConfig(kind=CorrectionKind.icepop)
 NONSENSE: list[tuple[Callable[[], object], str]] = [
     (lambda: KlConfig(estimator=KlEstimator.k1), "algo.kl.estimator = 'k1': has no expected grad"),
+    (
+        lambda: OptimConfig(**HALF),
+        "optim.exp_avg_dtype = 'bfloat16': has no effect without optim.use_precision_aware_optim",
+    ),
+    (
+        lambda: OptimConfig(**AWARE, **OFFLOAD, **HALF),
+        "optim.exp_avg_dtype = 'bfloat16': has no effect with optim.optimizer_cpu_offload, which",
+    ),
+    (
+        lambda: OptimConfig(**AWARE, main_params_dtype=StateDtype.fp8),
+        "optim.main_params_dtype = 'fp8': must be float32 or float16; use float32",
+    ),
     (
         lambda: KlConfig(place=KlPlace.reward, estimator=KlEstimator.k3_unbiased),
         "algo.kl.estimator = 'k3_unbiased': differs from k3 in its gradient alone",

@@ -64,6 +64,7 @@ FUSED, LOGITS, PLAIN = "fused_linear", "from_logits", "reference"
 FULL = {"recompute": Recompute.full}
 PARTS = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "mlp"]}
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
+BESIDE = {"overlap_grad_reduce": True, "ddp_bucket_size": 9000}
 EXPERTS_AGAIN = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "moe"]}
 SPREAD: dict[str, Any] = {"tensor": 2, "sequence": True, "expert": 2}
 SHALLOW, DEEP, EXPERTS = "2 layers", "4 layers", "experts"
@@ -91,12 +92,12 @@ GRID: dict[tuple[str, int], list[Layout]] = {
         ({"tensor": 2, "micro_batch_tokens": 160}, 0, FUSED),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 1, LOGITS),
         ({"pipeline": 2, "micro_batch_tokens": 100}, 2, FUSED),
-        ({"context": 2, "micro_batch_tokens": 50}, 1, FUSED),
-        ({"micro_batch_tokens": 100}, 3, PLAIN),
+        ({"context": 2, "micro_batch_tokens": 50, **BESIDE}, 1, FUSED),
+        ({"micro_batch_tokens": 100, **BESIDE}, 3, PLAIN),
     ],
     (SHALLOW, 4): [
         ({"tensor": 2, "pipeline": 2, "micro_batch_tokens": 160}, 1, LOGITS),
-        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 2, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 80, **BESIDE}, 2, FUSED),
         ({"context": 2, "tensor": 2, "sequence": True, "micro_batch_tokens": 80}, 3, LOGITS),
         ({"micro_batch_tokens": 160}, 0, FUSED),
     ],
@@ -107,21 +108,25 @@ GRID: dict[tuple[str, int], list[Layout]] = {
     ],
     (DEEP, 4): [
         ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 160, **FULL}, 1, LOGITS),
-        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS}, 2, FUSED),
-        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL}, 0, FUSED),
-        ({"context": 4, "micro_batch_tokens": 50, **PARTS}, 0, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS, **BESIDE}, 2, FUSED),
+        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL, **BESIDE}, 0, FUSED),
+        ({"context": 4, "micro_batch_tokens": 50, **PARTS, **BESIDE}, 0, LOGITS),
     ],
     (EXPERTS, 2): [
-        ({"expert": 2, "micro_batch_tokens": 250}, 1, FUSED),
+        ({"expert": 2, "micro_batch_tokens": 250, **BESIDE}, 1, FUSED),
         ({**SPREAD, "expert_tensor": 1, "micro_batch_tokens": 300, **EXPERTS_AGAIN}, 2, FUSED),
         ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 0, LOGITS),
         ({"context": 2, "expert": 2, "micro_batch_tokens": 50}, 3, FUSED),
     ],
     (EXPERTS, 4): [
-        ({**SPREAD, "micro_batch_tokens": 80}, 1, FUSED),
+        ({**SPREAD, "micro_batch_tokens": 80, **BESIDE}, 1, FUSED),
         ({**SPREAD, "expert": 4, "expert_tensor": 1, "micro_batch_tokens": 80, **FULL}, 0, FUSED),
         ({"expert": 2, "pipeline": 2, "micro_batch_tokens": 80, **FULL}, 2, FUSED),
-        ({"context": 2, "expert": 2, "micro_batch_tokens": 50, **EXPERTS_AGAIN}, 3, LOGITS),
+        (
+            {"context": 2, "expert": 2, "micro_batch_tokens": 50, **EXPERTS_AGAIN, **BESIDE},
+            3,
+            LOGITS,
+        ),
     ],
 }
 SOME = ("dapo", "gspo_token", "icepop")

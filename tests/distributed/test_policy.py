@@ -25,6 +25,7 @@ class Layout(NamedTuple):
     dtype: str = "float32"
     sequence: bool = False
     virtual: int = 1
+    overlap: bool = False
 
 
 LAYOUTS: dict[int, list[Layout]] = {
@@ -122,7 +123,10 @@ def make(path: str, layout: Layout, **sections: Any) -> tuple[Any, Any]:
             virtual_pipeline=layout.virtual,
             sequence=layout.sequence,
             micro_batch_tokens=layout.budget,
-            distributed_optimizer=sections.get("distributed", True),
+            distributed_optimizer=(distributed := sections.get("distributed", True)),
+            overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=layout.overlap and distributed,
+            ddp_bucket_size=9000 if layout.overlap else None,
         ),
         kernels=KernelsConfig(
             chunk=7, logprob=Logprob.fused_linear if layout.dtype == "bfloat16" else Logprob.auto
@@ -351,8 +355,8 @@ def checkpoint_rounds(
 def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed: bool) -> None:
     path = str(make_hf_model(tmp_path / "model", vocab=100))
     # Saved at TP 2 with 112 rows of a vocabulary; resumed there, and with 128 on every layout
-    first, *others = Layout(2, 1, 40), Layout(2, 1, 40), Layout(1, 2, 40), Layout(1, 1, 40)
-    others.append(Layout(1, 2, 40, virtual=2))
+    first, *others = Layout(2, 1, 40), Layout(2, 1, 40), Layout(1, 2, 40)
+    others += [Layout(1, 1, 40, overlap=True), Layout(1, 2, 40, virtual=2)]
     layouts = [(first, distributed, 16), *((layout, distributed, 128) for layout in others)]
     for rank in run_ranks(2, checkpoint_rounds, path, str(tmp_path / "ckpt"), layouts):
         uninterrupted, same_layout, *others = rank
@@ -363,7 +367,8 @@ def test_resumed_training_continues_the_same_numbers(tmp_path: Path, distributed
 
 def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str, Any]:
     """Make the policy of step 1 the reference, save, train on and save again without and with it;
-    then read it on each layout. Weights by HF name, as this rank has them."""
+    then read it on each layout. Weights by HF name, as this rank has them, that nothing has read
+    between an optimizer step and what is looked at: a copy, a checkpoint."""
     from peergrad.config import CheckpointConfig
     from peergrad.parallel.checkpoint import Checkpoints
     from peergrad.parallel.mesh import leave_layout
@@ -377,13 +382,13 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
     checkpoints = Checkpoints(Path(folder), CheckpointConfig(keep=0), mesh)
     seen: dict[str, Any] = {"start": weights(reference), "restored": []}
     policy.update(samples(), objective())
-    checkpoints.save(policy, None, {}, None, step=1)
     reference.become(policy)
+    checkpoints.save(policy, None, {}, None, step=1)
     seen["policy"] = weights(policy)
     policy.update(samples(), objective())
+    checkpoints.begin(policy, None, {"reference_step": 1}, reference, step=2, aside=True)
     seen["policy later"] = weights(policy)
     seen["reference"] = weights(reference)
-    checkpoints.begin(policy, None, {"reference_step": 1}, reference, step=2, aside=True)
     policy.update(samples(), objective())  # the reference of a checkpoint does not learn
     checkpoints.finish()
     for layout in layouts:
@@ -394,6 +399,8 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
         assert checkpoints.restore(policy) == 2
         checkpoints.restore_reference(frozen, 2)
         seen["restored"].append((weights(policy), weights(frozen)))
+    saved = str(Path(folder) / "step_000002")  # of which a run may take the weights alone
+    seen["weights"] = weights(Scorer(policy.config, mesh, path=path, weights=saved))
     seen["algo"] = [checkpoints.algo_state(step) for step in (1, 2, 3)]
     return seen
 
@@ -402,11 +409,12 @@ def reference_rounds(path: str, folder: str, layouts: list[Layout]) -> dict[str,
 def test_a_checkpoint_keeps_a_replaced_reference(tmp_path: Path) -> None:
     path = str(make_hf_model(tmp_path / "model"))
     folder = tmp_path / "ckpt"
-    layouts = [Layout(2, 1, 40), Layout(1, 2, 40, virtual=2), Layout(1, 1, 40)]
+    layouts = [Layout(1, 1, 40, overlap=True), Layout(1, 2, 40, virtual=2), Layout(2, 1, 40)]
     first, second = run_ranks(2, reference_rounds, path, str(folder), layouts)
     assert not same(first["policy"], first["start"])
     assert same(first["reference"], first["policy"])
     assert not same(first["policy later"], first["policy"])
+    assert same(first["weights"], first["policy later"])
     for policy, reference in first["restored"]:
         assert same(policy, first["policy later"])
         assert same(reference, first["reference"])

@@ -33,6 +33,7 @@ def check(config: Config, *, world: int) -> None:
         check_steps(config)
     _check_objective(config)
     _check_kernels(config)
+    _check_states(config)
     _check_name(config)
 
 
@@ -183,6 +184,16 @@ def _check_kernels(config: Config) -> None:
         f"rounds what a model in {weights.name} (model.dtype) computes more exactly",
         "set kernels.logits=float32",
     )
+
+
+def _check_states(config: Config) -> None:
+    """Megatron and Transformer Engine keep an optimizer's state otherwise under two conditions."""
+    aware, key = config.optim.use_precision_aware_optimizer, "optim.use_precision_aware_optimizer"
+    fit, remedy = config.parallel.distributed_optimizer or not aware, "set that, or unset this"
+    require(fit, key, aware, "needs parallel.distributed_optimizer", remedy)
+    fit = config.model.dtype is Dtype.bfloat16 or not aware
+    rule = f"has no effect on weights in {config.model.dtype.name}, which are their own main copy"
+    require(fit, key, aware, rule, "set model.dtype=bfloat16, or unset this")
 
 
 def _check_name(config: Config) -> None:

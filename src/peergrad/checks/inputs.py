@@ -271,6 +271,14 @@ def describe(source: str | Sequence[str], loaded: Loaded) -> Source:
 def _check_megatron(config: Config, shape: Shape) -> None:
     """Nothing of the kind is imported, which takes seconds, unless something was asked of it."""
     parallel = config.parallel
+    if parallel.deterministic_mode:
+        from peergrad.parallel.determinism import require_determinism
+
+        require_determinism()
+    if config.optim.use_precision_aware_optimizer:
+        from peergrad.parallel.states import require_states
+
+        require_states(config.optim)
     special = parallel.megatron or parallel.recompute is not Recompute.off
     if parallel.spec is not Spec.te and not special:
         return

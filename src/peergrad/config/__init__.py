@@ -31,6 +31,7 @@ from peergrad.config.algo import (
     TokenLevel,
 )
 from peergrad.config.conflict import Conflict
+from peergrad.config.optim import OnNonfinite, OptimConfig, Schedule, StateDtype
 from peergrad.config.rollout import (
     OnGap,
     Proof,
@@ -54,8 +55,6 @@ from peergrad.config.run import (
     ModelConfig,
     MoeConfig,
     OnError,
-    OnNonfinite,
-    OptimConfig,
     ParallelConfig,
     Recompute,
     RecomputeMethod,
@@ -63,7 +62,6 @@ from peergrad.config.run import (
     RewardConfig,
     RewardKind,
     RunConfig,
-    Schedule,
     Spec,
 )
 
@@ -114,6 +112,7 @@ __all__ = [
     "ServersConfig",
     "ShapingConfig",
     "Spec",
+    "StateDtype",
     "SurrogateConfig",
     "SurrogateKind",
     "TokenLevel",

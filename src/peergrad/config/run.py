@@ -1,4 +1,4 @@
-"""Every section but the objective's and the rollouts': run, model, layout, data, optimizer, ..."""
+"""Every section but the objective's, the rollouts' and the optimizer's: run, model, layout, ..."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
-from peergrad.config.rules import at_least, finite, optional_positive, positive, require, seconds
+from peergrad.config.rules import at_least, finite, optional_positive, require, seconds
 
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Spec = Enum("Spec", ["auto", "te", "torch"])
@@ -14,8 +14,6 @@ Recompute = Enum("Recompute", ["off", "selective", "full"])
 RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
 RewardKind = Enum("RewardKind", ["arithmetic", "gsm8k", "math", "function"])
 OnError = Enum("OnError", ["zero", "drop", "stop"])
-OnNonfinite = Enum("OnNonfinite", ["skip", "stop"])
-Schedule = Enum("Schedule", ["constant", "linear", "cosine"])
 Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
 
 LARGEST_REWARD = 1e9
@@ -148,6 +146,18 @@ class ParallelConfig:
     one of its own."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel and context ranks."""
+    overlap_grad_reduce: bool = False
+    """Send gradients to the other data-parallel and context ranks, a bucket of parameters at a
+    time, while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """With ``overlap_grad_reduce``: parameters that other ranks' optimizers have updated are waited
+    for where the next forward pass needs them, not at the end of the step."""
+    ddp_bucket_size: int | None = None
+    """Parameters of a bucket. null: 40 million, or a million for each data-parallel and context
+    rank if that is more. Behind the first pipeline rank, all of a piece's, whatever this says."""
+    deterministic_mode: bool = False
+    """Of an operation that adds up in whatever order, take the form that does not, or fail: for
+    equal weights from equal rollouts, bit for bit. GPUs need ``NCCL_ALGO``, as ``Ring``."""
     recompute: Recompute = Recompute.off
     """Activations that are computed again in the backward pass rather than kept: none, those of
     ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
@@ -178,6 +188,7 @@ class ParallelConfig:
             rule, remedy = "needs parallel.pipeline > 1", "unset it"
             require(unset or self.pipeline > 1, f"parallel.{name}", value, rule, remedy)
         self._check_recompute()
+        self._check_overlap()
         seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,
@@ -186,6 +197,17 @@ class ParallelConfig:
             "needs parallel.tensor > 1",
             "unset it",
         )
+
+    def _check_overlap(self) -> None:
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        key, remedy = "parallel.overlap_param_gather", "set that, or unset this"
+        for name in ("overlap_grad_reduce", "distributed_optimizer"):
+            fit = getattr(self, name) or not gather
+            require(fit, key, gather, f"needs parallel.{name}", remedy)
+        if (size := self.ddp_bucket_size) is not None:
+            key = "parallel.ddp_bucket_size"
+            at_least(key, size, 1)
+            require(reduce, key, size, "has no effect without parallel.overlap_grad_reduce", remedy)
 
     def _check_recompute(self) -> None:
         """What is set must have an effect."""
@@ -369,61 +391,6 @@ class RewardConfig:
             self.function,
             "must look like package.module:callable",
             "name the module as Python imports it, without .py",
-        )
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    lr: float = 1e-6
-    """Peak learning rate."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
-    schedule: Schedule = Schedule.constant
-    """Shape after the warm-up, down to ``min_lr``."""
-    decay_steps: int | None = None
-    """Training steps until ``schedule`` is at its end; default: run.steps."""
-    min_lr: float = 0.0
-    on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """A loss or gradient norm that is NaN or infinite: skip the update, or stop; the batch is
-    dumped either way."""
-
-    def __post_init__(self) -> None:
-        positive("optim.lr", self.lr, "the usual value is 1e-6")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "use 0.9 / 0.95")
-        # Adam divides 0 by 0 where a gradient has always been 0, as for the padded vocabulary.
-        positive("optim.eps", self.eps, "the usual value is 1e-8")
-        for name in ("weight_decay", "clip_grad", "warmup_steps", "min_lr"):
-            at_least(f"optim.{name}", getattr(self, name), 0)
-        require(
-            self.min_lr == 0 or self.schedule is not Schedule.constant,
-            "optim.min_lr",
-            self.min_lr,
-            "has no effect on a constant schedule",
-            "set optim.schedule=linear or cosine",
-        )
-        if self.decay_steps is not None:
-            at_least("optim.decay_steps", self.decay_steps, 1)
-        require(
-            self.decay_steps is None or self.schedule is not Schedule.constant,
-            "optim.decay_steps",
-            self.decay_steps,
-            "has no effect on a constant schedule",
-            "set optim.schedule=linear or cosine",
-        )
-        require(
-            self.min_lr <= self.lr,
-            "optim.min_lr",
-            self.min_lr,
-            f"must not exceed optim.lr ({self.lr})",
-            "lower it",
         )
 
 

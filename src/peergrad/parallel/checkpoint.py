@@ -122,6 +122,7 @@ class Checkpoints:
         start = time.monotonic()
         target = self.folder / f"step_{step:06d}"
         then = partial(self._then, target)
+        policy.gather()
         folder = new_snapshot("checkpoint", target, self.mesh, then=then)
         with filling("checkpoint", target, folder, self.mesh, then=then):
             writes = [write_megatron(folder / "model", policy.model, policy.optimizer, aside=aside)]

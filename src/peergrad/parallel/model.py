@@ -157,6 +157,7 @@ def transformer_config(
         "params_dtype": params,
         "pipeline_dtype": params,
         "bf16": dtype is Dtype.bfloat16,
+        "deterministic_mode": parallel.deterministic_mode,
         "use_cpu_initialization": not torch.cuda.is_available(),
         # The loss function returns sums over globally weighted tokens: see Policy.update.
         "calculate_per_token_loss": True,

@@ -20,13 +20,20 @@ from peergrad.algo.samples import Sample, contexts, make_samples, pieces
 from peergrad.config import Config, Replay
 from peergrad.data import Group
 from peergrad.parallel.context import hold
+from peergrad.parallel.determinism import be_deterministic
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import build_model, run
-from peergrad.parallel.optimizer import build_optimizer, learning_rate, schedule_updates, wrap_model
+from peergrad.parallel.optimizer import (
+    build_optimizer,
+    gather_parameters,
+    learning_rate,
+    schedule_updates,
+    wrap_model,
+)
 from peergrad.parallel.routing import NONE, Coefficients, Routed, Tally, routed, router_metrics
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
@@ -70,6 +77,8 @@ class Scorer:
         self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
     ) -> None:
         self.config, self.mesh = config, mesh
+        if config.parallel.deterministic_mode:
+            be_deterministic()
         key = "model.path" if path == config.model.path else "model.reference"
         self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, mesh)
@@ -116,14 +125,20 @@ class Scorer:
 
     @torch.no_grad()
     def become(self, other: "Scorer") -> None:
-        """Take over the weights of another model of the same shape and layout."""
+        """Take over the weights of another model of the same shape and layout. Collective."""
+        other.gather()
         for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
             mine.copy_(theirs)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(HF name, full tensor)`` on the first data and context ranks, nothing on the others;
         collective, must be drained by every rank."""
-        return export_hf(self.model, self.shape, self.mesh)
+        self.gather()
+        yield from export_hf(self.model, self.shape, self.mesh)
+
+    def gather(self) -> None:
+        """Have every parameter whole on this rank, for what reads it outside of a forward pass.
+        Collective."""
 
     def _divide(self, samples: Sequence[Sample]) -> Division:
         budget = self.config.parallel.micro_batch_tokens * self.mesh.context.size()
@@ -239,6 +254,9 @@ class Policy(Scorer):
             self.ddp, config.optim, config.parallel, config.model.dtype
         )
         self.updates = 0
+
+    def gather(self) -> None:
+        gather_parameters(self.ddp)
 
     def update(self, samples: Sequence[Sample], objective: Objective) -> Update:
         """One optimizer step on ``samples``. Collective over all ranks.

@@ -278,6 +278,16 @@ parallel.recompute :
     recompute_granularity gradient_checkpointing activation_checkpointing
     enable_gradient_checkpointing
 parallel.recompute_layers : recompute_num_layers
+parallel.overlap_grad_reduce : overlap_grad_reduction overlap_comm
+parallel.overlap_param_gather : overlap_param_gathering overlap_params_gather
+parallel.ddp_bucket_size (in parameters) :
+    bucket_size reduce_bucket_size allgather_bucket_size bucket_cap_mb
+parallel.deterministic_mode : deterministic full_determinism use_deterministic_algorithms
+optim.use_precision_aware_optimizer : precision_aware_optimizer
+optim.optimizer_cpu_offload with optim.use_precision_aware_optimizer :
+    optimizer_offload offload_optimizer cpu_offload_optimizer optim_offload
+optim.optimizer_offload_fraction : optimizer_cpu_offload_fraction
+optim.overlap_cpu_optimizer_d2h_h2d : overlap_cpu_optimizer
 parallel.distributed_optimizer : use_distributed_optimizer zero_stage zero
 parallel.timeout_minutes : nccl_timeout distributed_timeout_minutes ddp_timeout
 parallel.micro_batch_tokens :

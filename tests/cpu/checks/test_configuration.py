@@ -294,6 +294,17 @@ def test_logits_are_not_coarser_than_the_model(config: Config) -> None:
     check(config, world=1)
 
 
+def test_a_precise_optimizer_is_distributed_and_has_coarse_weights(config: Config) -> None:
+    config.optim.use_precision_aware_optimizer = True
+    config.model.dtype, config.parallel.distributed_optimizer = Dtype.float32, False
+    key = "optim.use_precision_aware_optimizer = True: "
+    assert refusal(config).startswith(f"{key}needs parallel.distributed_optimizer; ")
+    config.parallel.distributed_optimizer = True
+    assert refusal(config).startswith(f"{key}has no effect on weights in float32, ")
+    config.model.dtype = Dtype.bfloat16
+    check(config, world=1)
+
+
 @pytest.mark.parametrize("key", ["path", "reference"])
 def test_model_folders_must_exist(config: Config, key: str, tmp_path: Path) -> None:
     setattr(config.model, key, str(tmp_path / "nowhere"))

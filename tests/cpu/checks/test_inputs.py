@@ -351,10 +351,30 @@ def test_everything_else(config: Config, folder: Path, edit: Edit, start: str) -
     assert refusal(config).startswith(start)
 
 
-def test_transformer_engine_without_a_gpu(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_a_gpu(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config.parallel.spec = Spec.te
     assert refusal(config).startswith("parallel.spec = 'te': Transformer Engine needs a GPU")
+    config.optim.use_precision_aware_optimizer = True
+    rule = " = True: is for the memory of a GPU, and PyTorch sees none; unset it "
+    assert refusal(config).startswith(f"optim.use_precision_aware_optimizer{rule}")
+    config.optim.optimizer_cpu_offload = True
+    assert refusal(config).startswith(f"optim.optimizer_cpu_offload{rule}")
+
+
+def test_what_a_gpu_needs(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    config.optim.use_precision_aware_optimizer = True
+    rule = " = True: needs FusedAdam of the package transformer-engine, which is not installed; "
+    assert refusal(config).startswith(f"optim.use_precision_aware_optimizer{rule}")
+    config.parallel.deterministic_mode = True
+    rule = " = True: needs NCCL_ALGO, which is None, to be one of Ring, Tree, "
+    assert refusal(config).startswith(f"parallel.deterministic_mode{rule}")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":8:8")
+    rule = " = True: needs CUBLAS_WORKSPACE_CONFIG, which is :8:8, to be :4096:8 or :16:8; "
+    assert refusal(config).startswith(f"parallel.deterministic_mode{rule}")
 
 
 def test_weights_and_biases_wants_a_key(

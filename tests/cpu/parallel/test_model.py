@@ -42,7 +42,7 @@ from tests.cpu.parallel.test_mapping import SHAPE
         ("recompute_granularity", "full", "is set by peergrad or not supported"),
         ("offload_modules", "mlp", "must be a list of text or null"),
         ("offload_modules", [1], "must be a list of text or null"),
-        ("deterministic_mode", "yes", "must be true or false"),
+        ("use_kitchen", "yes", "must be true or false"),
         ("hybrid_context_parallel", True, "is set by peergrad or not supported"),
         ("pipeline_model_parallel_layout", "Et|tL", "is set by peergrad or not supported"),
         ("cp_comm_type", "a2a", "needs Transformer Engine's layers"),
@@ -67,6 +67,7 @@ def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule
         ("num_layers_in_first_pipeline_stage", "first_stage_layers"),
         ("num_layers_in_last_pipeline_stage", "last_stage_layers"),
         ("context_parallel_size", "context"),
+        ("deterministic_mode", "deterministic_mode"),
         ("sequence_parallel", "sequence"),
         ("recompute_granularity", "recompute"),
         ("recompute_method", "recompute_method"),
@@ -95,9 +96,9 @@ def test_transformer_engine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_other_fields_pass_through() -> None:
-    parallel = ParallelConfig(megatron={"deterministic_mode": True})
+    parallel = ParallelConfig(megatron={"init_method_std": 0.5}, deterministic_mode=True)
     built = transformer_config(SHAPE, parallel, Dtype.bfloat16, Spec.torch)
-    assert built.deterministic_mode
+    assert built.init_method_std == 0.5 and built.deterministic_mode
     assert built.bf16 and built.attention_dropout == 0 == built.hidden_dropout
 
 

@@ -1,9 +1,12 @@
-"""The learning rate of a step, by hand."""
+"""The learning rate of a step, by hand, and what Megatron's optimizer is asked to keep."""
 
 import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig
 
-from peergrad.config import OptimConfig, Schedule
+from peergrad.config import OptimConfig, Schedule, StateDtype
 from peergrad.parallel.optimizer import learning_rate
+from peergrad.parallel.states import state_fields
 
 
 def rates(config: OptimConfig, total: int) -> list[float]:
@@ -25,3 +28,21 @@ def test_constant_after_the_warm_up_and_past_the_end() -> None:
     assert rates(config, 6) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     late = OptimConfig(lr=1.0, min_lr=0.1, schedule=Schedule.linear)
     assert learning_rate(late, update=99, total=10) == pytest.approx(0.1)
+
+
+def test_what_the_optimizer_keeps_is_megatrons_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    OptimizerConfig(**state_fields(OptimConfig()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("peergrad.parallel.states.find_spec", lambda name: object())
+    offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.25}
+    found = state_fields(OptimConfig(use_precision_aware_optimizer=True, **offload))
+    assert found.items() >= {"use_precision_aware_optimizer": True, **offload}.items()
+    aware = OptimConfig(
+        use_precision_aware_optimizer=True,
+        main_params_dtype=StateDtype.float16,
+        exp_avg_dtype=StateDtype.fp8,
+        exp_avg_sq_dtype=StateDtype.bfloat16,
+    )
+    names = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    kept = [state_fields(aware)[name] for name in names]
+    assert kept == [torch.float16, torch.uint8, torch.bfloat16]
