@@ -1,5 +1,7 @@
 """How the model and a batch are divided over the processes."""
 
+from collections.abc import Mapping
+
 from peergrad.config import Config, ParallelConfig, Recompute, RecomputeMethod, require
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
 
@@ -14,20 +16,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
     """Raise ValueError unless TP x PP x CP x DP divides the model and fits the processes."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    divided = {
-        "attention heads": shape.heads,
-        "key-value heads": shape.kv_heads,
-        "MLP columns": shape.ffn,
-        "padded vocabulary rows": VOCAB_MULTIPLE,
-    }
-    for what, number in divided.items():
-        require(
-            number % tensor == 0,
-            "parallel.tensor",
-            tensor,
-            f"must divide the model's {number} {what}",
-            f"use a divisor of {number}",
-        )
+    require_divisor("parallel.tensor", tensor, divided_by_tensor(shape))
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
     wanted = tensor * pipeline * parallel.context * (parallel.data or 1)
@@ -42,6 +31,23 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
         f"start {wanted if parallel.data else f'a multiple of {wanted}'} processes "
         "(torchrun --nproc-per-node), or change the layout",
     )
+
+
+def divided_by_tensor(shape: Shape) -> dict[str, int]:
+    """What tensor ranks share: of each kind as many as another."""
+    return {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "MLP columns": shape.ffn,
+        "padded vocabulary rows": VOCAB_MULTIPLE,
+    }
+
+
+def require_divisor(key: str, size: int, of: Mapping[str, int]) -> None:
+    """ValueError, which names ``key``, unless ``size`` divides each of these numbers."""
+    for what, number in of.items():
+        rule, remedy = f"must divide the model's {number} {what}", f"use a divisor of {number}"
+        require(number % size == 0, key, size, rule, remedy)
 
 
 def _check_stages(parallel: ParallelConfig, layers: int) -> None:

@@ -5,9 +5,11 @@ take digests of what they wrote. Megatron would have processes write, forked fro
 threads, and perhaps a GPU.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -19,8 +21,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 from peergrad.echo import OtherRankFailed
 from peergrad.parallel.digests import digest
 
-Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
+Item = tuple[Any, torch.Tensor]
+Bucket = tuple[str, str, tuple[list[Any], list[Item]]]
 """Megatron's: path and name of one file, what is in it as bytes and as tensors."""
+Reader = Callable[[torch.Tensor], torch.Tensor]
+_readers: list[Reader] = []
+
+
+@contextmanager
+def placeholders(read: Reader) -> Iterator[None]:
+    """Inside, what is saved may lie on the meta device: ``read`` makes of such a tensor what is
+    meant, when its turn to be written comes, and no two are in memory at a time. It is called in
+    another thread."""
+    _readers.append(read)
+    try:
+        yield
+    finally:
+        _readers.remove(read)
 
 
 class Write:
@@ -44,8 +61,13 @@ class Write:
             return  # other ranks write all of it
         _, buckets, self._queue = request.async_fn_args
         transforms = request.async_fn.args[0]
+        one_by_one = Lock()
         for index, bucket in enumerate(buckets):
-            _bring_to_host(bucket, aside=aside)
+            if _readers:
+                path, name, (content, tensors) = bucket
+                bucket = (path, name, (content, _in_turn(tensors, _readers[-1], one_by_one)))
+            else:
+                _bring_to_host(bucket, aside=aside)
             # A run that fails does not wait for what nobody would finish.
             self._threads.append(
                 Thread(target=self._write, args=(index, bucket, transforms), daemon=True)
@@ -98,6 +120,14 @@ def _bring_to_host(bucket: Bucket, *, aside: bool) -> None:
     for place, (item, tensor) in enumerate(tensors):
         copy = aside and tensor.device.type == "cpu"
         tensors[place] = (item, tensor.clone() if copy else tensor.cpu())
+
+
+def _in_turn(tensors: list[Item], read: Reader, lock: Lock) -> Iterator[Item]:
+    for item, placeholder in tensors:
+        with lock:
+            tensor = read(placeholder)
+            yield item, tensor
+            tensor.untyped_storage().resize_(0)  # the writer holds it until it has the next
 
 
 def _use_plain_queue() -> None:
