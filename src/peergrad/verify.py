@@ -70,14 +70,14 @@ def verify(work: Work) -> str:
     wrong = len({finding.name for finding in found})
     raise ValueError(
         f"--hf = {str(hf)!r} and --checkpoint = {str(checkpoint)!r}: {found[0]} (the first of "
-        f"{wrong} wrong; {count} tensors compared); convert again from the one that is right"
+        f"{wrong} wrong; {count} tensors read); convert again from the one that is right"
     )
 
 
 def _findings(
     work: Work, folder: "Folder", checkpoint: Path, shape: "Shape", mesh: "Mesh"
 ) -> "tuple[int, list[Finding]]":
-    """(how many tensors were compared, what is wrong). Collective."""
+    """(how many tensors were read, what is wrong). Collective."""
     from peergrad.parallel import damage
     from peergrad.parallel.hf.tensors import tensor_shapes
     from peergrad.parallel.manifest import HF, MEGATRON, Finding, check_manifest, compare

@@ -83,23 +83,26 @@ def compare(
 
 
 def _compared(ours: Rows | None, theirs: Rows | None) -> tuple[dict[str, str], str | None]:
-    """(a line of the table of either side, what is wrong) with a tensor of the HF folder and of the
-    checkpoint."""
-    if ours is None or theirs is None:
-        return {}, f"is missing in {WHERE[HF if ours is None else MEGATRON]}"
+    """(a line of the table of each side that can be read, what is wrong) with a tensor of the HF
+    folder and of the checkpoint."""
     sides = {HF: ours, MEGATRON: theirs}
-    if ours.shape != theirs.shape:
-        return {}, f"is {ours.shape} in {WHERE[HF]} and {theirs.shape} in {WHERE[MEGATRON]}"
-    common = ours.dtype if ours.dtype == torch.bfloat16 else theirs.dtype
-    try:
-        digests = {side: fingerprint(rows, common) for side, rows in sides.items()}
-    except (ValueError, OSError) as error:
-        return {}, f"cannot be read: {one_line(error)}"
-    texts = {
-        side: f"{str(rows.dtype).removeprefix('torch.')} {rows.shape} {digests[side][0]}"
-        for side, rows in sides.items()
-    }
-    return texts, None if digests[HF][1] == digests[MEGATRON][1] else "differs"
+    here = {side: rows for side, rows in sides.items() if rows is not None}
+    problems = [f"is missing in {WHERE[side]}" for side in sides if side not in here]
+    kinds = [rows.dtype for rows in here.values()]
+    common = torch.bfloat16 if torch.bfloat16 in kinds else kinds[-1]
+    texts, values = {}, {}
+    for side, rows in here.items():
+        try:
+            digest, values[side] = fingerprint(rows, common)
+        except (ValueError, OSError) as error:
+            problems.append(f"cannot be read: {one_line(error)}")
+            continue
+        texts[side] = f"{str(rows.dtype).removeprefix('torch.')} {rows.shape} {digest}"
+    if not problems and len({rows.shape for rows in here.values()}) > 1:
+        problems.append(" and ".join(f"is {r.shape} in {WHERE[s]}" for s, r in here.items()))
+    if not problems and values[HF] != values[MEGATRON]:
+        problems.append("differs")
+    return texts, problems[0] if problems else None
 
 
 def describe(source: Path, written: Path, tables: Mapping[str, Table], **more: Any) -> str:

@@ -140,7 +140,7 @@ class OfCheckpoint:
                 view: Any = _create_file_view(stream, place.offset, place.length)
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # of a damaged file, of any kind
-            raise ValueError(f"{file} cannot be read ({one_line(error)})") from error
+            raise ValueError(f"{file} is damaged ({one_line(error, 60)})") from error
         return tensor
 
 

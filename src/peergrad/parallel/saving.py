@@ -6,7 +6,7 @@ threads, and perhaps a GPU.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from queue import Queue
 from threading import Lock, Thread
@@ -61,11 +61,12 @@ class Write:
             return  # other ranks write all of it
         _, buckets, self._queue = request.async_fn_args
         transforms = request.async_fn.args[0]
-        one_by_one = Lock()
+        self._turn: AbstractContextManager[object] = Lock() if _readers else nullcontext()
         for index, bucket in enumerate(buckets):
             if _readers:
                 path, name, (content, tensors) = bucket
-                bucket = (path, name, (content, _in_turn(tensors, _readers[-1], one_by_one)))
+                in_turn: Any = _in_turn(tensors, _readers[-1])  # it is gone through once
+                bucket = (path, name, (content, in_turn))
             else:
                 _bring_to_host(bucket, aside=aside)
             # A run that fails does not wait for what nobody would finish.
@@ -102,9 +103,10 @@ class Write:
         results: Queue[tuple[int, Any]] = Queue()
         running: Queue[int] = Queue()  # Megatron's count of its processes
         running.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, results, running, use_fsync=True
-        )
+        with self._turn:
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, results, running, use_fsync=True
+            )
         found = results.get()[1]
         try:
             if not isinstance(found, Exception):
@@ -122,12 +124,11 @@ def _bring_to_host(bucket: Bucket, *, aside: bool) -> None:
         tensors[place] = (item, tensor.clone() if copy else tensor.cpu())
 
 
-def _in_turn(tensors: list[Item], read: Reader, lock: Lock) -> Iterator[Item]:
+def _in_turn(tensors: list[Item], read: Reader) -> Iterator[Item]:
     for item, placeholder in tensors:
-        with lock:
-            tensor = read(placeholder)
-            yield item, tensor
-            tensor.untyped_storage().resize_(0)  # the writer holds it until it has the next
+        tensor = read(placeholder)
+        yield item, tensor
+        tensor.untyped_storage().resize_(0)  # the writer holds it until it has the next
 
 
 def _use_plain_queue() -> None:
