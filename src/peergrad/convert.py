@@ -95,7 +95,7 @@ def hf_to_megatron(work: Work) -> str:
         f"{out} to be written", sum(_sizes(shape, dtype).values()), mesh.world
     ) as bar:
         write_megatron_from(tensors, out, model, shape, mesh, companions=companions, tick=bar)
-    certify(work, path, out, shape, dtype, mesh, memory)
+    certify(work, path, out, shape, dtype, mesh, memory, held=dtype)
     return _summary(shape, stored, dtype)
 
 
@@ -116,7 +116,8 @@ def megatron_to_hf(work: Work) -> str:
         require(problem is None, key, str(path), rule, "name another one")
 
     require_whole(damage(path))
-    stored = {str(read_meta(path)["dtype"])}
+    held = Dtype[read_meta(path)["dtype"]]
+    stored = {held.name}
     dtype = _target(work.options.dtype, stored)
     shape, companions = read_shape(str(path / "hf"), key), Companions.read(path / "hf", key)
     require_same_model(key, path, read_meta(path), shape)
@@ -129,7 +130,7 @@ def megatron_to_hf(work: Work) -> str:
         f"{out} to be written", sum(_sizes(shape, dtype).values()), mesh.world
     ) as bar:
         write_hf_from(source, out, shape, mesh, dtype=dtype, companions=companions, tick=bar)
-    certify(work, out, path, shape, dtype, mesh, memory)
+    certify(work, out, path, shape, dtype, mesh, memory, held=held)
     return _summary(shape, stored, dtype)
 
 
@@ -141,8 +142,11 @@ def certify(
     dtype: Dtype,
     mesh: "Mesh",
     memory: "Memory",
+    *,
+    held: Dtype,
 ) -> None:
-    """Hold what was written against its source, and leave a manifest beside it. Collective."""
+    """Hold what was written against its source, and leave a manifest beside it. ``held``: the
+    precision in which tensors were in memory. Collective."""
     from peergrad.parallel.against_hf import Gap
     from peergrad.parallel.hf.folder import read_folder
     from peergrad.parallel.hf.tensors import tensor_shapes
@@ -157,7 +161,7 @@ def certify(
         with work.waiting("what was written to be read back", size, mesh.world) as bar:
             model = outline(shape, ParallelConfig(), dtype, mesh)
             found = compare(
-                of_folder(read_folder(hf), shape),
+                of_folder(read_folder(hf, "--out" if hf == out else "--hf"), shape),
                 CheckpointTensors(checkpoint, model, shape),
                 mesh,
                 order=list(tensor_shapes(shape)),
@@ -168,7 +172,7 @@ def certify(
                 f"--out = {str(out)!r}: does not read back as it was written ({finding}), and was "
                 "removed; try again on another disk"
             )
-        used = {**memory.used(mesh), "largest_layer": max(_sizes(shape, dtype).values())}
+        used = {**memory.used(mesh), "largest_layer": max(_sizes(shape, held).values())}
         more = in_bytes(used["peak"] - used["before"])
         work.screen.say(
             f"memory: {in_bytes(used['before'])} before, at most {more} more; the largest layer "
@@ -182,7 +186,8 @@ def certify(
             )
         facts = {"logits": vars(gap) if isinstance(gap, Gap) else gap, "memory": used}
         manifest = describe(work.options.source, out, found.tables, dtype=dtype.name, **facts)
-        mesh.share(lambda: replace_text(beside(out), manifest))
+        with writing("manifest", beside(out)):
+            mesh.share(lambda: replace_text(beside(out), manifest))
 
 
 def _check_options(options: Namespace, source: str) -> None:
