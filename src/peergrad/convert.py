@@ -91,9 +91,8 @@ def hf_to_megatron(work: Work) -> str:
     on_every_rank(mesh, lambda: check_weights(str(path), key, shape, values=mesh.rank == 0))
     memory = Memory.now()
     tensors, model = of_folder(source, shape), outline(shape, work.parallel, dtype, mesh)
-    with work.waiting(
-        f"{out} to be written", sum(_sizes(shape, dtype).values()), mesh.world
-    ) as bar:
+    size = sum(_sizes(shape, dtype).values())
+    with work.waiting(f"{out} to be written", size, mesh.world) as bar:
         write_megatron_from(tensors, out, model, shape, mesh, companions=companions, tick=bar)
     certify(work, path, out, shape, dtype, mesh, memory, held=dtype)
     return _summary(shape, stored, dtype)
@@ -126,9 +125,8 @@ def megatron_to_hf(work: Work) -> str:
         require_whole(verify(path, mesh))
     memory = Memory.now()
     source = CheckpointTensors(path, outline(shape, ParallelConfig(), dtype, mesh), shape)
-    with work.waiting(
-        f"{out} to be written", sum(_sizes(shape, dtype).values()), mesh.world
-    ) as bar:
+    size = sum(_sizes(shape, dtype).values())
+    with work.waiting(f"{out} to be written", size, mesh.world) as bar:
         write_hf_from(source, out, shape, mesh, dtype=dtype, companions=companions, tick=bar)
     certify(work, out, path, shape, dtype, mesh, memory, held=held)
     return _summary(shape, stored, dtype)
@@ -191,12 +189,11 @@ def certify(
 
 
 def _check_options(options: Namespace, source: str) -> None:
-    from_there, out = options.source, options.out
-    for path in (out, beside(out)):
-        require(
-            not os.path.lexists(path), "--out", str(path), "exists already", "name a new folder"
-        )
-    inside = out.resolve().is_relative_to(from_there.resolve())
+    path, out = options.source, options.out
+    for new in (out, beside(out)):
+        there = os.path.lexists(new)
+        require(not there, "--out", str(new), "exists already", "name a new folder")
+    inside = out.resolve().is_relative_to(path.resolve())
     require(not inside, "--out", str(out), f"is inside {source}", "name a folder beside it")
     with writing("--out", out):
         out.parent.mkdir(parents=True, exist_ok=True)

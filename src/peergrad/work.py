@@ -135,7 +135,8 @@ def _check_sizes(options: Namespace, world: int) -> None:
 def beside(folder: Path) -> Path:
     """The manifest of the conversion that wrote ``folder``: not in it, for what is in a model's
     folder goes on to whatever is trained from it."""
-    return folder.with_name(f"{folder.name}.manifest.json")
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}.manifest.json")
 
 
 def require_hf_folder(path: Path, key: str) -> None:

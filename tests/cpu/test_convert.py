@@ -137,8 +137,8 @@ def test_logits_may_differ_by_rounding_alone() -> None:
     assert Gap(**near).fits
     for worse in ({"largest": 2e-3}, {"mean": 2e-4}, {"scale": 1.0}, {"mean": float("nan")}):
         assert not Gap(**{**near, **worse}).fits
-    assert Gap(**{**near, "dtype": "bfloat16", "largest": 0.6, "mean": 0.07}).fits
-    assert not Gap(**{**near, "dtype": "bfloat16", "largest": 0.6, "mean": 0.08}).fits
+    assert Gap(**{**near, "dtype": "bfloat16", "largest": 2.4, "mean": 0.3}).fits
+    assert not Gap(**{**near, "dtype": "bfloat16", "largest": 2.4, "mean": 0.4}).fits
 
 
 def test_the_bar_is_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

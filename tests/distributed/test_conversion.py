@@ -3,6 +3,7 @@ how much memory it takes; and what a verification finds."""
 
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -164,7 +165,7 @@ def find_damage(root: Path) -> None:
     for name in ("bit", "swap", "few", "cut", "other", "edited", "strange"):
         shutil.copytree(root / "back", root / name)
         shutil.copy(root / "back.manifest.json", root / f"{name}.manifest.json")
-    for name in ("ckpt_bit", "ckpt_cut"):
+    for name in ("ckpt_bit", "ckpt_cut", "ckpt_hole"):
         shutil.copytree(root / "new" / "ckpt", root / name)
     weights = load_file(root / "back" / "model.safetensors")
     flip(root / "bit" / "model.safetensors", weights[gate])
@@ -186,6 +187,10 @@ def find_damage(root: Path) -> None:
     )
     cut = root / "ckpt_cut" / "model" / files[0].name
     os.truncate(cut, 30_000)
+    described = root / "ckpt_hole" / "model" / ".metadata"
+    metadata = pickle.loads(described.read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    described.write_bytes(pickle.dumps(metadata))
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     commands = [
         "--hf bit --checkpoint new/ckpt",
@@ -196,6 +201,7 @@ def find_damage(root: Path) -> None:
         "--hf edited --checkpoint new/ckpt",
         "--hf back --checkpoint ckpt_bit",
         "--hf back --checkpoint ckpt_cut",
+        "--hf back --checkpoint ckpt_hole",
         "--hf head --checkpoint new/ckpt",
         "--hf lfs --out x",
         "--hf strange --checkpoint new/ckpt",
@@ -203,9 +209,22 @@ def find_damage(root: Path) -> None:
     ports = [free_port() for _ in [*commands, "the logits"]]
     ((found, gaps),) = run_ranks(1, convert_and_compare, str(root), commands, ports)
     assert not any(fits for fits, _ in gaps), gaps
-    assert [status for status, _ in found] == [*[2] * 10, 0], found
+    assert [status for status, _ in found] == [*[2] * 11, 0], found
     said = [text.splitlines() for _, text in found]
-    bit, swap, few_said, cut_said, other_said, edited, ckpt_bit, ckpt_cut, head, lfs, strange = said
+    (
+        bit,
+        swap,
+        few_said,
+        cut_said,
+        other_said,
+        edited,
+        ckpt_bit,
+        ckpt_cut,
+        hole,
+        head,
+        lfs,
+        strange,
+    ) = said
     assert "error: --hf = 'lfs': model.safetensors is a Git-LFS pointer" in lfs[-1]
     assert "logits not compared: transformers cannot load or run strange (" in strange[-2]
     assert strange[-1] == "strange and new/ckpt hold the same 29 tensors, logits not compared"
@@ -234,6 +253,8 @@ def find_damage(root: Path) -> None:
         f"ckpt_cut is damaged: model/{cut.name} has 30000 bytes instead of "
         f"{(root / 'new' / 'ckpt' / 'model' / cut.name).stat().st_size}"
     )
+    down = "model.layers.1.mlp.down_proj.weight cannot be read: ckpt_hole/model holds not all of "
+    assert f"{down}decoder.layers.mlp.linear_fc2.weight (the first of 2 wrong" in hole[-1]
     assert "is of another model (family llama instead of qwen3 in --hf)" in head[-1]
     after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if "said." not in path.name}
     assert {p: t for p, t in before.items() if p in after and p != root} == {

@@ -24,9 +24,10 @@ from peergrad.parallel.policy import Scorer
 
 LENGTHS = (3, 11, 24)
 SEED = 0
-LIMITS = {"float32": (1e-4, 1e-5), "bfloat16": (2**-4, 2**-7)}
-"""Largest and mean difference that may be, as parts of the largest logit. A matrix in the wrong
-place moves the mean by a fifth of it."""
+LIMITS = {"float32": (1e-4, 1e-5), "bfloat16": (2**-2, 2**-5)}
+"""Largest and mean difference that may be, as parts of the largest logit. Rounding, which adds up
+over layers, was seen to make 0.08 and 0.012 of it in bfloat16 (48 random layers), 5e-6 and 4e-7 in
+float32; two matrices swapped, of two layers, 1.2 and 0.2."""
 
 
 @dataclass(frozen=True)

@@ -96,13 +96,17 @@ class OfCheckpoint:
         self.dtype: torch.dtype = self._described[parts[0].key].properties.dtype
 
     def read(self, start: int, stop: int) -> Tensor:
-        rows = torch.zeros(stop - start, *self.shape[1:], dtype=self.dtype)
+        rows = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        missing = rows.numel()
         for begins, tensor in self._boxes:
             first, last = max(start, begins[0]), min(stop, begins[0] + len(tensor))
             if first < last:
                 columns = [slice(at, at + n) for at, n in zip(begins, tensor.shape, strict=True)]
                 found = tensor[first - begins[0] : last - begins[0]]
                 rows[(slice(first - start, last - start), *columns[1:])] = found
+                missing -= found.numel()
+        if missing:
+            raise ValueError(f"{self._folder} holds not all of {self._parts[0].key}")
         return rows
 
     def forget(self) -> None:
