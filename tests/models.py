@@ -25,7 +25,15 @@ VARIED: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "rope_parameters": SCALED["llama3"]},
     "mistral": {"head_dim": 24, "rope_parameters": SCALED["linear"]},
 }
-"""Every family, with what config.json may ask for beside the plain model."""
+"""Every dense family, with what config.json may ask for beside the plain model."""
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+        **{"norm_topk_prob": True, "attention_bias": True, "rope_parameters": SCALED["yarn"]},
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Every family of mixtures of experts."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -45,6 +53,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def unfused(tensors: dict[str, Any]) -> dict[str, Any]:
+    """What transformers holds in one tensor for all experts of a layer, apart, under the names that
+    it has in a checkpoint."""
+    found = {}
+    for name, tensor in tensors.items():
+        before, _, kind = name.rpartition("mlp.experts.")
+        for i, one in enumerate(tensor if before else ()):
+            parts = {"down_proj": one}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), one.chunk(2), strict=True))
+            found |= {f"{before}mlp.experts.{i}.{p}.weight": x for p, x in parts.items()}
+        if not before:
+            found[name] = tensor
+    return found
 
 
 def make_hf_model(
@@ -81,7 +105,7 @@ def make_hf_model(
         **({"sliding_window": None} if family == "mistral" else {}),
         **others,
     }
-    if family == "qwen2":  # knows none
+    if family in ("qwen2", "mixtral"):  # none is known there, or none but the quotient
         del sizes["head_dim"]
     config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -46,6 +46,9 @@ class Rollout:
     finish: str  # one of FINISH_REASONS
     text: str
     reward: float = 0.0
+    experts: np.ndarray | None = None
+    """``[P + R - 1, layers, K]`` uint8 or int16: the experts that the engine chose for every token
+    that it computed, the prompt's too. None: it did not say, or has none."""
 
     def __post_init__(self) -> None:
         if self.tokens.shape != self.logprobs.shape or self.tokens.ndim != 1:

@@ -4,7 +4,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peergrad.config import Config, ServerMode
+from peergrad.config import Config, Replay, ServerMode
+from peergrad.parallel.hf.config import read_shape
 
 if TYPE_CHECKING:
     from peergrad.rollout.servers import ManagedServers
@@ -29,7 +30,14 @@ def start_servers(
         log_dir=attempt,
         seed=config.run.seed,
         ranks=ranks,
+        tells_experts=tells_experts(config),
     )
     stack.callback(servers.stop)
     servers.start()
     return servers
+
+
+def tells_experts(config: Config) -> bool:
+    """Whether servers are to say which experts they choose."""
+    replays = config.moe.replay is not Replay.off
+    return replays and read_shape(config.model.path).experts is not None

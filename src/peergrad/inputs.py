@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peergrad.config import Config
+from peergrad.config import Config, Replay
 from peergrad.data import Prompt
-from peergrad.parallel.hf.config import read_shape
+from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.prompts import Prompts, load_prompts, load_tokenizer
 from peergrad.rewards import RewardPool
 from peergrad.rollout.collector import Parts
+from peergrad.rollout.engine import Routes
 from peergrad.rollout.text import Decode
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def evaluation_parts(config: Config, heard: Callable[[str], None] = lambda text:
 
 def _parts(config: Config, heard: Callable[[str], None], *, trains: bool) -> Parts:
     tokenizer = load_tokenizer(config.model.path)
-    data, seed, vocab = config.data, config.run.seed, read_shape(config.model.path).vocab
+    data, seed, shape = config.data, config.run.seed, read_shape(config.model.path)
+    vocab = shape.vocab
 
     def load(source: str | Sequence[str], split: str, seed: int) -> Sequence[Prompt]:
         return load_prompts(
@@ -52,6 +54,18 @@ def _parts(config: Config, heard: Callable[[str], None], *, trains: bool) -> Par
         stop_token_ids=(tokenizer.eos_token_id,),
         decode=answer_decoder(tokenizer),
         vocab_size=vocab,
+        routes=_routes(config.moe.replay, shape) if trains else None,
+    )
+
+
+def _routes(replay: Replay, shape: Shape) -> Routes | None:
+    if (experts := shape.experts) is None or replay is Replay.off:
+        return None
+    return Routes(
+        layers=shape.layers,
+        chosen=experts.chosen,
+        experts=experts.number,
+        required=replay is Replay.on,
     )
 
 

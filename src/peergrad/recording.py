@@ -45,8 +45,12 @@ SCHEMA = pa.schema(
         _field("finish", pa.string()),
         _field("text", pa.string()),
         _field("reward", pa.float64()),
+        _field("experts", _list(pa.int16())),  # of each token but the last, of each layer; or empty
+        _field("experts_per_token", pa.int16()),  # in a layer
     ]
 )
+WITHOUT_EXPERTS = pa.schema(list(SCHEMA)[:-2])
+"""Of an older peergrad."""
 IDS = ("prompt_tokens", "tokens")
 REPEATED = [
     *("step", "group_id", "prompt_id", "prompt_text", "prompt_answer", "prompt_extra", "finish"),
@@ -63,6 +67,8 @@ FORMAT = {
 PART = 2**24
 """Tokens of a row group: so much is in memory twice, whatever a step has, and a list's offsets
 have 31 bits."""
+LONGEST = 2**31 // PART // 2
+"""Entries of a list for each of these tokens."""
 
 
 def write_groups(path: Path, groups: Iterable[Group], *, step: int = 0) -> None:
@@ -94,7 +100,9 @@ def _parts(groups: Iterable[Group]) -> Iterator[list[Group]]:
     size = 0
     for group in groups:
         part.append(group)
-        size += sum(group.prompt.tokens.size + one.tokens.size for one in group.rollouts)
+        for one in group.rollouts:
+            experts = 0 if one.experts is None else one.experts.size
+            size += max(group.prompt.tokens.size + one.tokens.size, experts // LONGEST)
         if size >= PART:
             yield part
             part, size = [], 0
@@ -128,9 +136,17 @@ def to_table(groups: Sequence[Group], *, step: int = 0) -> Any:
         "finish": _strings([one.finish for one in rollouts]),
         "text": _strings([one.text for one in rollouts]),
         "reward": np.array([one.reward for one in rollouts], np.float64),
+        "experts": _lists([_flat(one.experts) for one in rollouts], np.int16),
+        "experts_per_token": np.array(
+            [0 if one.experts is None else one.experts.shape[2] for one in rollouts], np.int16
+        ),
     }
     arrays = [pa.array(columns[column.name], column.type) for column in SCHEMA]
     return pa.table(arrays, schema=SCHEMA)
+
+
+def _flat(experts: np.ndarray | None) -> np.ndarray:
+    return np.zeros(0, np.int16) if experts is None else experts.astype(np.int16).ravel()
 
 
 def _offsets(sizes: Sequence[int]) -> Any:
@@ -160,7 +176,7 @@ def read_groups(path: Path) -> list[Group]:
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if not file.schema_arrow.equals(SCHEMA):
+            if not any(map(file.schema_arrow.equals, (SCHEMA, WITHOUT_EXPERTS))):
                 raise ValueError("its columns are not those of a recording")
             tables = map(file.read_row_group, range(file.num_row_groups))
             return [group for table in tables for group in _groups(table)]
@@ -206,10 +222,20 @@ def _rollout(rows: dict[str, Any], row: int) -> Rollout:
         finish=rows["finish"][row],
         text=rows["text"][row],
         reward=rows["reward"][row],
+        experts=_experts(rows, row),
     )
     if rollout.token_versions.size != rollout.tokens.size:
         raise ValueError(f"the versions of row {row} do not cover its tokens")
     return rollout
+
+
+def _experts(rows: dict[str, Any], row: int) -> np.ndarray | None:
+    if "experts" not in rows or not (chosen := rows["experts_per_token"][row]):
+        return None
+    flat: np.ndarray = rows["experts"][row]
+    tokens = rows["prompt_tokens"][row].size + rows["tokens"][row].size - 1
+    small = flat.size == 0 or flat.max() < 256
+    return flat.reshape(tokens, -1, chosen).astype(np.uint8 if small else np.int16)
 
 
 def _rows(table: Any) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def read(arguments: Sequence[str]) -> Options:
 def build(config: Config, options: Options) -> "ManagedServers":
     """The servers, not yet started. Raises ValueError for what is wrong with them."""
     from peergrad.checks.serving import check_serving
+    from peergrad.early import tells_experts
     from peergrad.rollout.address import Address
     from peergrad.rollout.servers import ManagedServers, check_args
 
@@ -135,6 +136,7 @@ def build(config: Config, options: Options) -> "ManagedServers":
         log_dir=options.log_dir,
         seed=config.run.seed,
         address=address,
+        tells_experts=tells_experts(config),
     )
     servers.check()
     if options.check:

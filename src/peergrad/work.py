@@ -38,7 +38,9 @@ class Work:
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(tensor=self.options.tensor, pipeline=self.options.pipeline)
+        tensor, pipeline = self.options.tensor, self.options.pipeline
+        # Megatron computes experts on tensor ranks only if these are sequence parallel.
+        return ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
 
     @contextmanager
     def waiting(self, what: str, total: int, world: int = 1) -> Iterator["Bar"]:
@@ -189,7 +191,8 @@ def lay_out(work: Work, shape: "Shape", *, whole: bool = False) -> "Mesh":
     from peergrad.parallel.mesh import close_mesh, init_mesh, leave_layout
 
     options, speaker = work.options, work.ending.speaker
-    require_divisor("--tensor", options.tensor, divided_by_tensor(shape))
+    divided = {**divided_by_tensor(shape), "MLP columns": shape.ffn}  # those of an expert, too
+    require_divisor("--tensor", options.tensor, divided)
     require_divisor("--pipeline", options.pipeline, {"layers": shape.layers})
     parallel = ParallelConfig() if whole else work.parallel
     if isinstance(speaker, Job):

@@ -3,12 +3,13 @@ is said about it."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peergrad import verify
 from peergrad.convert import _target, hf_to_megatron, megatron_to_hf, run
-from peergrad.parallel.against_hf import Gap
+from peergrad.parallel.against_hf import LIMITS, Gap
 from peergrad.work import Bar
 
 CONFIG = (
@@ -133,12 +134,14 @@ def test_the_precision_is_what_the_files_hold(stored: set[str], dtype: str) -> N
 
 
 def test_logits_may_differ_by_rounding_alone() -> None:
-    near = {"dtype": "float32", "largest": 9e-4, "mean": 9e-5, "scale": 10.0}
+    near: dict[str, Any] = {"dtype": "float32", "largest": 9e-4, "mean": 9e-5, "scale": 10.0}
+    near["limits"] = LIMITS["float32"]
     assert Gap(**near).fits
     for worse in ({"largest": 2e-3}, {"mean": 2e-4}, {"scale": 1.0}, {"mean": float("nan")}):
         assert not Gap(**{**near, **worse}).fits
-    assert Gap(**{**near, "dtype": "bfloat16", "largest": 2.4, "mean": 0.3}).fits
-    assert not Gap(**{**near, "dtype": "bfloat16", "largest": 2.4, "mean": 0.4}).fits
+    near["limits"] = LIMITS["bfloat16"]
+    assert Gap(**{**near, "largest": 2.4, "mean": 0.3}).fits
+    assert not Gap(**{**near, "largest": 2.4, "mean": 0.4}).fits
 
 
 def test_the_bar_is_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,8 @@ def test_other_programs_find_plain_columns(tmp_path: Path) -> None:
         "finish": "length",
         "text": TEXT,
         "reward": 1.0,
+        "experts": [],
+        "experts_per_token": 0,
     }
     with pq.ParquetFile(path) as file:
         assert file.metadata.row_group(0).column(0).compression == "ZSTD"
@@ -141,6 +143,24 @@ def test_groups_of_other_sizes_and_equal_names_stay_apart(tmp_path: Path) -> Non
     assert [len(group.rollouts) for group in found] == [1, 3, 1]
     for group, back in zip(groups, found, strict=True):
         assert_same(group, back)
+
+
+@pytest.mark.parametrize("most", [255, 256])
+def test_experts_are_kept(tmp_path: Path, most: int) -> None:
+    """Of 3 tokens of prompt and 2 of an answer 4 went to experts; another answer says none."""
+    two = np.array([-2.0, -3.0], np.float32)
+    group = new_group(two, two)
+    experts = np.arange(24).reshape(4, 3, 2) * most // 23
+    kind = np.uint8 if most < 256 else np.int16
+    told = replace(group.rollouts[0], experts=experts.astype(kind))
+    write_groups(tmp_path / "x", [replace(group, rollouts=(told, group.rollouts[1]))])
+    (found,) = read_groups(tmp_path / "x")
+    first, second = (rollout.experts for rollout in found.rollouts)
+    assert first is not None and first.dtype == kind and second is None
+    np.testing.assert_array_equal(first, experts)
+    older = pq.read_table(tmp_path / "x").drop_columns(["experts", "experts_per_token"])
+    pq.write_table(older, tmp_path / "x")
+    assert [r.experts for r in read_groups(tmp_path / "x")[0].rollouts] == [None, None]
 
 
 def test_no_groups_are_none(tmp_path: Path) -> None:
@@ -227,6 +247,7 @@ def test_rows_that_do_not_add_up_are_damage(tmp_path: Path) -> None:
     assert "one logprob per token" in altered(path, logprobs=[[-1.0]] * 4)
     spans = [[{"version": 0, "start": 0, "end": 1}]] * 4
     assert "the versions of row 0 do not cover" in altered(path, versions=spans)
+    assert "cannot reshape array" in altered(path, experts=[[1, 2]] * 4, experts_per_token=[2] * 4)
     assert "finish must be one of" in altered(path, finish=["eos"] * 4)
     assert "it has negative token ids" in altered(path, tokens=[[-1, 2]] * 4)
     assert "it has negative token ids" in altered(path, prompt_tokens=[[3], [-1], [], []])

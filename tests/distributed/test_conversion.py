@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.disk import small_disk
-from tests.models import make_hf_model
+from tests.models import MIXTURES, make_hf_model
 from tests.spawn import free_port, run_ranks
 
 
@@ -68,6 +68,7 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "lfs" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/")
     make_hf_model(tmp_path / "head", layers=2, tied=True)
     give_head(tmp_path / "head")
+    make_hf_model(tmp_path / "experts", family="mixtral", layers=2, **MIXTURES["mixtral"])
     commands = [
         "--hf m --out new/ckpt --tensor 2",
         "--checkpoint new/ckpt --out back --pipeline 2",
@@ -77,17 +78,19 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
         "--hf m --out disk/x",
         "--hf m --checkpoint new/ckpt --tensor 2",
         "--hf rounded --checkpoint new/ckpt --pipeline 2",
+        "--hf experts --out spread --tensor 2",
+        "--checkpoint spread --out together --pipeline 2",
     ]
     ports = [free_port() for _ in commands]
     with small_disk(tmp_path / "disk", "200k"):
         first, second = run_ranks(2, convert_all, str(tmp_path), commands, ports)
         assert os.listdir(tmp_path / "disk") == []
-    there, back, rounded, layout, head, full, same, narrower = first
+    there, back, rounded, layout, head, full, same, narrower, *experts = first
     # Rank 0 speaks. What both find before they have met, the other says in the end: with torchrun
     # it would not live to do so.
-    assert [said for _, said in second if "[rank 1 on " not in said] == [""] * 7, second
-    assert [status for status, _ in first] == [0, 0, 0, 2, 2, 1, 0, 0]
-    assert [status for status, _ in second] == [0, 0, 0, 2, 2, 1, 0, 0]
+    assert [said for _, said in second if "[rank 1 on " not in said] == [""] * 9, second
+    assert [status for status, _ in first] == [0, 0, 0, 2, 2, 1, 0, 0, 0, 0]
+    assert [status for status, _ in second] == [0, 0, 0, 2, 2, 1, 0, 0, 0, 0]
     total = sum(t.numel() for t in load_file(tmp_path / "m" / "model.safetensors").values())
     size = f"2 layers, {total:,} parameters"
     assert there[1].splitlines()[-1].startswith(f"wrote new/ckpt: {size}, float32, ")
@@ -102,6 +105,8 @@ def test_conversions_there_and_back(tmp_path: Path) -> None:
         "logits to be compared",
     ]
     assert same_files(tmp_path / "m", tmp_path / "back")
+    assert same_files(tmp_path / "experts", tmp_path / "together")
+    assert all(gap_in(said)[0] == "float32" for _, said in experts)
     beside = "m': not read, beside its weights: model-00003-of-00003.safetensors, model_ema.safete"
     assert beside in there[1]
     # Float32 is kept, whatever config.json says of it, and then it says so itself.

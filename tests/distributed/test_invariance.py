@@ -6,6 +6,7 @@ schedule, all-reduces. A learning rate of 1e-30 leaves the weights alone, so tha
 step of a batch has a gradient to compare.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,7 +18,7 @@ import torch
 
 from peergrad.config import Recompute
 from tests.gradients import distance, exported_gradient
-from tests.models import make_hf_model
+from tests.models import MIXTURES, make_hf_model, unfused
 from tests.oracle import losses
 from tests.spawn import run_ranks
 
@@ -50,17 +51,38 @@ OBJECTIVES: dict[str, list[str]] = {
         "algo.denominator=kept",
     ],
 }
+BALANCED = {
+    "balanced": [
+        *("algo=dr_grpo", "algo.minibatches=2"),
+        *("moe.aux_loss_coef=0.02", "moe.z_loss_coef=0.003"),
+    ]
+}
+"""Of a mixture of experts alone."""
 # fields of parallel, order of the answers, kernels.logprob
 Layout = tuple[dict[str, Any], int, str]
 FUSED, LOGITS, PLAIN = "fused_linear", "from_logits", "reference"
 FULL = {"recompute": Recompute.full}
 PARTS = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "mlp"]}
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
-SHALLOW, DEEP = 2, 4  # layers
+EXPERTS_AGAIN = {"recompute": Recompute.selective, "recompute_modules": ["core_attn", "moe"]}
+SPREAD: dict[str, Any] = {"tensor": 2, "sequence": True, "expert": 2}
+SHALLOW, DEEP, EXPERTS = "2 layers", "4 layers", "experts"
+# Tied: two pipeline stages hold a copy of the embedding each and add up its gradient. With every
+# bias that there is. Of moderate weights: float32's rounding alone moves the gradient of wide ones
+# by 2e-6.
+DENSE: dict[str, Any] = {"tied": True, "attention_bias": True, "spread": 0.03}
+MODELS: dict[str, dict[str, Any]] = {
+    SHALLOW: {**DENSE, "layers": 2},
+    DEEP: {**DENSE, "layers": 4},
+    EXPERTS: {
+        **{"layers": 2, "family": "qwen3_moe", "spread": 0.03, **MIXTURES["qwen3_moe"]},
+        "rope_parameters": None,  # YaRN costs a digit, see test_parity
+    },
+}
 # Every objective on up to two ranks and two layers. More of them, and what divides or computes
 # layers in another way, meet some that need all there is: whole batches, whole answers, a pass
 # before the update.
-GRID: dict[tuple[int, int], list[Layout]] = {
+GRID: dict[tuple[str, int], list[Layout]] = {
     (SHALLOW, 1): [
         ({"micro_batch_tokens": 10_000}, 0, FUSED),
         ({"micro_batch_tokens": 24}, 1, LOGITS),
@@ -89,18 +111,27 @@ GRID: dict[tuple[int, int], list[Layout]] = {
         ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL}, 0, FUSED),
         ({"context": 4, "micro_batch_tokens": 50, **PARTS}, 0, LOGITS),
     ],
+    (EXPERTS, 2): [
+        ({"expert": 2, "micro_batch_tokens": 100}, 1, FUSED),
+        ({**SPREAD, "expert_tensor": 1, "micro_batch_tokens": 160, **EXPERTS_AGAIN}, 2, FUSED),
+        ({"tensor": 2, "sequence": True, "micro_batch_tokens": 100}, 0, LOGITS),
+        ({"context": 2, "expert": 2, "micro_batch_tokens": 50}, 3, FUSED),
+    ],
+    (EXPERTS, 4): [
+        ({**SPREAD, "micro_batch_tokens": 80}, 1, FUSED),
+        ({**SPREAD, "expert": 4, "expert_tensor": 1, "micro_batch_tokens": 80, **FULL}, 0, FUSED),
+        ({"expert": 2, "pipeline": 2, "micro_batch_tokens": 80, **FULL}, 2, FUSED),
+        ({"context": 2, "expert": 2, "micro_batch_tokens": 50, **EXPERTS_AGAIN}, 3, LOGITS),
+    ],
 }
 SOME = ("dapo", "gspo_token", "icepop")
 
 
-def objectives_of(layers: int, ranks: int) -> tuple[str, ...]:
-    return (
-        SOME
-        if layers == DEEP
-        else (*SOME, "rlinf", "roll", "sapo")
-        if ranks == 4
-        else tuple(OBJECTIVES)
-    )
+def objectives_of(model: str, ranks: int) -> tuple[str, ...]:
+    balanced = tuple(BALANCED) if model == EXPERTS else ()
+    if model == DEEP or (model == EXPERTS and ranks == 4):
+        return (*SOME, *balanced)
+    return (*SOME, "rlinf", "roll", "sapo") if ranks == 4 else (*OBJECTIVES, *balanced)
 
 
 def configure(path: str, name: str) -> Any:
@@ -108,7 +139,7 @@ def configure(path: str, name: str) -> Any:
 
     config, _ = compose_config(
         [
-            *(f"model.path={path}", "model.dtype=float32", *OBJECTIVES[name]),
+            *(f"model.path={path}", "model.dtype=float32", *{**OBJECTIVES, **BALANCED}[name]),
             *("optim.lr=1e-30", "optim.clip_grad=0", f"rollout.temperature={TEMPERATURE}"),
             *("parallel.distributed_optimizer=false", "kernels.chunk=7"),
             *(f"rollout.max_new_tokens={MAX_TOKENS}", "rollout.batch_size=64"),
@@ -157,7 +188,8 @@ def oracle(
     from transformers import AutoModelForCausalLM
 
     policy, frozen = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (path, reference)
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64, experts_implementation="eager")
+        for p in (path, reference)
     )
     pairs = [(group.prompt.tokens, r.tokens) for group in groups for r in group.rollouts]
     own = [scores(policy, *pair) for pair in pairs]
@@ -172,11 +204,30 @@ def oracle(
         logp_old=[torch.from_numpy(x).double() for x in old],
         logp_ref=ref,
     )
+    if config.moe.aux_loss_coef:
+        batches = np.array_split(np.array(pairs, dtype=object), config.algo.minibatches)
+        router = [router_loss(policy, batch, config.moe) for batch in batches]
+        found = [loss + more for loss, more in zip(found, router, strict=True)]
     names, parameters = zip(*policy.named_parameters(), strict=True)
-    return [
-        dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
-        for loss in found
-    ]
+    every = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in found]
+    return [unfused(dict(zip(names, gradient, strict=True))) for gradient in every]
+
+
+def router_loss(model: Any, pairs: Any, moe: Any) -> torch.Tensor:
+    """Of the tokens that the answers' are predicted from, by each layer's logits of the router."""
+    balance, z, count = [], [], 0
+    for prompt, tokens in pairs:
+        ids = torch.from_numpy(np.concatenate([prompt, tokens])[:-1]).long()[None]
+        if not tokens.size:
+            continue
+        count += ids.numel()
+        for logits in model(ids, output_router_logits=True).router_logits:
+            chosen = logits.topk(model.config.num_experts_per_tok).indices
+            part = torch.bincount(chosen.flatten(), minlength=logits.shape[1]) / chosen.numel()
+            balance.append(logits.shape[1] * (part * logits.softmax(-1).mean(0)).sum())
+            z.append(logits.logsumexp(-1).square().sum())
+    samples = len(balance) / model.config.num_hidden_layers
+    return moe.aux_loss_coef * sum(balance) / samples + moe.z_loss_coef * sum(z) / count
 
 
 def gradients(
@@ -211,6 +262,34 @@ def gradients(
         head_module.whole = lambda values, batch, group: values.new_zeros(  # type: ignore[assignment]
             batch.targets.numel()
         ).index_copy(0, batch.held.scored, values)
+    if broken == "expert":  # one in the place of another
+        from peergrad.parallel import weights
+
+        local = weights.local_parameters
+        weights.local_parameters = lambda model: (  # type: ignore[assignment]
+            (re.sub(r"(experts)\.([01])\.", lambda m: f"{m[1]}.{1 - int(m[2])}.", name), x)
+            for name, x in local(model)
+        )
+    if broken == "expert sum":  # over the ranks that add up all else
+        from megatron.core.distributed import DistributedDataParallel
+
+        make = DistributedDataParallel.__init__
+
+        def init(self: Any, config: Any, ddp: Any, module: Any) -> None:
+            for parameter in module.parameters():
+                parameter.allreduce = True
+            make(self, config, ddp, module)
+
+        DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
+    if broken == "balance":  # over the samples of each micro-batch by itself
+        from peergrad.parallel import policy as policy_module
+        from peergrad.parallel.routing import routed
+
+        def told(batch: Any, *, coefficients: Any, **others: Any) -> Any:
+            own = replace(coefficients, sample=0.02 / max(1, batch.sequences))
+            return routed(batch, coefficients=own, **others)
+
+        policy_module.routed = told  # type: ignore[assignment]
     groups, old = recorded
     found: dict[tuple[str, str], list[dict[str, torch.Tensor]]] = {}
     for layout in layouts:
@@ -226,7 +305,7 @@ def gradients(
         fresh = with_logp(make_samples(groups), "logp_old", old)
         fresh = with_logp(fresh, "logp_ref", frozen.score(fresh).logp)
         for name, given in configs.items():
-            algo = given.algo
+            algo, policy.config = given.algo, replace(config, moe=given.moe)
             state = AlgoState(algo.kl.coef)
             samples = grade(groups, fresh, algo, state, max_tokens=MAX_TOKENS)[0]
             # another order of the answers of a group is another packing, and the same gradient
@@ -263,21 +342,22 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Case]:
-    """Of so many layers. Tied: two pipeline stages hold a copy of the embedding each and add up its
-    gradient. With every bias that there is. Of moderate weights: float32's rounding alone moves the
-    gradient of wide ones by 2e-6."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Of MODELS."""
     folder = tmp_path_factory.mktemp("models")
 
     @cache
-    def build(layers: int) -> Case:
+    def build(model: str) -> Case:
         from transformers import AutoModelForCausalLM
 
-        options: Any = {"tied": True, "attention_bias": True, "layers": layers, "spread": 0.03}
-        made = [make_hf_model(folder / f"{layers}-{s}", seed=s, **options) for s in (0, 1)]
+        made = [make_hf_model(folder / f"{model}-{s}", seed=s, **MODELS[model]) for s in (0, 1)]
         path, reference = map(str, made)
-        recorded = record(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64))
-        configs = {name: configure(path, name) for name in objectives_of(layers, 1)}
+        recorded = record(
+            AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float64, experts_implementation="eager"
+            )
+        )
+        configs = {name: configure(path, name) for name in objectives_of(model, 1)}
         wanted = {name: oracle(path, reference, c, *recorded) for name, c in configs.items()}
         return Case(reference, configs, recorded, wanted)
 
@@ -285,14 +365,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Case]:
 
 
 @pytest.mark.parametrize(
-    ("layers", "ranks"),
+    ("model", "ranks"),
     [pytest.param(*one, marks=[pytest.mark.slow] if one[1] == 4 else []) for one in GRID],
 )
 def test_every_layout_gives_the_gradient_of_one_process(
-    cases: Callable[[int], Case], layers: int, ranks: int
+    cases: Callable[[str], Case], model: str, ranks: int
 ) -> None:
-    case, layouts = cases(layers), GRID[layers, ranks]
-    configs = {name: case.configs[name] for name in objectives_of(layers, ranks)}
+    case, layouts = cases(model), GRID[model, ranks]
+    configs = {name: case.configs[name] for name in objectives_of(model, ranks)}
     ours = (case.reference, configs, layouts, case.recorded)
     found = run_ranks(ranks, gradients, *ours, timeout=500)[0]
     assert len(found) == len(configs) * len(layouts)
@@ -310,14 +390,17 @@ def test_every_layout_gives_the_gradient_of_one_process(
     [
         ("denominator", "dapo", {"micro_batch_tokens": 100}),
         ("context", "gspo", {"context": 2, "micro_batch_tokens": 50}),
+        ("expert", "dapo", {"expert": 2, "micro_batch_tokens": 100}),
+        ("expert sum", "dapo", {"expert": 2, "micro_batch_tokens": 100}),
+        ("balance", "balanced", {"expert": 2, "micro_batch_tokens": 100}),
     ],
 )
 def test_what_is_left_out_turns_it_red(
-    cases: Callable[[int], Case], broken: str, objective: str, layout: dict[str, Any]
+    cases: Callable[[str], Case], broken: str, objective: str, layout: dict[str, Any]
 ) -> None:
-    case = cases(SHALLOW)
+    case = cases(EXPERTS if "expert" in layout else SHALLOW)
     configs, layouts = {objective: case.configs[objective]}, [(layout, 0, FUSED)]
     found = run_ranks(2, gradients, case.reference, configs, layouts, case.recorded, broken)[0]
     for steps in found.values():
         pairs = zip(steps, case.expected[objective], strict=True)
-        assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.1
+        assert min(distance(ours, theirs) for ours, theirs in pairs) > 0.05

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import VARIED, make_hf_model
+from tests.models import MIXTURES, VARIED, make_hf_model
 from tests.spawn import run_ranks
 
 LENGTHS = (3, 17, 1, 40, 9)
 VOCAB = 100  # no multiple of the padding
 Layout = dict[str, Any]  # fields of parallel
+SPREAD: Layout = {"tensor": 2, "sequence": True, "expert": 2}
 
 
 def sequences() -> list[np.ndarray]:
@@ -69,11 +70,12 @@ def rank_logits(path: str, layout: Layout) -> dict[str, Any]:
     for tokens in sequences():
         zero = np.zeros(tokens.size - 1, np.float32)
         samples.append(Sample(tokens, 1, zero, zero, zero + 1, zero.astype(np.int32)))
-    multiple = layout["tensor"] if "sequence" in layout else 1
+    options: dict[str, Any] = {"multiple": layout["tensor"] if "sequence" in layout else 1}
+    options["routed"] = scorer.shape.experts is not None
     ways = (("packed", [samples]), ("alone", [[s] for s in samples]))
     out: dict[str, Any] = {"logits": {}, "weights": {}}
     for name, parts in ways if not {"context", "virtual_pipeline"} & set(layout) else ():
-        hidden = last_hidden(scorer, [pack(part, multiple=multiple) for part in parts])
+        hidden = last_hidden(scorer, [pack(part, **options) for part in parts])
         if scorer.mesh.is_last_stage:
             weight = scorer.head.model.head_weight()
             shards = [torch.empty_like(weight) for _ in range(scorer.mesh.tensor.size())]
@@ -113,12 +115,16 @@ def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]
         (1, [{}]),
         (2, [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}, {"context": 2}]),
         (4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}]),
+        (2, [{"expert": 2}, {**SPREAD, "expert_tensor": 1}, {"context": 2, "expert": 2}]),
+        (4, [SPREAD, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}]),
+        (4, [{**SPREAD, "tensor": 4, "expert_tensor": 1}]),  # two ranks hold the same experts
     ],
 )
 def test_equals_transformers(tmp_path: Path, ranks: int, layouts: list[Layout]) -> None:
+    families = MIXTURES if any("expert" in layout for layout in layouts) else VARIED
     paths = [
         make_hf_model(tmp_path / family, family=family, vocab=VOCAB, **others)
-        for family, others in VARIED.items()
+        for family, others in families.items()
     ]
     models = [(hf_logits(str(path)), path) for path in paths]
     every = run_ranks(ranks, all_layouts, [str(path) for path in paths], layouts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from peergrad.algo.samples import Sample, contexts
@@ -27,6 +27,20 @@ class Held:
     tokens: Int[Tensor, " L"]  # int64, which of the row's, in its order
     scored: Int[Tensor, " H"]  # int64, which scored tokens its part of the row predicts
     rows: Int[Tensor, " H"]  # int64, where in its part
+
+
+@dataclass(frozen=True)
+class Members:
+    """Every token that a sample's scored ones are predicted from, as often as it belongs to one.
+
+    Example:
+        answers of 2 tokens to one prompt of 2, which share it: ``Members(rows=[0, 1, 2, 0, 1, 3],
+        samples=[0, 0, 0, 1, 1, 1])``.
+    """
+
+    rows: Int[Tensor, " C"]  # int64, where it lies
+    samples: Int[Tensor, " C"]  # int64, whose it is of those packed
+    experts: Integer[Tensor, "L T K"] | None = None  # uint8 or int16, those that the engine chose
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class MicroBatch:
     logp_ref: Float[Tensor, " S"] | None = None
     proximal: Float[Tensor, " S"] | None = None
     held: Held | None = None  # None: all of it
+    members: Members | None = None  # for the routers of a mixture of experts
 
     @property
     def here(self) -> "MicroBatch":
@@ -85,11 +100,17 @@ _PER_SCORED_TOKEN = (
 
 
 def pack(
-    samples: Sequence[Sample], *, share: bool = False, multiple: int = 1, each: int = 1
+    samples: Sequence[Sample],
+    *,
+    share: bool = False,
+    multiple: int = 1,
+    each: int = 1,
+    routed: bool = False,
 ) -> MicroBatch:
     """Put samples into one row, padded with one sequence of zeros to a ``multiple`` of tokens; if
     ``share``, with each prompt once and equal answers to it once. ``each``: of what number of
     tokens every sequence is a multiple, padded with zeros behind; not of those that share.
+    ``routed``: with what routers of experts are told.
 
     Sequence parallelism divides the row over the tensor ranks, hence ``multiple``; context
     parallelism divides every sequence, hence ``each``. No samples give a row of padding without
@@ -126,7 +147,25 @@ def pack(
         logp_old=optional("logp_old"),
         logp_ref=optional("logp_ref"),
         proximal=optional("proximal"),
+        members=_members(samples, row) if routed else None,
     )
+
+
+def _members(samples: Sequence[Sample], row: "_Row") -> Members:
+    sizes = contexts(samples)
+    owner, place = np.repeat(np.arange(len(samples)), sizes), ranges(sizes)
+    prompts = np.array([s.prompt_length for s in samples], np.int64)[owner]
+    begins = (row.ends[owner] - prompts + 1, row.answers[owner] - prompts)
+    rows = np.where(place < prompts, *begins) + place
+    found = Members(torch.from_numpy(rows), torch.from_numpy(owner))
+    given = [s.experts for s in samples if s.experts is not None]
+    if not given or len(given) < len(samples):
+        return found
+    chosen = np.concatenate([one[:size] for one, size in zip(given, sizes, strict=True)])
+    whole = np.empty((row.positions.size, *chosen.shape[1:]), chosen.dtype)
+    whole[:] = np.arange(chosen.shape[2])  # of padding: any that differ
+    whole[rows] = chosen
+    return replace(found, experts=torch.from_numpy(whole.transpose(1, 0, 2).copy()))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Sample:
     logp_old: np.ndarray | None = None  # [R] float32
     logp_ref: np.ndarray | None = None  # [R] float32
     proximal: np.ndarray | None = None  # [R] float32, from engine (0) to present (1): loglinear
+    experts: np.ndarray | None = None  # [P + R - 1, layers, K] uint8 or int16: the engine's choice
 
     @property
     def logp_before(self) -> np.ndarray:
@@ -84,6 +85,7 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
             weight=next(weights),
             version=rollout.token_versions,
             group=index,
+            experts=rollout.experts,
         )
         for index, group in enumerate(groups)
         for rollout in group.rollouts

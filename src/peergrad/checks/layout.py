@@ -1,8 +1,17 @@
 """How the model and a batch are divided over the processes."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 
-from peergrad.config import Config, ParallelConfig, Recompute, RecomputeMethod, require
+from peergrad.config import (
+    Config,
+    MoeConfig,
+    ParallelConfig,
+    Recompute,
+    RecomputeMethod,
+    Replay,
+    require,
+)
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
 
 
@@ -19,6 +28,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
     require_divisor("parallel.tensor", tensor, divided_by_tensor(shape))
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
+    check_experts(config, shape, world)
     wanted = tensor * pipeline * parallel.context * (parallel.data or 1)
     grid = f"tensor {tensor} x pipeline {pipeline}"
     grid += f" x context {parallel.context}" if parallel.context > 1 else ""
@@ -34,13 +44,13 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
 
 
 def divided_by_tensor(shape: Shape) -> dict[str, int]:
-    """What tensor ranks share: of each kind as many as another."""
-    return {
+    """What tensor ranks share, each as much as another; of experts see ``check_experts``."""
+    divided = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
-        "MLP columns": shape.ffn,
         "padded vocabulary rows": VOCAB_MULTIPLE,
     }
+    return divided if shape.experts else {**divided, "MLP columns": shape.ffn}
 
 
 def require_divisor(key: str, size: int, of: Mapping[str, int]) -> None:
@@ -96,6 +106,39 @@ def _check_recompute(parallel: ParallelConfig, layers: int) -> None:
         remedy = f"use a divisor of {held}, or parallel.recompute_method=block"
         fit, value = held % parallel.recompute_layers == 0, parallel.recompute_layers
         require(fit, "parallel.recompute_layers", value, rule, remedy)
+
+
+def check_experts(config: Config, shape: Shape, world: int) -> None:
+    """Raise ValueError unless the experts divide as they are to; of a model without, if anything is
+    said of them."""
+    parallel, experts = config.parallel, shape.experts
+    modules = parallel.recompute_modules if parallel.recompute is Recompute.selective else []
+    if experts is None:
+        said = {f"moe.{one.name}": getattr(config.moe, one.name) for one in fields(MoeConfig)}
+        for name in ("expert", "expert_tensor"):
+            said[f"parallel.{name}"] = getattr(parallel, name)
+        said["parallel.recompute_modules"] = [one for one in modules if one == "moe"]
+        rule = f"model.path is no mixture of experts ({shape.family})"
+        replays = config.moe.replay is Replay.on
+        said["moe.replay"] = config.moe.replay.name if replays else None
+        for key, value in said.items():
+            require(value in (0, 1, None, []), key, value, rule, "unset it")
+        return
+    rule = "has no effect in a mixture of experts, whose layers have no other MLP"
+    require("mlp" not in modules, "parallel.recompute_modules", modules, rule, "say moe")
+    rule, remedy = f"must divide the model's {experts.number} experts", "use a divisor of it"
+    require(experts.number % parallel.expert == 0, "parallel.expert", parallel.expert, rule, remedy)
+    shared = parallel.expert_tensor or parallel.tensor
+    key = "parallel.expert_tensor" if parallel.expert_tensor else "parallel.tensor"
+    rule = f"must divide the {shape.ffn} columns of an expert"
+    require(shape.ffn % shared == 0, key, shared, rule, f"use a divisor of {shape.ffn}")
+    rule = "must be true with experts: each tensor rank sends its own tokens to them"
+    apart = parallel.tensor == 1 or parallel.sequence
+    require(apart, "parallel.sequence", parallel.sequence, rule, "set it, or parallel.tensor=1")
+    stage = world // parallel.pipeline
+    rule = f"times parallel.expert_tensor = {shared} must divide the {stage} ranks of a stage"
+    fit, remedy = stage % (parallel.expert * shared) == 0, "lower one of the two"
+    require(fit, "parallel.expert", parallel.expert, rule, remedy)
 
 
 def check_batch(config: Config, world: int) -> None:

@@ -52,12 +52,14 @@ from peergrad.config.run import (
     LoggerConfig,
     Logprob,
     ModelConfig,
+    MoeConfig,
     OnError,
     OnNonfinite,
     OptimConfig,
     ParallelConfig,
     Recompute,
     RecomputeMethod,
+    Replay,
     RewardConfig,
     RewardKind,
     RunConfig,
@@ -91,6 +93,7 @@ __all__ = [
     "LoggerConfig",
     "Logprob",
     "ModelConfig",
+    "MoeConfig",
     "OldPolicy",
     "OnError",
     "OnGap",
@@ -100,6 +103,7 @@ __all__ = [
     "Proof",
     "Recompute",
     "RecomputeMethod",
+    "Replay",
     "RewardConfig",
     "RewardKind",
     "RolloutConfig",
@@ -123,6 +127,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -21,7 +21,7 @@ Logprob = Enum("Logprob", ["auto", "fused_linear", "from_logits", "reference"])
 LARGEST_REWARD = 1e9
 """Squares of larger ones, summed over a batch, leave float32."""
 
-MODULES = ("core_attn", "mlp", "layernorm")
+MODULES = ("core_attn", "mlp", "layernorm", "moe")
 """Parts of a layer that can be computed again by themselves."""
 
 WANDB_REFUSES = "/\\#?%:"
@@ -130,6 +130,12 @@ class ParallelConfig:
     context: int = 1
     """Context-parallel size: ranks that share every sequence's tokens, for long ones. Each prompt
     is then computed for every answer."""
+    expert: int = 1
+    """Expert-parallel size of a mixture of experts: ranks, of data, context and tensor alike, that
+    share the experts of a layer and send tokens to each other."""
+    expert_tensor: int | None = None
+    """Ranks that share every expert's matrices; null: as many as share the others
+    (``parallel.tensor``)."""
     data: int | None = None
     """Data-parallel size; default: whatever is left of the processes."""
     sequence: bool = False
@@ -146,7 +152,8 @@ class ParallelConfig:
     """Activations that are computed again in the backward pass rather than kept: none, those of
     ``recompute_modules``, or ``full``, all but the input of every ``recompute_layers`` layers."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """Of each layer, with ``selective``: ``core_attn``, ``mlp``, ``layernorm`` (te)."""
+    """Of each layer, with ``selective``: ``core_attn``, ``mlp``, ``layernorm`` (te), and ``moe``, a
+    layer of experts with its router."""
     recompute_method: RecomputeMethod = RecomputeMethod.uniform
     """With ``full``: ``uniform`` keeps the input of every ``recompute_layers`` layers, ``block``
     that of each of the first ``recompute_layers`` of a rank's piece, and all of the rest."""
@@ -159,10 +166,10 @@ class ParallelConfig:
     """Any further field of Megatron's TransformerConfig."""
 
     def __post_init__(self) -> None:
-        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "micro_batch_tokens")
-        for name in (*sizes, "recompute_layers"):
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+        for name in (*sizes, "micro_batch_tokens", "recompute_layers"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
-        for name in ("data", "first_stage_layers", "last_stage_layers"):
+        for name in ("data", "expert_tensor", "first_stage_layers", "last_stage_layers"):
             if (value := getattr(self, name)) is not None:
                 at_least(f"parallel.{name}", value, 1)
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
@@ -195,6 +202,31 @@ class ParallelConfig:
         require(known, key, modules, f"must be of {', '.join(MODULES)}", "correct it")
         rule, remedy = "names nothing to compute again", "name one, or set parallel.recompute=off"
         require(bool(modules) or not selective, key, modules, rule, remedy)
+
+
+class Replay(Enum):
+    auto = 1
+    on = 2
+    off = 3
+
+
+@dataclass(kw_only=True)
+class MoeConfig:
+    """Of a mixture of experts; anything else refuses what is set here."""
+
+    aux_loss_coef: float = 0.0
+    """Of the load-balancing loss, in each layer: mean over samples of E times the sum over experts
+    of their part of the sample's choices times their mean probability. 1 where all are alike."""
+    z_loss_coef: float = 0.0
+    """Of the mean over tokens of the squared logsumexp of the router's logits, in each layer."""
+    replay: Replay = Replay.auto
+    """Rollout routing replay (R3): tokens are scored and trained on with the experts that the
+    engine chose, weighed by the trainer's router. ``auto``: where a server says them; ``on``: an
+    answer without is an error; ``off``: the trainer chooses."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss_coef", "z_loss_coef"):
+            at_least(f"moe.{name}", getattr(self, name), 0.0)
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from peergrad.parallel.batches import Batch, Families, Layout, lay_out
+from peergrad.parallel.routing import Routed
 
 BLOCK = 256
 """Queries that attend under one mask, on a CPU: it is this high, and as wide as all keys."""
@@ -33,6 +34,7 @@ class PackedRow(PackedSeqParams):
     families: Families = ()  # lengths of prompts with the answers that share them, on the host
     positions: Tensor | None = None  # [T] int64
     angles: tuple[Tensor, Tensor] | None = None  # cos, sin [T, 1, d / 2], of each token's position
+    routed: Routed | None = None  # what the routers of a mixture of experts are told
 
     @cached_property
     def layout(self) -> Layout:

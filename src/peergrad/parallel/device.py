@@ -3,18 +3,20 @@
 Megatron-core names CUDA literally: ``device="cuda"``, ``.cuda()``, ``torch.cuda.current_device()``,
 type strings such as ``"torch.cuda.FloatTensor"``. On a machine without CUDA these spellings are
 mapped to the host, by a few functions and one public ``TorchFunctionMode``. Of Megatron nothing is
-replaced but what sets the state of a GPU's generator, so CPU runs execute the very DDP, optimizer,
-schedules and checkpoints that GPU runs do.
+replaced but what sets the state of a GPU's generator and what brings counts from a GPU to the host,
+so CPU runs execute the very DDP, optimizer, schedules and checkpoints that GPU runs do.
 """
 
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -84,6 +86,8 @@ def set_up_device() -> torch.device:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     _forget_generators()
+    _forget_streams()
+    _gather_uneven_parts()
     CudaLiteralsOnCpu().__enter__()  # type: ignore[no-untyped-call]
     return torch.device("cpu")
 
@@ -96,3 +100,57 @@ def _forget_generators() -> None:
 
     torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.empty(0)
     random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+class _Stream:
+    """Of a GPU, without one: what is asked for is done."""
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def record_event(self, event: object = None) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def _forget_streams() -> None:
+    """Experts' dispatchers copy counts to the host on a stream of their own. Those that are there
+    already they would leave as tensors, which no collective takes for sizes."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def as_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = as_asked
+    token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+    stream = _Stream()
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *_: stream  # type: ignore[misc,assignment]
+    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment,return-value]
+
+
+def _gather_uneven_parts() -> None:
+    """Tensor ranks of one expert bring together as many tokens as each has. NCCL takes lists of any
+    sizes; gloo takes equal ones, and a sum for what it cannot scatter."""
+    gather, scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(found: list[Tensor], own: Tensor, group: Any = None, **options: Any) -> Any:
+        sizes = [part.shape[0] if part.dim() else 1 for part in found]
+        if len(set(sizes)) == 1:
+            return gather(found, own, group=group, **options)
+        longest = max(sizes)
+        padded = own.new_zeros(longest, *own.shape[1:])
+        padded[: own.shape[0]] = own
+        every = [torch.empty_like(padded) for _ in found]
+        gather(every, padded, group=group)
+        for part, whole, size in zip(found, every, sizes, strict=True):
+            part.copy_(whole[:size])
+
+    def reduce_scatter(own: Tensor, parts: list[Tensor], *args: Any, **options: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return scatter(own, parts, *args, **options)
+        whole = torch.cat(parts)
+        dist.all_reduce(whole, group=options.get("group"))
+        sizes, rank = [part.shape[0] for part in parts], dist.get_rank(options.get("group"))
+        own.copy_(torch.split(whole, sizes)[rank])
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter  # type: ignore[assignment]

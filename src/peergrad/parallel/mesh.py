@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the TP x CP x DP x PP grid.
+    """This process's place in the TP x CP x DP x PP grid, and for experts in ETP x EP x EDP x PP.
 
     ``control`` spans all ranks over gloo whatever the device: it carries objects and small numbers.
     """
@@ -34,11 +34,35 @@ class Mesh:
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
     context: dist.ProcessGroup
+    tensor_context: dist.ProcessGroup  # the ranks of both
+    expert_tensor: dist.ProcessGroup  # that share every expert's matrices
+    experts: dist.ProcessGroup  # that hold all experts, those of expert_tensor next to each other
+    expert_data: dist.ProcessGroup  # that hold the same ones
     control: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def expert_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.experts.rank() // self.expert_tensor.size()
+
+    @property
+    def expert_ranks(self) -> int:
+        """Into how many parts the experts are divided."""
+        return self.experts.size() // self.expert_tensor.size()
+
+    @property
+    def exports(self) -> bool:
+        """Whether weights are brought together here: on the first data and context ranks."""
+        return self.data.rank() == 0 and self.context.rank() == 0
+
+    @property
+    def lends_experts(self) -> bool:
+        """Whether this rank's experts are among those that are brought to ``exports``' ranks."""
+        return self.expert_data.rank() <= (self.tensor.size() - 1) // self.experts.size()
 
     @property
     def reports(self) -> bool:
@@ -103,6 +127,8 @@ def init_mesh(config: ParallelConfig, *, seed: int, job: Job | None = None) -> M
         config.pipeline,
         config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
     )
     # On a CPU the tracker is a no-op, which dropout 0 and host-side initialisation allow.
@@ -119,6 +145,10 @@ def init_mesh(config: ParallelConfig, *, seed: int, job: Job | None = None) -> M
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
+        tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
+        experts=parallel_state.get_expert_tensor_and_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
         control=control,
     )
 

@@ -22,12 +22,14 @@ from torch import Tensor
 from peergrad.algo.packing import MicroBatch
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.attention import PackedAttention, PackedRow, take_angles
+from peergrad.parallel.experts import tell_router, use_experts
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.norm import RMSNorm
 from peergrad.parallel.options import choose_spec, recompute_fields, with_users_fields
 from peergrad.parallel.output_bias import add_output_bias
 from peergrad.parallel.rope import frequencies
+from peergrad.parallel.routing import Routed
 
 
 class PolicyModel(GPTModel):
@@ -79,9 +81,15 @@ class Stage(torch.nn.ModuleList):
         return self.pieces[0].config
 
 
-def run(model: torch.nn.Module, batch: MicroBatch, context: dist.ProcessGroup) -> Tensor:
+def run(
+    model: torch.nn.Module,
+    batch: MicroBatch,
+    context: dist.ProcessGroup,
+    routed: Routed | None = None,
+) -> Tensor:
     """Forward this rank's part of a packed micro-batch through ``model``, a PolicyModel or its DDP
-    wrapper. ``context``: the ranks that hold the other parts. Collective.
+    wrapper. ``context``: the ranks that hold the other parts; ``routed``: what the routers of a
+    mixture of experts are told. Collective.
 
     Returns hidden states ``[T, 1, H]`` of it, ``[T / tp, 1, H]`` if sequence parallel.
     """
@@ -102,6 +110,7 @@ def run(model: torch.nn.Module, batch: MicroBatch, context: dist.ProcessGroup) -
         max_seqlen_kv=batch.max_seqlen,
         families=batch.families,
         positions=positions,
+        routed=routed,
         **divided,
     )
     hidden: Tensor = model(tokens[None], positions[None], None, packed_seq_params=packed)
@@ -160,15 +169,35 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
         "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
+        **_expert_fields(shape, parallel, spec),
         **recompute_fields(parallel, spec),
     }
     return with_users_fields(options, parallel, spec)
 
 
+def _expert_fields(shape: Shape, parallel: ParallelConfig, spec: Spec) -> dict[str, Any]:
+    """Megatron's names for the experts of a layer; none of a model without."""
+    if (experts := shape.experts) is None:
+        return {}
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.chosen,
+        "moe_ffn_hidden_size": shape.ffn,
+        # The softmax of the largest logits alone is that of all, made to sum to 1.
+        "moe_router_pre_softmax": not experts.normed,
+        "moe_router_load_balancing_type": "none",  # see parallel/experts.py
+        "moe_grouped_gemm": spec is Spec.te,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+
+
 def _torch_spec(
     config: TransformerConfig, shape: Shape, piece: int | None
 ) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
@@ -176,14 +205,20 @@ def _torch_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if shape.o_bias:
         add_output_bias(layer)
+    if shape.experts is not None:
+        use_experts(layer)
     layers = [layer] * get_num_layers_to_build(config, piece)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _te_spec(config: TransformerConfig, shape: Shape) -> ModuleSpec:
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )
     if shape.o_bias:
         add_output_bias(layer)
+    if shape.experts is not None:
+        use_experts(layer)
     return layer
 
 
@@ -220,4 +255,11 @@ def _build_piece(
     model.rotary_pos_emb.inv_freq = frequencies(shape.rope, shape.head_dim)
     if spec is Spec.torch:
         model.decoder.register_forward_pre_hook(take_angles, with_kwargs=True)
+    if shape.experts is not None:
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(tell_router, with_kwargs=True)
+            for parameter in layer.mlp.experts.parameters():
+                # Also of one part: Megatron would add up over the wrong ranks where fewer share an
+                # expert's matrices than the others, and keep its optimizer's state elsewhere.
+                parameter.allreduce = False
     return model

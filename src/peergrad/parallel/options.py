@@ -17,7 +17,7 @@ from peergrad.running.hints import meant
 log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
-    *("expert_model_parallel_size", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+    *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
     *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
     "account_for_loss_in_pipeline_split",
 )
@@ -31,7 +31,12 @@ ANOTHER_MODEL = (
 )
 """Fields that change the function which the weights mean: the engine would compute another one."""
 
+OF_EXPERTS = ("moe_router_dtype", "moe_permute_fusion")
+"""The fields that a mixture of experts may be given; all others that begin so are set here, or make
+another function of its weights."""
+
 OF_THE_ENGINE = (
+    "moe_permute_fusion",
     *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
     "cp_comm_type",
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
@@ -91,7 +96,8 @@ def with_users_fields(
         remedy = "correct or remove it"
         require(name in names, key, value, "is no field of TransformerConfig", remedy)
         foreign = name not in ours and name not in (*UNSUPPORTED, *ANOTHER_MODEL)
-        foreign = foreign and not name.startswith("moe_")
+        moe = ours.get("num_moe_experts") is not None and name in OF_EXPERTS
+        foreign = foreign and (moe or not name.startswith("moe_"))
         own = [phrase for phrase in meant(name) if phrase.startswith("parallel.")]
         instead = f"set {own[0]}" if own else "remove it"
         require(foreign, key, value, "is set by peergrad or not supported", instead)

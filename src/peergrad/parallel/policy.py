@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from peergrad.algo.division import Cost, Division, divide
 from peergrad.algo.objective import Metrics
-from peergrad.algo.packing import Held, MicroBatch, pack, ranges
-from peergrad.algo.samples import Sample, make_samples, pieces
-from peergrad.config import Config
+from peergrad.algo.packing import MicroBatch, pack, ranges
+from peergrad.algo.samples import Sample, contexts, make_samples, pieces
+from peergrad.config import Config, Replay
 from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.head import Head, Objective, choose_logprob
@@ -27,6 +27,7 @@ from peergrad.parallel.hf.files import write_hf
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import build_optimizer, learning_rate, schedule_updates, wrap_model
+from peergrad.parallel.routing import NONE, Coefficients, Routed, Tally, routed, router_metrics
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
 
@@ -62,6 +63,9 @@ class Update:
 class Scorer:
     """A model that gives logprobs: the frozen reference, and the base of the policy."""
 
+    replays = False
+    """Whether tokens go to the experts that the engine chose: its weights are this model's."""
+
     def __init__(
         self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
     ) -> None:
@@ -69,6 +73,7 @@ class Scorer:
         key = "model.path" if path == config.model.path else "model.reference"
         self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, mesh)
+        self.tally = Tally()
         kind = choose_logprob(config.kernels.logprob, mesh.device)
         self.head = Head(self.model.pieces[-1], config, vocab=self.shape.vocab, kind=kind)
         if weights is None:
@@ -142,9 +147,10 @@ class Scorer:
         multiple = math.lcm(
             self._each, context.size() * (parallel.tensor if parallel.sequence else 1)
         )
-        share, mine = self.model.shares_prompts, bins[self.mesh.data.rank()]
-        rows = ([samples[i] for i in part] for part in mine)
-        packed = [pack(row, share=share, multiple=multiple, each=self._each) for row in rows]
+        options: dict[str, Any] = {"share": self.model.shares_prompts, "each": self._each}
+        options |= {"multiple": multiple, "routed": self.shape.experts is not None}
+        mine = bins[self.mesh.data.rank()]
+        packed = [pack([samples[i] for i in part], **options) for part in mine]
         held = [hold(batch, context.rank(), context.size()) for batch in packed]
         return [_to_device(batch, self.mesh.device) for batch in held]
 
@@ -181,16 +187,18 @@ class Scorer:
         batches: Sequence[MicroBatch],
         finish: Callable[..., Any],
         forward_only: bool,
+        coefficients: Coefficients = NONE,
     ) -> list[Any]:
         """Run Megatron's schedule on this rank's pieces of the model; ``finish(batch, hidden)`` is
         called with what the last of all gives. Its results (of a training step: the third one) come
-        back in order, on the last stage only."""
+        back in order, on the last stage only. ``coefficients``: of the losses that routers add."""
 
         def step(
             iterator: Iterator[MicroBatch], piece: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(iterator)
-            return run(piece, batch, self.mesh.context), partial(finish, batch)
+            told = self._routed(batch, coefficients)
+            return run(piece, batch, self.mesh.context, told), partial(finish, batch)
 
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
@@ -204,9 +212,24 @@ class Scorer:
         )
         return results
 
+    def _routed(self, batch: MicroBatch, coefficients: Coefficients) -> Routed | None:
+        if self.shape.experts is None:
+            return None
+        return routed(
+            batch,
+            tensor=self.mesh.tensor,
+            group=self.mesh.tensor_context,
+            sequence=self.config.parallel.sequence,
+            replay=self.replays and self.config.moe.replay is not Replay.off,
+            coefficients=coefficients,
+            tally=self.tally,
+        )
+
 
 class Policy(Scorer):
     """The model that learns."""
+
+    replays = True
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.companions = Companions.read(Path(config.model.path))
@@ -233,7 +256,9 @@ class Policy(Scorer):
             loss, *report = self.head.loss(hidden, batch, objective)
             return loss, torch.zeros((), dtype=torch.int), report
 
-        reports = self._schedule(self.ddp, self._pack(samples, bins), finish, False)
+        computed = contexts(samples).tolist()
+        told = Coefficients.of(self.config.moe, computed)
+        reports = self._schedule(self.ddp, self._pack(samples, bins), finish, False, told)
         found = [report[1:] for report in reports]
         mine = _add_up([metrics for report in reports for metrics in report[0]])
         scores, parts = self._collect(samples, bins, found, mine)
@@ -244,6 +269,8 @@ class Policy(Scorer):
         norm = float(self.optimizer.get_grad_norm())
         metrics |= {"optim/grad_norm": norm, "optim/lr": self._set_learning_rate()}
         metrics["tokens/imbalance"] = division.imbalance
+        if self.shape.experts is not None:
+            metrics |= router_metrics(self.mesh.gather(self.tally.take()), computed)
         finite = math.isfinite(norm) and math.isfinite(metrics["loss/total"])
         refusal = objective.refusal(metrics)
         if not any(part for rank in bins for part in rank):
@@ -283,7 +310,8 @@ def cost(shape: Shape) -> Cost:
     """What a pair of query and key, and a token's logits, take beside a token's way through the
     layers' matrices, in multiplications; forward and backward alike."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
+    chosen = shape.experts.chosen if shape.experts else 1
+    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen)
     head = shape.hidden * shape.vocab
     return Cost(pair=2 * query / layer, scored=head / (layer * shape.layers))
 
@@ -312,11 +340,9 @@ def _merge(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[f
     }
 
 
-def _to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    held = None if batch.held is None else replace(batch.held, **_moved(batch.held, device))
-    return replace(batch, held=held, **_moved(batch, device))
-
-
-def _moved(of: Held | MicroBatch, device: torch.device) -> dict[str, Any]:
+def _to_device(of: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors, and those of dataclasses in it, on the device."""
     values = {f.name: getattr(of, f.name) for f in fields(of)}
-    return {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+    moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+    moved |= {k: _to_device(v, device) for k, v in values.items() if is_dataclass(v)}
+    return replace(of, **moved)

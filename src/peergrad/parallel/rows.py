@@ -34,7 +34,7 @@ from peergrad.parallel.hf.header import AGAIN, Stored
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import Stage
-from peergrad.parallel.weights import local_parameters, sharded_dim
+from peergrad.parallel.weights import is_expert, local_parameters, sharded_dim
 
 BLOCK_BYTES = 8 << 20
 """Read at a time."""
@@ -215,9 +215,10 @@ def of_shards(
     for name, parameter in local_parameters(model):
         if shape.tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        mapped, dim = hf_names(name), sharded_dim(parameter)
+        mapped, dim = hf_names(name, shape), sharded_dim(parameter)
         sources = [tensors[n] for n in mapped.names]
-        rank, ranks = mesh.tensor.rank(), mesh.tensor.size()
+        group = mesh.expert_tensor if is_expert(name) else mesh.tensor
+        rank, ranks = group.rank(), group.size()
         by_rows = 0 if dim == 0 else None
         order = to_megatron(
             _numbered(sources), mapped.layout, shape, dim=by_rows, rank=rank, ranks=ranks
@@ -248,7 +249,8 @@ class CheckpointTensors:
         memory is given back when the next are asked for."""
         known = self._metadata.state_dict_metadata
         for name, parameter in list(local_parameters(self._model))[rank::ranks]:
-            mapped, parts = hf_names(name), self._saved[parameter.untyped_storage()._cdata]
+            mapped = hf_names(name, self._shape)
+            parts = self._saved[parameter.untyped_storage()._cdata]
             if not all(part.key in known for part in parts):
                 yield dict.fromkeys(mapped.names)
                 continue

@@ -239,30 +239,31 @@ def _fill(
     state = dist_checkpointing.load(wanted, str(path))
     for key, piece in _keyed(model):
         piece.load_state_dict(state[key])
-    inner = _sharded_adam(optimizer)
-    if inner is not None:
-        _load_sharded_adam(inner, state["optimizer"])
-    elif optimizer is not None:
-        saved = state["optimizer"]
-        if _torch_adam(optimizer):
+    if optimizer is None:
+        return
+    chained, saved = _chained(optimizer), state["optimizer"]
+    parts = [saved] if len(chained) == 1 else [saved[i] for i in range(len(chained))]
+    for wrapper, part in zip(chained, parts, strict=True):
+        if not isinstance(wrapper.optimizer, torch.optim.AdamW):
+            wrapper.load_state_dict(part)
+        elif type(wrapper).__name__ == "DistributedOptimizer":
+            _load_sharded_adam(wrapper, part)
+        else:
             # Megatron leaves out a step of 0, which its loader then misses.
-            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
-        optimizer.load_state_dict(saved)
+            part.get("optimizer", part)["state"].setdefault("common_step", torch.tensor(0.0))
+            wrapper.load_state_dict(part)
 
 
-def _sharded_adam(optimizer: MegatronOptimizer | None) -> Any:
-    """Megatron's distributed optimizer if it holds a torch AdamW (no Transformer Engine, no
-    apex)."""
-    chained = getattr(optimizer, "chained_optimizers", [])
-    if len(chained) == 1 and type(chained[0]).__name__ == "DistributedOptimizer":
-        return chained[0] if isinstance(chained[0].optimizer, torch.optim.AdamW) else None
-    return None
+def _chained(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers: one, and of a mixture of experts another one for these. Each wraps a
+    torch AdamW, or one of Transformer Engine's or apex's."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _torch_adam(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
     """The torch AdamW inside Megatron's wrappers; none with Transformer Engine or apex."""
-    wrappers = getattr(optimizer, "chained_optimizers", [])
-    return [w.optimizer for w in wrappers if isinstance(w.optimizer, torch.optim.AdamW)]
+    found = [wrapper.optimizer for wrapper in _chained(optimizer)]
+    return [inner for inner in found if isinstance(inner, torch.optim.AdamW)]
 
 
 def _fill_adam(optimizer: MegatronOptimizer) -> None:

@@ -18,15 +18,30 @@ from peergrad.parallel.model import Stage
 log = logging.getLogger(__name__)
 
 
+EXPERT = re.compile(
+    r"(?P<before>.*\.mlp\.experts\.)(local_experts\.(?P<one>\d+)\.)?"
+    r"(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
+)
+"""An expert's matrix: of experts one by one, or together with the others of a rank (te)."""
+
+
 def local_parameters(model: Stage) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under layer numbers that count over all pipeline stages."""
+    """This rank's parameters under layer numbers that count over all pipeline stages, and numbers
+    of experts that count over all of a layer's."""
     for piece in model.pieces:
         for name, parameter in piece.named_parameters():
             match = re.match(r"decoder\.layers\.(\d+)\.", name)
             if match is not None:
-                index = piece.decoder.layers[int(match[1])].layer_number - 1
-                name = f"decoder.layers.{index}.{name[match.end() :]}"
+                layer = piece.decoder.layers[int(match[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+                if (expert := EXPERT.fullmatch(name)) is not None:
+                    number = layer.mlp.local_expert_indices[int(expert["one"] or expert["grouped"])]
+                    name = f"{expert['before']}{number}.{expert['linear']}.weight"
             yield name, parameter
+
+
+def is_expert(name: str) -> bool:
+    return ".mlp.experts." in name
 
 
 def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
@@ -58,14 +73,15 @@ def read_shards(
     for name, parameter in local_parameters(model):
         if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
             name = "embedding.word_embeddings.weight"
-        mapped = hf_names(name)
+        mapped = hf_names(name, shape)
+        ranks = mesh.expert_tensor if is_expert(name) else mesh.tensor
         shard = to_megatron(
             [reader.get(n) for n in mapped.names],
             mapped.layout,
             shape,
             dim=sharded_dim(parameter),
-            rank=mesh.tensor.rank(),
-            ranks=mesh.tensor.size(),
+            rank=ranks.rank(),
+            ranks=ranks.size(),
         )
         assert shard.shape == parameter.shape, name
         yield parameter, shard
@@ -77,10 +93,14 @@ def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Ten
     the others, which hold the same weights, get nothing.
 
     Collective: every rank must drain it. One parameter at a time is gathered over the tensor ranks
-    of the stage that owns it and broadcast over the pipeline, so one parameter is the extra memory.
-    Tensors stay valid until the generator advances.
+    of the stage that owns it, of experts one from each rank that holds others, and broadcast over
+    the pipeline, so that is the extra memory. Tensors stay valid until the generator advances.
     """
-    if mesh.data.rank() != 0 or mesh.context.rank() != 0:
+    if not mesh.exports:
+        if mesh.lends_experts:
+            for name, parameter in local_parameters(model):
+                if is_expert(name):
+                    _gather(parameter.detach(), sharded_dim(parameter), mesh.experts)
         return
     mine = dict(local_parameters(model))
     described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
@@ -92,17 +112,32 @@ def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Ten
         for name, size, dtype, dim in parameters:
             if shape.tied and name == "output_layer.weight":
                 continue
+            group = mesh.experts if is_expert(name) else mesh.tensor
             if stage == mesh.pipeline.rank():
-                shards = _gather(mine[name].detach(), dim, mesh.tensor)
+                shards = _gather(mine[name].detach(), dim, group)
             else:
-                parts = 1 if dim is None else mesh.tensor.size()
+                parts = 1 if dim is None else group.size()
                 shards = [torch.empty(size, dtype=dtype, device=mesh.device) for _ in range(parts)]
             if mesh.pipeline.size() > 1:
                 source = dist.get_global_rank(mesh.pipeline, stage)
                 for shard in shards:
                     dist.broadcast(shard, src=source, group=mesh.pipeline)
-            mapped = hf_names(name)
-            yield from zip(mapped.names, to_hf(shards, mapped.layout, shape, dim=dim), strict=True)
+            each = mesh.expert_tensor.size() if is_expert(name) else len(shards)
+            for i, same in enumerate(_every(name, shape, mesh)):
+                mapped, own = hf_names(same, shape), shards[i * each : (i + 1) * each]
+                whole = to_hf(own, mapped.layout, shape, dim=dim)
+                yield from zip(mapped.names, whole, strict=True)
+
+
+def _every(name: str, shape: Shape, mesh: Mesh) -> list[str]:
+    """The parameter of that name, and those that the other ranks of its experts have in its place,
+    in their order."""
+    match = re.fullmatch(r"(.*\.mlp\.experts\.)(\d+)(\..*)", name)
+    if match is None or shape.experts is None:
+        return [name]
+    held = shape.experts.number // mesh.expert_ranks
+    first = int(match[2]) % held
+    return [f"{match[1]}{first + i * held}{match[3]}" for i in range(mesh.expert_ranks)]
 
 
 def _gather(tensor: Tensor, dim: int | None, group: dist.ProcessGroup) -> list[Tensor]:

@@ -4,6 +4,7 @@ An answer that does not add up is refused, not repaired: what is wrong with one 
 server, and a trainer takes every number of it for true.
 """
 
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 
 from peergrad.data import Rollout
+from peergrad.rollout.engine import Routes
 from peergrad.rollout.errors import ServerError, quote
 from peergrad.rollout.versions import number
 
@@ -43,6 +45,7 @@ class Asked:
     prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     vocab_size: int | None = None
+    routes: Routes | None = None  # of the experts of every token
 
     def version(self, spelt: object, url: str) -> int:
         return number(spelt, url, self.identity, self.newest, self.oldest)
@@ -66,6 +69,7 @@ class _Meta(msgspec.Struct):
     weight_versions: list[_Span] = []
     weight_version: int | str = ""
     prompt_tokens: int | None = None
+    routed_experts: str | None = None
 
 
 class Answer(msgspec.Struct):
@@ -125,6 +129,7 @@ def parse_rollout(
             versions=_covering(spans, tokens.size, url),
             finish=meta.finish_reason.type,
             text="",
+            experts=_experts(meta.routed_experts, asked, tokens.size, url),
         )
     _check_end(rollout, meta.finish_reason.matched, url, asked.max_new_tokens)
     return rollout
@@ -193,6 +198,33 @@ def _logprobs(values: np.ndarray, url: str) -> np.ndarray:
             url=url,
         )
     return values.astype(np.float32)
+
+
+def _experts(said: str | None, asked: Asked, tokens: int, url: str) -> np.ndarray | None:
+    """``[P + R - 1, layers, K]`` from SGLang's int32 in base64; None where they are not asked
+    for, or not said and not required."""
+    routes, rule = asked.routes, ""
+    if routes is None or (said is None and not routes.required):
+        return None
+    if said is None:
+        rule = "without the experts of its tokens, which moe.replay=on needs"
+    else:
+        found = np.frombuffer(b64decode(said, validate=True), "<i4")
+        rows = (asked.prompt_tokens or 0) + tokens - 1
+        shape = (rows, routes.layers, routes.chosen)
+        if found.size != rows * routes.layers * routes.chosen:
+            rule = f"with {found.size} experts in place of {' x '.join(map(str, shape))}"
+        elif found.size and not 0 <= found.min() <= found.max() < routes.experts:
+            rule = f"with an expert that is none of {routes.experts}"
+        elif (np.diff(np.sort(found.reshape(shape), axis=2)) == 0).any():
+            rule = "with an expert that a token went to twice"
+    if rule:
+        raise ServerError(
+            f"{url}: answered {rule}; start it with --enable-return-routed-experts and the run's "
+            "model, or set moe.replay=off",
+            url=url,
+        )
+    return found.reshape(shape).astype(np.uint8 if routes.experts <= 256 else np.int16)
 
 
 def _covering(

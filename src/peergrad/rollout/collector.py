@@ -24,7 +24,7 @@ from typing import Any, cast
 from peergrad.algo.sampling import selects
 from peergrad.config import Config, OnError
 from peergrad.data import Prompt
-from peergrad.rollout.engine import Sampling
+from peergrad.rollout.engine import Routes, Sampling
 from peergrad.rollout.errors import DEATH_SECONDS, Ended, ServerError, none_ended
 from peergrad.rollout.evaluation import EvaluationResult, evaluate
 from peergrad.rollout.outbox import Outbox, raise_here
@@ -53,6 +53,7 @@ class Parts:
     stop_token_ids: tuple[int, ...]  # ids that end an answer: the tokenizer's
     decode: Decode  # what rewards read of an answer
     vocab_size: int | None = None  # of the model; None: token ids are not checked
+    routes: Routes | None = None  # of a mixture of experts, if the trainer takes them again
 
 
 Build = Callable[[Config, Callable[[str], None]], Parts]
@@ -226,6 +227,7 @@ class _Worker:
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
             stop_token_ids=(*parts.stop_token_ids, *rollout.stop_token_ids),
+            routes=parts.routes,
         )
         self._answers = Decoding(self._engine, parts.decode, parts.stop_token_ids)
         self._scoring = Scoring(

@@ -14,7 +14,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import get_attn_backend
-from sglang.srt.runtime_context import get_lora
+from sglang.srt.runtime_context import get_exec, get_lora
 
 from peergrad.rollout.cpu_attention import Block, Scratch, attend, lay_out
 from peergrad.rollout.cpu_copies import Copies, find_copies
@@ -137,7 +137,9 @@ def share_prompts(model: Any) -> None:
     """From here on the layers of ``model`` compute the equal prompts of a step once, if it is one
     that peergrad trains: of another, layers may look at more than a token, its position and what is
     before it, and something may count on rows for all tokens."""
-    if type(model) in EntryClass and model.pp_group.world_size == 1 and not get_lora().enable_lora:
+    told = get_exec().features.enable_return_routed_experts  # of every row
+    plain = model.pp_group.world_size == 1 and not get_lora().enable_lora and not told
+    if type(model) in EntryClass and plain:
         share_rows(model.model)
         log.info("equal prompts of a step are computed once")
 

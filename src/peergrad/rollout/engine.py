@@ -10,6 +10,20 @@ from peergrad.data import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routes:
+    """Which experts each token of a mixture of experts went to, to be told with the answer.
+
+    Example:
+        of Qwen3-30B-A3B: ``Routes(layers=48, chosen=8, experts=128, required=False)``
+    """
+
+    layers: int
+    chosen: int  # of each token
+    experts: int  # in each layer
+    required: bool  # whether an answer without is an error
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How answers are drawn. Nothing is truncated: logprobs stay those of the full vocabulary.
 
@@ -21,6 +35,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0  # 0 is greedy
     stop_token_ids: tuple[int, ...] = ()
+    routes: Routes | None = None  # None: they are not asked for
 
 
 class Engine(Protocol):

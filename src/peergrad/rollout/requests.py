@@ -89,6 +89,8 @@ def generate_payload(draws: Sequence[Draw]) -> Json:
     first = draws[0]
     params = _params(first.sampling)
     payload = {"return_logprob": True, "sampling_params": params}
+    if first.sampling.routes is not None:
+        payload["return_routed_experts"] = True
     if len(draws) == 1 and (first.sampling.n == 1 or not first.short):
         params["n"] = first.sampling.n
         return {**payload, "rid": first.request_id, "input_ids": _ids(first.prompt)}

@@ -86,10 +86,12 @@ class ManagedServers:
         weight_version: int = 0,
         address: Address | None = None,
         ranks: int | None = None,
+        tells_experts: bool = False,
     ) -> None:
         """``address``: where they listen, with the GPUs of this machine to themselves. None: beside
         a trainer, at free ports that only this machine sees. ``ranks``: of that trainer on this
-        machine, which have the first GPUs; None: as many as torchrun says."""
+        machine, which have the first GPUs; None: as many as torchrun says. ``tells_experts``: those
+        of a mixture of experts that its tokens go to are said with the answers, where asked for."""
         self._config = config
         self._alone = address is not None
         self._ranks = 0 if self._alone else ranks
@@ -106,6 +108,7 @@ class ManagedServers:
             "tp-size": config.tensor,
             "weight-version": weight_version,
         }
+        self._tells_experts = tells_experts
         self._seed = seed
         self.urls = self._address.urls
         self._rising: list[int] = []  # those that were not healthy yet
@@ -170,6 +173,7 @@ class ManagedServers:
         """Of the command line of server ``index``; ``rollout.servers.args`` wins over our
         defaults."""
         options: dict[str, Any] = {"random-seed": self._random_seed(index)}
+        options["enable-return-routed-experts"] = self._tells_experts
         if not torch.cuda.is_available():
             model, dtype = Path(self._fixed["model-path"]), Dtype[self._fixed["dtype"]]
             options |= CPU_OPTIONS | {"max-total-tokens": _cpu_tokens(model, dtype)}

@@ -6,6 +6,7 @@ import time
 from asyncio import Future
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
 
 import aiohttp
@@ -123,6 +124,7 @@ class SGLangEngine:
             prompt_tokens=len(draw.prompt),
             max_new_tokens=draw.sampling.max_new_tokens,
             vocab_size=self._vocab_size,
+            routes=draw.sampling.routes,
         )
         parsed = [parse_rollout(sample, url=url, asked=asked) for sample in samples]
         return url, [rollout for rollout in parsed if rollout is not None]
@@ -181,7 +183,7 @@ class SGLangEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
-    def _asked(self, oldest: int | None, **more: int | None) -> Asked:
+    def _asked(self, oldest: int | None, **more: Any) -> Asked:
         """``newest`` is of now: requests in flight go on with the weights of a sync."""
         return Asked(identity=self._identity, oldest=oldest, newest=self._newest, **more)
 

@@ -11,7 +11,7 @@ import torch
 
 from peergrad.algo.division import divide
 from peergrad.algo.packing import MicroBatch, pack
-from peergrad.algo.samples import weigh
+from peergrad.algo.samples import Sample, weigh
 from peergrad.config import Aggregation, AlgoConfig
 from tests.samples import context, new_sample, random_samples
 
@@ -222,3 +222,27 @@ def test_any_division_of_the_work_gives_the_same_sum(mode: Enum) -> None:
         parts = [[samples[i] for i in part] for bins in divided for part in bins]
         batches = [pack(part, multiple=multiple, share=share) for part in parts]
         assert total(batches) == pytest.approx(expected, rel=1e-9)
+
+
+def routed(prompt: list[int], answer: list[int], first: int, weight: float = 1.0) -> Sample:
+    """A sample whose token at position t went to experts ``first + t`` and ``first + t + 1``."""
+    rows = first + np.arange(len(prompt) + len(answer) - 1)
+    experts = np.stack([rows, rows + 1], axis=-1)[:, None].repeat(2, axis=1).astype(np.uint8)
+    return new_sample(prompt, answer, weight).having(experts=experts)
+
+
+def test_members_are_the_tokens_of_every_sample_as_documented() -> None:
+    samples = [routed([5, 3], [7, 1, 4], 0), routed([5, 3], [2, 9, 8], 0), routed([6], [1], 9, 0.0)]
+    members = pack(samples, share=True, routed=True, multiple=8).members
+    assert members is not None and members.experts is not None
+    assert members.rows.tolist() == [0, 1, 2, 3, 0, 1, 4, 5]
+    assert members.samples.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # the last one is not computed
+    assert members.experts.dtype == torch.uint8 and members.experts.shape == (2, 8, 2)
+    for layer in members.experts.tolist():
+        assert layer[:6] == [[0, 1], [1, 2], [2, 3], [3, 4], [2, 3], [3, 4]]
+        assert layer[6:] == [[0, 1]] * 2  # padding goes to some, and never to one twice
+    assert pack(samples, share=True).members is None
+    mixed = [samples[0], replace(samples[1], experts=None)]
+    some = pack(mixed, routed=True).members
+    assert some is not None and some.experts is None
+    assert some.rows.tolist() == list(range(8))

@@ -15,6 +15,7 @@ from peergrad.config import (
     OldPolicy,
     Recompute,
     RecomputeMethod,
+    Replay,
     Schedule,
 )
 
@@ -169,6 +170,75 @@ def test_stages_share_the_layers(config: Config, changes: dict[str, Any], rule: 
         config.parallel = replace(config.parallel, **changes)
         check(config, world=config.parallel.pipeline)
     assert str(caught.value).startswith(rule)
+
+
+MIXTURE = {
+    **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+    **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+SELECTIVE = {"recompute": Recompute.selective}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "rule"),
+    [
+        ({"expert": 2}, 4, None),
+        ({"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}, 2, None),
+        ({"tensor": 2, "sequence": True, "expert": 3}, 6, None),
+        ({"context": 2, "expert": 2, "pipeline": 2}, 4, None),
+        ({**SELECTIVE, "recompute_modules": ["moe", "core_attn"]}, 1, None),
+        ({"expert": 4}, 4, "parallel.expert = 4: must divide the model's 6 experts; "),
+        (
+            {"tensor": 2, "expert": 2, "expert_tensor": 1},
+            2,
+            "parallel.sequence = False: must be true with experts: each tensor rank sends its own ",
+        ),
+        (
+            {"expert": 2, "expert_tensor": 5},
+            10,
+            "parallel.expert_tensor = 5: must divide the 48 columns of an expert; use a divisor of",
+        ),
+        (
+            {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2},
+            4,
+            "parallel.expert = 2: times parallel.expert_tensor = 2 must divide the 2 ranks of a st",
+        ),
+        (
+            {**SELECTIVE, "recompute_modules": ["mlp"]},
+            1,
+            "parallel.recompute_modules = ['mlp']: has no effect in a mixture of experts, whose ",
+        ),
+    ],
+)
+def test_experts_are_divided(
+    config: Config, changes: dict[str, Any], world: int, rule: str | None
+) -> None:
+    write_model(Path(config.model.path), **MIXTURE)
+    config.rollout.batch_size = 48 * 8
+    config.parallel = replace(config.parallel, **changes)
+    if rule is None:
+        return check(config, world=world)
+    assert refusal(config, world=world).startswith(rule)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("parallel.expert", 2),
+        ("parallel.expert_tensor", 2),
+        ("moe.aux_loss_coef", 0.01),
+        ("moe.z_loss_coef", 0.01),
+        ("moe.replay", Replay.on),
+        ("parallel.recompute_modules", ["moe"]),
+    ],
+)
+def test_what_is_said_of_experts_needs_some(config: Config, key: str, value: Any) -> None:
+    config.parallel = replace(config.parallel, **SELECTIVE)
+    section, _, name = key.partition(".")
+    setattr(getattr(config, section), name, value)
+    said = value.name if isinstance(value, Replay) else value
+    rule = f"{key} = {said!r}: model.path is no mixture of experts (qwen3); unset it"
+    assert refusal(config, world=2) == rule
 
 
 @pytest.mark.parametrize(

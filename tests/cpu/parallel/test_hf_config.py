@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from peergrad.parallel.hf.config import Shape, read_shape
+from peergrad.parallel.hf.config import Experts, Shape, read_shape
 from peergrad.parallel.hf.families import FAMILIES
 from peergrad.parallel.hf.family import Family
 from peergrad.parallel.hf.tensors import parameters, tensor_shapes
 from peergrad.parallel.rope import frequencies
-from tests.models import SCALED, VARIED, make_hf_model
+from tests.models import MIXTURES, SCALED, VARIED, make_hf_model
 
 TINY = {
     "model_type": "qwen3",
@@ -34,6 +35,9 @@ LLAMA = {**TINY, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "
 QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 MISTRAL["sliding_window"] = None
+MOE = {**TINY, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+MOE |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -162,6 +166,36 @@ PUBLISHED = {  # as the models' own config.json say, with the number of paramete
         ),
         6_738_415_616,
     ),
+    "Qwen3-30B-A3B": (
+        published(
+            "qwen3_moe",
+            *(2048, 6144, 48, 32, 4, 151936, 40960),
+            **{**QWEN3, "architectures": ["Qwen3MoeForCausalLM"]},
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            num_experts=128,
+            num_experts_per_tok=8,
+            router_aux_loss_coef=0.001,
+            tie_word_embeddings=False,
+        ),
+        30_532_122_624,
+    ),
+    "Mixtral-8x7B": (
+        published(
+            "mixtral",
+            *(4096, 14336, 32, 32, 8, 32000, 32768),
+            num_experts_per_tok=2,
+            num_local_experts=8,
+            rms_norm_eps=1e-05,
+            rope_theta=1000000.0,
+            router_aux_loss_coef=0.02,
+            sliding_window=None,
+            tie_word_embeddings=False,
+        ),
+        46_702_792_704,
+    ),
 }
 
 
@@ -169,6 +203,13 @@ def write(folder: Path, values: dict[str, Any], *, without: str | None = None) -
     kept = {key: value for key, value in values.items() if key != without}
     (folder / "config.json").write_text(json.dumps(kept))
     return str(folder)
+
+
+def experts_of(theirs: Any) -> Experts | None:
+    if not hasattr(theirs, "num_experts"):
+        return None
+    normed = getattr(theirs, "norm_topk_prob", True)
+    return Experts(theirs.num_experts, theirs.num_experts_per_tok, normed)
 
 
 def same_to_transformers(path: str) -> Shape:
@@ -181,16 +222,18 @@ def same_to_transformers(path: str) -> Shape:
         hidden=theirs.hidden_size,
         heads=theirs.num_attention_heads,
         kv_heads=theirs.num_key_value_heads,
-        head_dim=getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
-        ffn=theirs.intermediate_size,
+        head_dim=getattr(theirs, "head_dim", None)
+        or theirs.hidden_size // theirs.num_attention_heads,
+        ffn=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         vocab=theirs.vocab_size,
         max_length=theirs.max_position_embeddings,
         norm_eps=theirs.rms_norm_eps,
         rope=ours.rope,
         tied=theirs.tie_word_embeddings,
-        qk_norm=theirs.model_type == "qwen3",
+        qk_norm=theirs.model_type in ("qwen3", "qwen3_moe"),
         qkv_bias=biases or theirs.model_type == "qwen2",
         o_bias=biases,
+        experts=experts_of(theirs),
     )
     rotary = LlamaRotaryEmbedding(theirs)  # the other families' are copies of it
     found = frequencies(ours.rope, ours.head_dim)
@@ -233,6 +276,11 @@ SAME = [
     ({**TINY, "sliding_window": 4096, "layer_types": ["full_attention"] * 2}, None),
     ({**MISTRAL, "sliding_window": 512}, None),
     ({**TINY, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, None),
+    ({**MOE, "num_local_experts": 8, "norm_topk_prob": True, "mlp_only_layers": []}, None),
+    ({**MOE, "num_local_experts": 4}, "num_experts"),
+    ({**MOE, "num_experts_per_tok": 1, "decoder_sparse_step": 1}, None),
+    ({**MIXTRAL, "head_dim": None, "router_jitter_noise": 0.0}, None),
+    ({**MIXTRAL, "rope_theta": 500000.0}, None),
 ]
 
 
@@ -258,7 +306,7 @@ def test_defaults_are_those_of_transformers(family: Family, tmp_path: Path) -> N
     assert family.architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
 
 
-KNOWN = "llama or mistral or qwen2 or qwen3"
+KNOWN = "llama or mistral or mixtral or qwen2 or qwen3 or qwen3_moe"
 REFUSED = [
     ({"model_type": "gemma"}, f'model_type = "gemma" in config.json must be {KNOWN}'),
     ({"model_type": None}, f"model_type = null in config.json must be {KNOWN}"),
@@ -309,7 +357,31 @@ REFUSED_MISTRAL = [
     ({"sliding_window": 511}, f"sliding_window = 511 in config.json {WINDOW}"),
     ({"sliding_window": True}, f"sliding_window = true in config.json {WINDOW}"),
 ]
+REFUSED_MOE = [
+    ({"num_local_experts": 4}, "num_local_experts = 4 in config.json must be num_experts (8)"),
+    ({"num_experts": 0}, "num_experts = 0 in config.json must be a positive whole number"),
+    ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 in config.json must be at most num_exp"),
+    (
+        {"num_experts_per_tok": 1, "norm_topk_prob": True},
+        "num_experts_per_tok = 1 in config.json is not supported: an only expert of weight 1",
+    ),
+    ({"norm_topk_prob": None}, "norm_topk_prob = null in config.json must be true or false"),
+    ({"mlp_only_layers": [0]}, "mlp_only_layers = [0] in config.json is not supported, only exp"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 in config.json is not supported, only"),
+    ({"n_shared_experts": 1}, "n_shared_experts = 1 in config.json is not supported"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings = true in config.json is not supported"),
+]
+REFUSED_MIXTRAL = [
+    ({"head_dim": 16}, "head_dim = 16 in config.json is not supported, only hidden_size / heads"),
+    ({"rope_theta": 1e4 + 0.5}, "rope_theta = 10000.5 in config.json is not supported: SGLang"),
+    ({"rope_scaling": LLAMA3}, "rope_scaling = {"),
+    ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 in config.json is not supported"),
+    ({"moe_intermediate_size": 48}, "moe_intermediate_size = 48 in config.json is not supported"),
+    ({"attention_bias": True}, "attention_bias = true in config.json is not supported, only fal"),
+]
 CASES = [
+    *((MOE, *case) for case in REFUSED_MOE),
+    *((MIXTRAL, *case) for case in REFUSED_MIXTRAL),
     *((TINY, *case) for case in REFUSED),
     *((LLAMA, *case) for case in REFUSED_LLAMA),
     *((MISTRAL, *case) for case in REFUSED_MISTRAL),
@@ -411,10 +483,16 @@ def test_a_path_that_no_folder_can_have() -> None:
         read_shape("x" * 5000)
 
 
-@pytest.mark.parametrize("family", VARIED)
+@pytest.mark.parametrize("family", [*VARIED, *MIXTURES])
 @pytest.mark.parametrize("varied", [True, False])
 def test_the_tensors_are_those_of_transformers(family: str, varied: bool, tmp_path: Path) -> None:
-    path = make_hf_model(tmp_path, family=family, layers=2, **(VARIED[family] if varied else {}))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    others = {**VARIED, **MIXTURES}[family] if varied else {}
+    path = make_hf_model(tmp_path, family=family, layers=2, **others)
+    theirs: dict[str, Any] = {}
+    if family in MIXTURES:  # in memory those of all experts are one
+        with safe_open(path / "model.safetensors", "pt") as file:
+            theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     assert tensor_shapes(read_shape(str(path))) == theirs

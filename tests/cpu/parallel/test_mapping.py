@@ -81,9 +81,9 @@ def test_vocabulary_padding_is_zero_and_dropped_again() -> None:
 
 
 def test_both_specs_use_one_table() -> None:
-    alone = hf_names("decoder.layers.7.input_layernorm.weight")
-    fused = hf_names("decoder.layers.7.self_attention.linear_qkv.layer_norm_weight")
+    alone = hf_names("decoder.layers.7.input_layernorm.weight", SHAPE)
+    fused = hf_names("decoder.layers.7.self_attention.linear_qkv.layer_norm_weight", SHAPE)
     assert alone == fused
     assert alone.names == ("model.layers.7.input_layernorm.weight",)
     with pytest.raises(KeyError):
-        hf_names("decoder.layers.7.mlp.linear_fc1.bias")
+        hf_names("decoder.layers.7.mlp.linear_fc1.bias", SHAPE)

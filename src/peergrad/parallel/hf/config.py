@@ -19,9 +19,25 @@ do not depend on the tensor-parallel size (any divisor of 128). Kernels reduce t
 eight blocks, each of which then begins on 16 bytes (kernels/shard.py). Checkpoints of another
 padding are loaded, too; rows that they lack are 0."""
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+EXPERTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+    *("n_shared_experts", "shared_expert_intermediate_size", "num_shared_experts"),
+)
 ENGINE = ("bias", "dual_chunk_attention_config", "original_num_attention_heads")
 """Unknown to transformers' classes of all families, but not to those of SGLang."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """MLPs of which every token meets some, chosen and weighted by a router.
+
+    Example:
+        Qwen3-30B-A3B: ``Experts(number=128, chosen=8, normed=True)``
+    """
+
+    number: int  # in each layer
+    chosen: int  # for each token
+    normed: bool  # whether the weights of a token's experts sum to 1, or are those of the softmax
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # of an MLP, or of each expert
     vocab: int
     max_length: int
     norm_eps: float
@@ -48,6 +64,7 @@ class Shape:
     qk_norm: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    experts: Experts | None = None  # in every layer; None: one MLP
 
     @property
     def padded_vocab(self) -> int:
@@ -76,16 +93,58 @@ def read_shape(path: str, key: str = "model.path") -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(source, family, hidden, heads),
-        ffn=source.size("intermediate_size"),
+        ffn=_ffn(source, family),
         vocab=source.size("vocab_size"),
         max_length=source.size("max_position_embeddings"),
-        norm_eps=source.number("rms_norm_eps", 1e-6),
-        rope=read_rope(source),
-        tied=source.flag("tie_word_embeddings"),
+        norm_eps=source.number("rms_norm_eps", family.norm_eps),
+        rope=_rope(source, family),
+        tied=_tied(source, family),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias or biases,
         o_bias=biases,
+        experts=_experts(source, family),
     )
+
+
+def _rope(source: Source, family: Family) -> Rope:
+    rope = read_rope(source, family.theta)
+    if not family.scales_rope and (rope.kind != "default" or rope.theta % 1):
+        name = "rope_scaling" if source.values.get("rope_scaling") else "rope_parameters"
+        rule = "is not supported: SGLang knows the default one alone here, of a whole rope_theta"
+        source.refuse(name if name in source.values else "rope_theta", rule)
+    return rope
+
+
+def _tied(source: Source, family: Family) -> bool:
+    tied = source.flag("tie_word_embeddings")
+    if tied and not family.ties:
+        source.refuse("tie_word_embeddings", "is not supported: SGLang would have no head")
+    return tied
+
+
+def _ffn(source: Source, family: Family) -> int:
+    if family.mixture is None:
+        return source.size("intermediate_size")
+    return source.size(family.mixture.width, family.mixture.ffn)
+
+
+def _experts(source: Source, family: Family) -> Experts | None:
+    if (mixture := family.mixture) is None:
+        return None
+    said = [name for name in mixture.number if source.values.get(name) is not None]
+    number = source.size(said[0] if said else mixture.number[0], mixture.experts)
+    for name in said[1:]:
+        if source.values[name] != number:
+            source.refuse(name, f"must be {said[0]} ({number})", "correct one of the two")
+    chosen, normed = source.size("num_experts_per_tok", mixture.chosen), True
+    if chosen > number:
+        source.refuse("num_experts_per_tok", f"must be at most {said[0]} ({number})", "correct it")
+    if mixture.normed is not None:
+        normed = source.flag(mixture.normed)
+    if normed and chosen == 1:
+        rule = "is not supported: an only expert of weight 1 gives its router no gradient"
+        source.refuse("num_experts_per_tok", rule)
+    return Experts(number, chosen, normed)
 
 
 def _head_dim(source: Source, family: Family, hidden: int, heads: int) -> int:
@@ -121,9 +180,16 @@ def _refuse_features(source: Source, family: Family, layers: int) -> None:
         if values.get(name) is not None:
             source.refuse(name, "is not supported", "use the unquantised model")
     # Readers of today take the model from an inner configuration, if there is one.
+    mixture = family.mixture
+    known = (*mixture.number, mixture.width) if mixture else ()
     for name in (*EXPERTS, *ENGINE, "text_config"):
-        if values.get(name) not in (None, 0):
+        if name not in known and values.get(name) not in (None, 0):
             source.refuse(name, "is not supported")
+    for name in mixture.every if mixture else ():
+        if values.get(name) not in (None, [], 1):
+            source.refuse(name, "is not supported, only experts in every layer")
+    if values.get("router_jitter_noise", 0.0) != 0.0:
+        source.refuse("router_jitter_noise", "is not supported, only 0.0")
     if values.get("rope_is_neox_style", True) is not True:
         source.refuse("rope_is_neox_style", "is not supported, only true")
 

@@ -3,6 +3,7 @@
 The layer specs name their norms differently (``input_layernorm`` stands alone in the torch spec and
 inside ``linear_qkv`` in the te spec); names are brought to the te form first, so one table serves
 both. All families have these names; a model has those rows that its biases and norms call for.
+Experts go by the numbers that they have over all ranks; their family says what they are called.
 """
 
 import re
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.families import FAMILIES
 
 
 class Layout(Enum):
@@ -66,16 +68,33 @@ _TORCH_SPEC = {
 }
 
 
-def hf_names(name: str) -> Mapped:
-    """The HF tensors of Megatron parameter ``name``, whose layer index is global.
+EXPERT = re.compile(r"mlp\.experts\.(\d+)\.linear_(fc[12])\.weight")
+
+
+def hf_names(name: str, shape: Shape) -> Mapped:
+    """The HF tensors of Megatron parameter ``name``, whose numbers of layer and expert are global.
 
     Raises KeyError for a parameter the table does not know.
     """
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
         return _TOP[name]
-    names, layout = _LAYER[_TORCH_SPEC.get(match[2], match[2])]
+    inner = _TORCH_SPEC.get(match[2], match[2])
+    names, layout = _LAYER.get(inner) or _of_mixture(inner, shape)
     return Mapped(tuple(f"model.layers.{match[1]}.{n}" for n in names), layout)
+
+
+def _of_mixture(name: str, shape: Shape) -> tuple[tuple[str, ...], Layout]:
+    """In a layer."""
+    mixture, match = FAMILIES[shape.family].mixture, EXPERT.fullmatch(name)
+    if mixture is not None and name == "mlp.router.weight":
+        return (f"{mixture.router}.weight",), Layout.PLAIN
+    if mixture is None or match is None:
+        raise KeyError(name)
+    first = match[2] == "fc1"
+    some = mixture.projections[:2] if first else mixture.projections[2:]
+    names = tuple(f"{mixture.expert.format(match[1])}.{one}.weight" for one in some)
+    return names, Layout.GATE_UP if first else Layout.PLAIN
 
 
 def to_megatron(

@@ -16,7 +16,6 @@ KEYS = {
 }
 """What each kind reads. Of YaRN's ``attention_factor`` SGLang knows nothing."""
 READ_BY_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-THETA = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,10 @@ class Rope:
     attention: float = 1.0  # yarn: what turned queries and keys are multiplied by
 
 
-def read_rope(source: Source) -> Rope:
+def read_rope(source: Source, default: float) -> Rope:
     """In the new spelling (``rope_parameters``) or the old one (``rope_theta`` and
-    ``rope_scaling``, which wins); ValueError for what is not supported."""
+    ``rope_scaling``, which wins); ``default``: the theta of one that says none. ValueError for what
+    is not supported."""
     values = source.values
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     found = {} if values.get(name) is None else values[name]
@@ -58,7 +58,7 @@ def read_rope(source: Source) -> Rope:
     for where, partial in ((name, found), ("partial_rotary_factor", values)):
         if partial.get("partial_rotary_factor") not in (None, 1):
             source.refuse(where, "is not supported: partial_rotary_factor must be 1")
-    theta = found.get("rope_theta", values.get("rope_theta", THETA))
+    theta = found.get("rope_theta", values.get("rope_theta", default))
     if not _is_number(theta) or theta <= 1:
         where = "rope_theta" if "rope_theta" in values else name
         source.refuse(where, "must be a number above 1", "correct it")

@@ -4,6 +4,7 @@ import re
 from math import prod
 
 from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.families import FAMILIES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -21,14 +22,13 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = dict.fromkeys(["q_norm", "k_norm"], (shape.head_dim,)) if shape.qk_norm else {}
     attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
-    mlp = {"gate_proj": (shape.ffn, h), "up_proj": (shape.ffn, h), "down_proj": (h, shape.ffn)}
     biased = "qkv" * shape.qkv_bias + "o" * shape.o_bias
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (h,),
         **{f"self_attn.{name}.weight": size for name, size in {**attention, **norms}.items()},
         **{f"self_attn.{x}_proj.bias": attention[f"{x}_proj"][:1] for x in biased},
         "post_attention_layernorm.weight": (h,),
-        **{f"mlp.{name}.weight": size for name, size in mlp.items()},
+        **_mlp(shape),
     }
     found: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab, h)}
     for i in range(shape.layers):
@@ -36,6 +36,22 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     found["model.norm.weight"] = (h,)
     if not shape.tied:
         found[HEAD] = (shape.vocab, h)
+    return found
+
+
+def _mlp(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Of a layer."""
+    up, down = (shape.ffn, shape.hidden), (shape.hidden, shape.ffn)
+    sizes: tuple[tuple[int, ...], ...] = (up, up, down)
+    mixture, experts = FAMILIES[shape.family].mixture, shape.experts
+    if mixture is None or experts is None:
+        names = ("gate_proj", "up_proj", "down_proj")
+        return {f"mlp.{name}.weight": size for name, size in zip(names, sizes, strict=True)}
+    found: dict[str, tuple[int, ...]]
+    found = {f"{mixture.router}.weight": (experts.number, shape.hidden)}
+    for i in range(experts.number):
+        for name, size in zip(mixture.projections, sizes, strict=True):
+            found[f"{mixture.expert.format(i)}.{name}.weight"] = size
     return found
 
 
