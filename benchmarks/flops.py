@@ -41,9 +41,11 @@ def peak_tflops(device: str) -> float | None:
 
 
 def layer_weights(shape: "Shape") -> int:
-    """Weights in the matrices of one layer, ``N`` above."""
+    """Weights in the matrices of one layer that a token meets, ``N`` above."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
+    experts = shape.experts
+    chosen, router = (experts.chosen, experts.number) if experts else (1, 0)
+    return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen + router)
 
 
 def forward_flops(shape: "Shape", families: Sequence[Sequence[int]], scored: int) -> int:

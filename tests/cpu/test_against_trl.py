@@ -54,18 +54,42 @@ def test_kinds_of_processes(command: str, kind: str) -> None:
     assert processes.kind(command.split(" ")) == kind
 
 
-def test_a_childs_work_and_memory_count_and_its_end_loses_neither(tmp_path: Path) -> None:
-    """A parent that sleeps, and its child that computes half a second and holds 64 MiB."""
+def test_a_childs_work_and_memory_count_and_its_end_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parent that sleeps, and its child that computes half a second and holds 64 MiB. Neither
+    ends before it has been looked at, the parent without its child."""
+    wait = "import os, sys, time\nwhile not os.path.exists({!r}): time.sleep(0.02)\n"
     child = (
         "import time; held = bytearray(2**26); held[::4096] = bytes([1]) * 2**14\n"
         "while time.process_time() < 0.5: pass\n"
-        "time.sleep(0.5)"
+        f"{wait.format(f'{tmp_path}/worked')}{wait.format(f'{tmp_path}/held')}"
     )
     parent = (
-        "import subprocess, sys, time\n"
+        "import subprocess, sys\n"
         f"subprocess.run([sys.executable, '-c', {child!r}, 'peergrad.main'])\n"
-        "time.sleep(0.5)"
+        f"{wait.format(f'{tmp_path}/missed')}"
     )
+    look, memory = processes.Tree.look, processes.Tree.memory
+
+    def look_at(tree: processes.Tree) -> dict[str, float]:
+        alone = len(tree.processes()) == 1 and (tmp_path / "worked").exists()
+        found = look(tree)
+        if found.get("ranks", 0.0) >= 0.5:
+            (tmp_path / "worked").touch()
+        if alone:
+            (tmp_path / "missed").touch()
+        return found
+
+    def measure(tree: processes.Tree) -> int:
+        found = memory(tree)
+        if found > 2**26:
+            (tmp_path / "held").touch()
+        return found
+
+    monkeypatch.setattr(processes.Tree, "look", look_at)
+    monkeypatch.setattr(processes.Tree, "memory", measure)
+    monkeypatch.setattr(processes, "COST", 0.5)  # looks at memory often
     began = time.time()
     seen = processes.run_watched([sys.executable, "-c", parent], cwd=tmp_path)
     assert seen.status == 0

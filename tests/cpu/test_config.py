@@ -185,7 +185,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ParallelConfig, {"recompute_layers": 2}, "parallel.recompute_layers"),
     (ParallelConfig, {"recompute_modules": ["mlp"]}, "parallel.recompute_modules"),
     (ParallelConfig, {**SELECTIVE, "recompute_modules": []}, "parallel.recompute_modules"),
-    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["moe"]}, "parallel.recompute_modules"),
+    (ParallelConfig, {**SELECTIVE, "recompute_modules": ["experts"]}, "parallel.recompute_modules"),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
@@ -438,7 +438,7 @@ def loaded_by(statement: str) -> set[str]:
     """Top-level modules after ``statement`` in a fresh interpreter."""
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     return set(done.stdout.split())
 

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.gpu_targets import TARGETS, compare
 from benchmarks.summary import spread
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -55,6 +57,7 @@ from pathlib import Path
 file = next(word for word in sys.argv if word.startswith("--out=")).removeprefix("--out=")
 Path(file).write_text('{"records": [1]}')
 print("so far", flush=True)
+Path(sys.argv[0]).with_name("said").touch()
 """
 
 
@@ -67,13 +70,25 @@ print("so far", flush=True)
     ],
 )
 def test_what_a_part_wrote_is_kept_however_it_ends(
-    tmp_path: Path, then: str, status: str, said: list[str] | None
+    tmp_path: Path,
+    then: str,
+    status: str,
+    said: list[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import gpu
 
+    wait, limit = subprocess.Popen.wait, 1.0 if "sleep" in then else PATIENCE_SECONDS
+
+    def once_it_has_said(process: Any, timeout: float | None = None) -> int:
+        if timeout == limit:
+            wait_until((tmp_path / "said").exists)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_said)
     script = tmp_path / "part.py"
     script.write_text(WRITES + then)
-    made = gpu.run(gpu.Part("one", 1.0, (str(script),)), 1.0, None)
+    made = gpu.run(gpu.Part("one", limit, (str(script),)), limit, None)
     assert made["status"] == status and made.get("said") == said
     assert made["result"] == {"records": [1]}
     assert gpu.run(gpu.Part("late", 1.0, (str(script),)), -1.0, None)["result"] is None

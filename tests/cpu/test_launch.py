@@ -45,7 +45,7 @@ def test_torchrun_itself_tells_the_line_and_the_rank(tmp_path: Path) -> None:
         [sys.executable, "-m", *torchrun, "-m", "peergrad.main", f"model.path={tmp_path}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 1
     cause = done.stderr.partition("Root Cause")[2]
@@ -66,7 +66,7 @@ def test_one_line_and_the_status_of_the_ranks(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr

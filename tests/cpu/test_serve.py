@@ -14,8 +14,9 @@ import pytest
 
 from benchmarks.marked import is_alive
 from peergrad.running.ports import free_ports
-from peergrad.serve import Options, main, read
+from peergrad.serve import SIGNALS, Options, main, read
 from tests.models import make_hf_model
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -31,27 +32,51 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
+# A signal that is heard is answered with a line; two of them are one, however late the second is.
 PROGRAM = f"""
-import sys
+import os, sys
 from peergrad.rollout import servers
+from peergrad.running import stopping
 from peergrad.serve import main
 from tests.cpu.rollout import stand_in
 
 servers._check_installed = lambda: None
 servers.CPU_SERVER = servers.GPU_SERVER = stand_in.__name__
+hear, heard = stopping.Stop.hear, []
+stopping.Stop.hear = lambda self, number: (
+    hear(self, number), heard.append(number), os.write(1, b"heard\\n"))[0]
+stopping.REPEAT_SECONDS = 600.0
 port = lambda self, index: str(self._address.ports[index])
 servers.ManagedServers.options = lambda self, index: [{SERVER!r}, port(self, index)]
 """
-# As beside GPUs, whose servers are given time to end, which these do not take notice of.
+# Ends its servers once it has been told twice.
+TOLD_TWICE = """
+import time
+
+stop = servers.ManagedServers.stop
+servers.ManagedServers.stop = lambda self: (
+    [time.sleep(0.01) for _ in iter(lambda: len(heard) < 2, False)], stop(self))
+"""
+# As beside GPUs, whose servers are given time to end, which these do not take notice of. No signal
+# is taken for the same again.
 STUBBORN = """
 import signal, torch
-from peergrad.running import stopping
 
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8
-servers.GRACE_SECONDS, stopping.REPEAT_SECONDS = 600.0, 0.5
+servers.GRACE_SECONDS, stopping.REPEAT_SECONDS = 600.0, 0.0
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """What ``main`` does to this process's handlers is undone."""
+    numbers = (*SIGNALS, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +198,15 @@ class Serving:
         log = self.logs / f"server_127.0.0.1_{self.port + index}.log"
         return int(log.read_text().split()[0])
 
+    def tell(self, number: int) -> None:
+        """A signal, which is heard when this returns."""
+        self.process.send_signal(number)
+        assert self.process.stdout is not None and self.process.stdout.readline() == "heard\n"
+
     def end(self) -> int:
         """What it ends with, all of it."""
-        self.said = self.process.communicate(timeout=60)[0]
-        _, alive = psutil.wait_procs(self.tree, timeout=30)
-        assert not any(map(is_alive, alive))
+        self.said = self.process.communicate(timeout=PATIENCE_SECONDS)[0]
+        wait_until(lambda: not any(map(is_alive, self.tree)))
         return self.process.returncode
 
 
@@ -197,7 +226,7 @@ def serving(path: str, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_servers(serving: Callable[..., Serving], number: signal.Signals) -> None:
-    served = serving(2)
+    served = serving(2, TOLD_TWICE)
     *told, first, second, last = (line.split()[0] for line in served.said.splitlines())
     assert (told, last) == (["model", "server", "server"], "all")
     urls = {f"http://127.0.0.1:{served.port + index}" for index in range(2)}
@@ -208,18 +237,18 @@ def test_a_signal_ends_the_servers(serving: Callable[..., Serving], number: sign
         process.send_signal(signal.SIGUSR1)
     time.sleep(0.5)
     assert served.process.poll() is None and all(map(is_alive, served.tree))
-    served.process.send_signal(number)
-    served.process.send_signal(number)  # as a launcher repeats it
+    served.tell(number)
+    served.tell(number)  # as a launcher repeats it
     assert served.end() == 0
     assert served.said == f"{number.name}: all servers have ended\n"
 
 
 def test_a_second_signal_does_not_wait_for_the_servers(serving: Callable[..., Serving]) -> None:
     served = serving(1, STUBBORN)
-    served.process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    served.tell(signal.SIGINT)
+    time.sleep(0.5)
     assert served.process.poll() is None and all(map(is_alive, served.tree))
-    served.process.send_signal(signal.SIGINT)
+    served.tell(signal.SIGINT)
     assert served.end() == 130
 
 

@@ -18,7 +18,7 @@ def part(job: Any) -> None:
 
 
 def waits() -> dict[str, Any]:
-    """Rank 0 takes three times as long as a collective may; then one of its tasks fails."""
+    """Rank 0 takes longer than a collective may; then one of its tasks fails."""
     from peergrad.config import ParallelConfig
     from peergrad.echo import OtherRankFailed
     from peergrad.parallel.job import Job
@@ -27,10 +27,10 @@ def waits() -> dict[str, Any]:
     heard: list[str] = []
     job = Job.connect(minutes=1)
     job.await_all(minutes=1, heard=heard.append)
-    mesh = init_mesh(ParallelConfig(timeout_minutes=0.05), seed=0, job=job)
+    mesh = init_mesh(ParallelConfig(timeout_minutes=0.125), seed=0, job=job)
 
     def slow() -> int:
-        time.sleep(9)
+        time.sleep(9)  # of the 7.5
         return 7
 
     def fail() -> None:
@@ -51,7 +51,7 @@ def waits() -> dict[str, Any]:
     mesh.barrier()
     if job.rank == 0:
         job.said(7)
-    seen["status"] = job.await_said(30)
+    seen["status"] = job.await_said(120)
     part(job)
     return seen
 
@@ -65,7 +65,7 @@ def test_waiting_for_rank_0_has_no_limit() -> None:
     firsts = [first for each in seen for first in each["first"]]
     assert sorted(firsts) == [False, False, True, True]  # one rank, also when it asks again
     assert [each["status"] for each in seen] == [7, 7]
-    assert all(each["failed"] and 0.3 <= each["patience"] < 5 for each in seen)
+    assert all(each["failed"] and 0.3 <= each["patience"] < 60 for each in seen)
 
 
 def a_failure_while_others_wait() -> str:
@@ -76,7 +76,7 @@ def a_failure_while_others_wait() -> str:
     if job.rank == 1:
         time.sleep(0.5)
         assert job.claim()
-        job.await_said(30)
+        job.await_said(120)
         part(job)
         return "failed"
     try:
@@ -104,7 +104,7 @@ def alone() -> list[Any]:
     os.environ["WORLD_SIZE"] = "2"
     heard: list[str] = []
     try:
-        Job.connect(minutes=0.01).await_all(minutes=0.01, heard=heard.append)
+        Job.connect(minutes=1).await_all(minutes=0.01, heard=heard.append)
     except RuntimeError as error:
         return [heard[0], str(error)]
     return []

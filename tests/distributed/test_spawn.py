@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.marked import is_alive
 from tests.spawn import run_ranks
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +72,7 @@ def test_the_first_failure_ends_all(how: str, words: str) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=words):
         run_ranks(2, fail_on, 1, how)
-    assert time.monotonic() - start < 100  # the other one would have slept
+    assert time.monotonic() - start < 280  # run_ranks itself would have ended it after 300
 
 
 def report_and_sleep(folder: str) -> None:
@@ -83,9 +84,7 @@ def report_and_sleep(folder: str) -> None:
 
 
 def reported(folder: Path, wanted: int) -> list[psutil.Process]:
-    deadline = time.monotonic() + 120
-    while len(list(folder.iterdir())) < wanted and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: len(list(folder.iterdir())) == wanted)
     return [psutil.Process(int(path.name)) for path in folder.iterdir()]
 
 
@@ -100,8 +99,6 @@ def test_ranks_that_take_too_long_are_ended(tmp_path: Path) -> None:
 def test_a_killed_pytest_leaves_neither_ranks_nor_server(tmp_path: Path) -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], cwd=REPO)
     tree = reported(tmp_path, 3)
-    assert len(tree) == 3
     driver.kill()
     driver.wait()
-    _, alive = psutil.wait_procs(tree, timeout=15)
-    assert not any(map(is_alive, alive))
+    wait_until(lambda: not any(map(is_alive, tree)))

@@ -13,7 +13,7 @@ from tests.servers import SharedServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-GRACE_SECONDS = 40
+GRACE_SECONDS = 150  # a quarter of what a reward, a request or the clean-up may take
 RESUME = "run.resume=true"
 
 

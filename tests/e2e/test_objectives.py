@@ -84,7 +84,7 @@ def test_a_wrong_temperature_stops_the_run_and_is_named(
         *("rollout.temperature=0.8", "rollout.max_logprob_gap=0.01"),
     )
     run.start()
-    assert run.process.wait(200) == 1
+    assert run.process.wait(400) == 1
     assert "rollout.max_logprob_gap = 0.01: step 1: trainer and engine differ by" in run.printed
     assert "mostly by temperature" in run.printed
     (row,) = run.rows("train")

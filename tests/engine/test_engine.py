@@ -162,7 +162,7 @@ def test_a_request_in_flight_goes_on_with_the_new_weights(url, sync, models):
         await asyncio.to_thread(push, sync, models["B"], 11)
         return await task
 
-    for delay in (0.2, 0.5, 1.0, 2.0):  # until it falls within a generation
+    for delay in (0.2, 0.5, 1.0, 2.0, 0.05, 4.0, 8.0):  # until it falls within a generation
         rollouts = run(url, lambda engine, delay=delay: push_after(delay, engine))
         mixed = [rollout for rollout in rollouts if len(rollout.versions) == 2]
         if mixed:

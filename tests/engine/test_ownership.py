@@ -44,11 +44,11 @@ def new_sync(url):
 
 
 def post(url, path, **body):
-    httpx.post(f"{url}/{path}", json=body).raise_for_status()
+    httpx.post(f"{url}/{path}", json=body, timeout=60.0).raise_for_status()
 
 
 def carried(url):
-    return httpx.get(f"{url}/model_info").json()["weight_version"]
+    return httpx.get(f"{url}/model_info", timeout=60.0).json()["weight_version"]
 
 
 def push(sync, models, name, version):

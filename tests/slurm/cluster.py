@@ -20,6 +20,8 @@ from typing import Self
 
 import psutil
 
+from tests.waiting import PATIENCE_SECONDS
+
 HERE = Path(__file__).parent / "emulator"
 SUBNET = "10.207.0"
 CONTROLLER = f"{SUBNET}.254"
@@ -84,7 +86,7 @@ class Cluster:
         try:
             self._head = _first_inside(psutil.Process(outside.pid))
             self._note_network(self._head)
-            poll((self.folder / "run/munge.sock").exists, "munged", 20)
+            poll((self.folder / "run/munge.sock").exists, "munged", PATIENCE_SECONDS)
             for node in self.nodes:
                 self.boot(node)
             for node in self.nodes:
@@ -109,7 +111,7 @@ class Cluster:
             env={**self.environment, **variables},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
         if done.returncode:
             raise SlurmError(f"{command} exits with {done.returncode}: {done.stderr}")
@@ -157,7 +159,7 @@ class Cluster:
         listed = self.slurm("scontrol", "show", "hostnames", names).splitlines()
         return [int(each.removeprefix(self._prefix)) for each in listed]
 
-    def wait_idle(self, node: int, seconds: float = 60) -> None:
+    def wait_idle(self, node: int, seconds: float = PATIENCE_SECONDS) -> None:
         """Until Slurm would start jobs there."""
         poll(lambda: self._state(node) == "idle", f"{self.name(node)} idle", seconds)
 
@@ -211,7 +213,7 @@ class Cluster:
             self._outside.wait(10)
         except subprocess.TimeoutExpired:
             self._outside.kill()  # and, for --kill-child, the head
-        poll(lambda: not list(self._inhabitants()), "the cluster's processes to end", 20)
+        poll(lambda: not list(self._inhabitants()), "the cluster's end", PATIENCE_SECONDS)
         for node in self.nodes:
             _remove_cgroups(FREEZER / f"slurm_{self.name(node)}")
 
@@ -248,7 +250,7 @@ def _first_inside(outside: psutil.Process, besides: psutil.Process | None = None
             ]
         return bool(found)
 
-    poll(look, "a new pid namespace", 20)
+    poll(look, "a new pid namespace", PATIENCE_SECONDS)
     return found[0]
 
 

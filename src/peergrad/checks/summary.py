@@ -18,13 +18,14 @@ from peergrad.checks.recording import foreign
 from peergrad.config import (
     Config,
     KlPlace,
+    Replay,
     RewardKind,
     ServerMode,
     ServersConfig,
     Spec,
     SurrogateKind,
 )
-from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 
@@ -90,14 +91,28 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
         yield "weights", f"{_path(config.model.weights)}"
     pieces = f" ({parallel.virtual_pipeline} pieces each)" if parallel.virtual_pipeline > 1 else ""
     context = f" x CP {parallel.context}" if parallel.context > 1 else ""
-    data = data_ranks(config, world)
+    data, experts = data_ranks(config, world), shape.experts
     grid = f"TP {parallel.tensor} x PP {parallel.pipeline}{pieces}{context} x DP {data}"
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
     yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
+    if experts is not None:
+        yield "experts", _experts(config, experts)
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
     kl = f"; KL {algo.kl.coef:g}{place}" if algo.kl.coef else ""
     yield "objective", f"{algo.title}{kl}"
+
+
+def _experts(config: Config, experts: Experts) -> str:
+    parallel, moe = config.parallel, config.moe
+    shared = parallel.expert_tensor or parallel.tensor
+    text = (
+        f"{experts.chosen} of {experts.number} in each layer, EP {parallel.expert} x ETP {shared}"
+    )
+    losses = {"balance": moe.aux_loss_coef, "z": moe.z_loss_coef}
+    text += "".join(f"; {name} loss {coef:g}" for name, coef in losses.items() if coef)
+    chosen = {Replay.auto: ", where it says them", Replay.on: ""}.get(moe.replay)
+    return text + ("" if chosen is None else f"; those that the engine chose{chosen}")
 
 
 def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:

@@ -310,8 +310,8 @@ def cost(shape: Shape) -> Cost:
     """What a pair of query and key, and a token's logits, take beside a token's way through the
     layers' matrices, in multiplications; forward and backward alike."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    chosen = shape.experts.chosen if shape.experts else 1
-    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen)
+    chosen, router = (shape.experts.chosen, shape.experts.number) if shape.experts else (1, 0)
+    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen + router)
     head = shape.hidden * shape.vocab
     return Cost(pair=2 * query / layer, scored=head / (layer * shape.layers))
 

@@ -264,6 +264,15 @@ parallel.first_stage_layers :
     num_layers_in_first_pipeline_stage decoder_first_pipeline_num_layers
 parallel.last_stage_layers : num_layers_in_last_pipeline_stage decoder_last_pipeline_num_layers
 parallel.context : cp cp_size context_parallel_size context_parallel
+parallel.expert :
+    ep ep_size expert_model_parallel_size expert_parallel_size expert_parallel
+parallel.expert_tensor : etp etp_size expert_tensor_parallel_size
+moe.aux_loss_coef : moe_aux_loss_coeff router_aux_loss_coef aux_loss_coef
+moe.z_loss_coef : moe_z_loss_coeff router_z_loss_coef z_loss_coef
+moe.replay :
+    use_rollout_routing_replay rollout_routing_replay use_routing_replay routing_replay
+    moe_enable_routing_replay enable_rollout_routing_replay
+parallel.megatron.moe_router_dtype : moe_router_dtype router_dtype
 parallel.sequence : sp sequence_parallel
 parallel.recompute :
     recompute_granularity gradient_checkpointing activation_checkpointing
@@ -380,7 +389,7 @@ batch_multiplier reward_weights multi_objective_aggregation use_adaptive_entropy
 entropy_coef_min entropy_coef_max entropy_coef_delta
 ref_model_mixup_alpha min_p repetition_penalty generation_kwargs top_entropy_quantile
 disable_dropout cast_lm_head_to_fp32 critic critic_lr value_loss_coef vf_coef teacher num_critic
-rollout_routing_replay use_routing_replay expert_model_parallel_size ep_size lora_rank use_lora
+lora_rank use_lora
 """
 
 # The same for the values of a choice.

@@ -591,7 +591,7 @@ def run_tool(*overrides: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -6,15 +6,44 @@ import re
 import time
 from itertools import pairwise
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 
 import pytest
 
 from peergrad.observing import screen as module
 from peergrad.observing.screen import Screen
 from peergrad.observing.table import COLUMNS, cells, duration, fit, phases
+from tests.waiting import wait_until
 
 HUGE = {metric: 123456.789 for metric, _ in COLUMNS.values()}
+
+
+class Ticks(Event):
+    """Counts how often a screen's thread has looked for something to say."""
+
+    number = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.number += 1
+        return super().wait(timeout)
+
+    def let_pass(self, number: int) -> None:
+        last = self.number + number
+        wait_until(lambda: self.number >= last)
+
+
+def said(capsys: pytest.CaptureFixture[str], *patterns: str) -> str:
+    """What is printed until each of ``patterns`` is in it."""
+    printed = ""
+
+    def found() -> bool:
+        nonlocal printed
+        with module.SPEAKING:  # what is printed while it is read would be lost
+            printed += capsys.readouterr().out
+        return all(re.search(pattern, printed) for pattern in patterns)
+
+    wait_until(found)
+    return printed
 
 
 def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +57,7 @@ def test_a_pipe_gets_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # not wrapped at 80 columns; a start says nothing
     assert lines[0].startswith("step 7/40  reward 123456.789  length 123456.8  flat 12345679%  KL ")
-    assert re.search(r"elapsed 0:00:0\d  left \?$", lines[0])
+    assert re.search(r"elapsed \d:\d\d:\d\d  left \?$", lines[0])
     assert lines[1].startswith("step 8/40  reward 0.123  length -  flat -  KL -")
     assert "lr 3.0e-04" in lines[1] and re.search(r"left \d:\d\d:\d\d$", lines[1])
     assert lines[2].startswith("evaluation after step 8: pass@1 0.333  reward 0.250  length 12345.")
@@ -64,15 +93,15 @@ def test_a_terminal_gets_a_table(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.1)
     with Screen(steps=40) as screen:
         for step in range(1, 21):
             screen.write("train", step, {"reward/mean": step / 100, "time/rollout": 2.5})
         with screen.waiting("the servers"):
             screen.detail("2 of 3")
-            time.sleep(1.2)
+            waited = said(capsys, r"[1-9]\d* s waiting for the servers: 2 of 3")
         screen.write("eval", 20, {"pass@1": 0.5})
-    printed = capsys.readouterr().out
-    assert "1 s waiting for the servers: 2 of 3" in printed
+    printed = waited + capsys.readouterr().out
     last = printed.rpartition("tok/s")[2]
     assert "20/40" in last and "0.200" in last and "rollout 2.5" in last
     assert "9/40" in last and " 8/40" not in last  # the last twelve
@@ -85,21 +114,22 @@ def test_waits_are_said_for_ever(
     """The innermost, with how far it is; nothing once it is over."""
     monkeypatch.setattr(module, "TICK_SECONDS", 0.01)
     monkeypatch.setattr(module, "REMINDERS", (0.1, 0.2, 0.4))
-    began = time.monotonic()
-    with Screen(steps=1) as screen:
+    began, screen = time.monotonic(), Screen(steps=1)
+    screen._stop = ticks = Ticks()
+    with screen:
         with screen.waiting("the run", announce=True), screen.waiting("the rollouts of step 3"):
             screen.detail("37 of 128 groups")
-            time.sleep(1.5)
+            printed = said(capsys, r"(?s)(step 3.*){4}")
+        ticks.let_pass(1)  # which may have begun before the end of the wait
+        first, *reminders = (printed + capsys.readouterr().out).splitlines()
         waited = time.monotonic() - began
-        capsys_first = capsys.readouterr().out.splitlines()
-        time.sleep(0.5)
-    assert capsys_first[0] == "0:00:00  waiting for the run"
-    reminders = capsys_first[1:]
-    assert 4 <= len(reminders) <= 2 + waited / 0.4  # 0.1, 0.2, 0.4, 0.8, 1.2, ...
+        ticks.let_pass(50)
+        assert capsys.readouterr().out == ""
+    assert re.fullmatch(r"\d:\d\d:\d\d  waiting for the run", first)
+    assert len(reminders) <= 2 + waited / 0.4  # 0.1, 0.2, 0.4, 0.8, 1.2, ...
     assert all(
         r.endswith("s waiting for the rollouts of step 3: 37 of 128 groups") for r in reminders
     )
-    assert capsys.readouterr().out == ""
 
 
 def test_reminders_come_ever_more_slowly_but_always() -> None:
@@ -121,8 +151,9 @@ def test_what_is_not_shown_is_logged(
         screen.write("train", 1, {"reward/mean": 0.5})
         screen.write("eval", 1, {"pass@1": 0.5})
     assert capsys.readouterr().out == ""
-    for part in ("waiting for the model", "step 1/2  reward 0.500", "pass@1 0.500", "model: 0.0 s"):
+    for part in ("waiting for the model", "step 1/2  reward 0.500", "pass@1 0.500"):
         assert part in caplog.text
+    assert re.search(r"the model: \d+\.\d s", caplog.text)
 
 
 def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,15 +169,20 @@ def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fork_waits_until_nothing_is_being_printed(capfd: pytest.CaptureFixture[str]) -> None:
     """Else the child would inherit the lock of the output, held by a thread that it does not
     have."""
+    printing = [True]
+
+    def end() -> None:
+        printing.clear()
+        module.SPEAKING.release()
+
     module.SPEAKING.acquire()
-    Timer(0.5, module.SPEAKING.release).start()
-    began = time.monotonic()
+    Timer(0.5, end).start()
     child = os.fork()
     if child == 0:
         with Screen(steps=1) as screen:
             screen.say("from the child")
         os._exit(0)
-    assert time.monotonic() - began >= 0.5
+    assert not printing
     assert os.waitpid(child, 0)[1] == 0
     assert "from the child" in capfd.readouterr().out
     with module.SPEAKING:

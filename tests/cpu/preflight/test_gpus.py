@@ -8,6 +8,7 @@ from peergrad.preflight import gpus as module
 from peergrad.preflight.gpus import check_gpus, judge, read_gpus, read_processes, visible
 from peergrad.preflight.probe import Probe
 from peergrad.preflight.report import Found
+from tests.waiting import PATIENCE_SECONDS
 
 H100 = "NVIDIA H100 80GB HBM3, 580.95.05, 81559"
 IDLE, GOOD = "0x0000000000000001", f"{H100}, 4, 0, 0x0000000000000001"
@@ -107,6 +108,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program of that name, to be written."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(module, "SECONDS", PATIENCE_SECONDS)
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o755)
@@ -160,13 +162,13 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
 )
 def test_what_torch_makes_of_them(program: str, said: str) -> None:
     with Probe(8, program) as probe:
-        (line,) = probe.found(2.0).wrong
+        (line,) = probe.found(2.0 if "sleep" in program else PATIENCE_SECONDS).wrong
     assert said in line
 
 
 def test_torch_says_which_nccl_it_uses() -> None:
     with Probe(8, "print('[8, \"2.28.9\"]')") as probe:
-        found = probe.found(20.0)
+        found = probe.found(PATIENCE_SECONDS)
     assert found.wrong == () and found.facts == {"nccl that torch uses": "2.28.9"}
     with Probe(0) as probe:
         assert probe.found(1.0).facts is None

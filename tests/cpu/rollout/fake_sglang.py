@@ -102,15 +102,32 @@ class FakeServer:
         self._http.server_close()
 
 
+class Hanging(FakeServer):
+    """Takes requests, and answers none of them before it is left."""
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        super().__init__(lambda _: (200, {"over": self._over.wait()}))
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        super().__exit__(*exception)
+
+
 class Vanishing:
     """A place where a request is taken, and then nothing can be reached any more; nor does the
     connection break, as when a machine loses its power."""
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))
+        self.taken = threading.Event()  # the request
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         threading.Thread(target=self._take_one, daemon=True).start()
 
     def _take_one(self) -> None:
-        self._connection, _ = self._listening.accept()
+        request = b""
+        while not request:  # one who looks whether anybody is there sends nothing
+            self._connection, _ = self._listening.accept()
+            request = self._connection.recv(1)
         self._listening.close()
+        self.taken.set()

@@ -3,6 +3,7 @@
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from fake_sglang import FakeServer, Vanishing
@@ -28,15 +29,19 @@ class Remembers(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_connection_that_the_server_may_be_closing_is_not_used_again():
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(monkeypatch):
     """A server closes one that was idle for 5 seconds, and a request that is on its way breaks."""
     assert KEEP_SECONDS < 5
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("httpcore._sync.http11.time", clock)
     with ThreadingHTTPServer(("127.0.0.1", 0), Remembers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         control = Control([f"http://127.0.0.1:{server.server_port}"])
         control.get("/model_info")
+        now[0] += KEEP_SECONDS - 0.1
         control.get("/model_info")
-        time.sleep(KEEP_SECONDS + 0.3)
+        now[0] += KEEP_SECONDS + 0.1
         control.get("/model_info")
         control.close()
         server.shutdown()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import pytest
 
 from peergrad.rollout.nursery import Nursery, Order
 from tests.cpu.rollout import stand_in
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 REPO = Path(__file__).resolve().parents[3]
 STAND_IN = stand_in.__name__
@@ -50,22 +50,13 @@ def nursery(tmp_path, monkeypatch):
         one.process.wait()
 
 
-def wait_for(event, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not (result := event()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return result
-
-
 def told(log):
-    return wait_for(lambda: log.exists() and log.read_text().endswith("}\n")) and json.loads(
-        log.read_text().splitlines()[-1]
-    )
+    wait_until(lambda: log.exists() and log.read_text().endswith("}\n"))
+    return json.loads(log.read_text().splitlines()[-1])
 
 
-def ended(child, seconds=20.0):
-    wait_for(lambda: child.poll() is not None, seconds)
+def ended(child):
+    wait_until(lambda: child.poll() is not None)
     return child.returncode
 
 
@@ -107,12 +98,19 @@ def test_for_one_there_is_no_second_process(nursery, tmp_path):
 
 
 def test_nobody_waits_for_the_imports(nursery, tmp_path):
-    began = time.monotonic()
-    started = nursery((TELL,), (TELL,), OURS="x", **{stand_in.LOAD: "import time; time.sleep(2)"})
+    go = tmp_path / "go"
+    load = (
+        "import os, time\n"
+        "for _ in range(3000):\n"
+        f"    if os.path.exists({str(go)!r}): break\n"
+        "    time.sleep(0.02)\n"
+        "else: raise TimeoutError"
+    )
+    started = nursery((TELL,), (TELL,), OURS="x", **{stand_in.LOAD: load})
     assert [child.poll() for child in started.children] == [None, None]
-    assert time.monotonic() - began < 1
-    told(tmp_path / "1.log")
-    assert time.monotonic() - began > 2
+    assert not (tmp_path / "1.log").exists()
+    go.touch()
+    assert told(tmp_path / "1.log")["loaded"]
 
 
 def test_ends_are_told_one_by_one(nursery, tmp_path):
@@ -128,7 +126,7 @@ def test_ends_are_told_one_by_one(nursery, tmp_path):
     assert lasting.poll() is None and started.process.poll() is None
     os.kill(psutil.Process(started.process.pid).children()[0].pid, signal.SIGTERM)
     assert ended(lasting) == -signal.SIGTERM
-    assert started.process.wait(10) == 0  # nobody is left
+    assert started.process.wait(PATIENCE_SECONDS) == 0  # nobody is left
     assert [child.poll() for child in quick] == [3, -signal.SIGKILL, 1]
 
 
@@ -144,8 +142,8 @@ def test_none_outlives_the_nursery(nursery, tmp_path):
     children = psutil.Process(started.process.pid).children()
     assert len(children) == 2
     started.process.kill()
-    assert [ended(child, 5) for child in started.children] == [-signal.SIGKILL] * 2
-    wait_for(lambda: all(map(is_gone, children)), 5)
+    assert [ended(child) for child in started.children] == [-signal.SIGKILL] * 2
+    wait_until(lambda: all(map(is_gone, children)))
 
 
 @pytest.mark.parametrize("load", ["", f"print('loads', flush=True); {SLEEP}"])
@@ -165,11 +163,11 @@ def test_none_outlives_a_killed_parent(tmp_path, load):
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     root = psutil.Process(int(parent.stdout.readline()))
     if load:
-        wait_for(lambda: "loads" in (tmp_path / "a").read_text())
+        wait_until(lambda: "loads" in (tmp_path / "a").read_text())
     else:
         told(tmp_path / "a"), told(tmp_path / "b")
     tree = [root, *root.children()]
     assert len(tree) == (1 if load else 3)
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    wait_for(lambda: all(map(is_gone, tree)), 5)
+    wait_until(lambda: all(map(is_gone, tree)))

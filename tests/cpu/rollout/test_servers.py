@@ -20,6 +20,7 @@ from peergrad.rollout.address import Address
 from peergrad.rollout.cpu_server import use_threads
 from peergrad.rollout.servers import ManagedServers
 from tests.cpu.rollout import stand_in
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -58,7 +59,7 @@ def managed(tmp_path, monkeypatch, gpu):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "src")]))
 
     def build(script="", ranks=None, **config):
-        config = ServersConfig(**{"start_timeout": 20.0, **config})
+        config = ServersConfig(**{"start_timeout": PATIENCE_SECONDS, **config})
         built = ManagedServers(
             config, model_path="m", dtype=Dtype.float32, log_dir=tmp_path / "logs", ranks=ranks
         )
@@ -95,7 +96,7 @@ def test_servers_start_and_leave_nothing_behind(managed, tmp_path, gpu):
         pids = [number(servers, index) for index in range(2)]
         assert len({os.getsid(0), *map(os.getsid, pids)}) == 3
         assert {process.pid for process in started} > set(pids)
-    assert all(map(has_ended, started))
+    wait_until(lambda: all(map(has_ended, started)))
     servers.stop()  # again
     assert servers.log(1) == tmp_path / "logs/server_1.log"
 
@@ -120,7 +121,7 @@ def test_a_server_that_is_killed_is_known_at_once(managed, count):
     with managed(HEALTHY, count=count) as servers:
         assert servers.ended() == servers.ended(wait=0.1) == {}
         os.kill(number(servers, last), signal.SIGKILL)
-        assert any(servers.ended(wait=0.1) for _ in range(100))
+        wait_until(servers.ended)
         ((url, words),) = servers.ended().items()
         others = [psutil.Process(number(servers, index)) for index in range(last)]
         assert not any(map(has_ended, others))
@@ -217,8 +218,7 @@ def test_a_killed_parent_takes_its_children_along(tmp_path):
         time.sleep(0.02)
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    psutil.wait_procs([child], timeout=10)
-    assert has_ended(child)
+    wait_until(lambda: has_ended(child))
 
 
 def test_a_child_of_a_dead_parent_does_not_start():

@@ -4,19 +4,23 @@ import asyncio
 import json
 import math
 import pickle
+import re
 import socket
 import threading
 import time
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import aiohttp
 import numpy as np
 import pytest
-from fake_sglang import FakeServer, Vanishing, answer_generate, sample, wanted
+from fake_sglang import FakeServer, Hanging, Vanishing, answer_generate, sample, wanted
 
 from peergrad.rollout.answers import Asked, parse_rollout, parse_scores, read_answers
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.sglang import ServerError, SGLangEngine
+from tests.waiting import until, wait_until
 
 THREE = Sampling(n=3, max_new_tokens=8, stop_token_ids=(1,))
 
@@ -110,19 +114,27 @@ def test_a_dead_server_does_not_keep_its_groups():
     assert [len(group) for group in groups] == [3] * 4
 
 
-def test_a_timeout_names_its_setting():
-    def slow(body):
-        time.sleep(0.5)
-        return answer_generate(body)
+@pytest.fixture
+def hanging(monkeypatch):
+    """A server that answers nothing; a request there times out after 0.1 s, and by the clock of the
+    retries no earlier and no later."""
+    clock = count(0, 0.1)  # read at the start, and at the end of every attempt
+    monkeypatch.setattr("tenacity.time", SimpleNamespace(monotonic=clock.__next__))
+    with Hanging() as server:
+        yield server
 
-    with (
-        FakeServer(slow) as server,
-        pytest.raises(ServerError, match=r"in 2 attempts.*rollout\.request_timeout") as error,
-    ):
-        generate(server.url, request_timeout=0.1, retries=1)
+
+def test_a_timeout_names_its_setting(hanging):
+    with pytest.raises(ServerError, match=r"in 2 attempts.*rollout\.request_timeout") as error:
+        generate(hanging.url, request_timeout=0.1, retries=1)
     assert isinstance(error.value.__cause__, aiohttp.SocketTimeoutError)
-    assert error.value.url == server.url
-    assert len(server.requests) == 2
+    assert error.value.url == hanging.url
+    wait_until(lambda: len(hanging.requests) == 2)
+
+
+def test_a_hanging_server_is_not_asked_for_ever(hanging):
+    with pytest.raises(ServerError, match="in 2 attempts"):
+        generate(hanging.url, request_timeout=0.1, retries=1000)
 
 
 def test_aborted_answers_are_drawn_again():
@@ -148,23 +160,30 @@ def test_a_group_that_is_always_aborted_is_an_error():
 
 
 def test_groups_go_to_the_least_loaded_server_within_the_limit():
-    running, peak, lock = 0, 0, threading.Lock()
+    """Every answer is held until it may go; those of one server go first, so that whatever is
+    asked for next belongs to that one."""
 
-    def slow(body):
-        nonlocal running, peak
-        with lock:
-            running += 1
-            peak = max(peak, running)
-        time.sleep(0.1)
-        with lock:
-            running -= 1
-        return answer_generate(body)
+    def held(gate):
+        return lambda body: gate.acquire() and answer_generate(body)
 
-    with FakeServer(slow) as one, FakeServer(slow) as two:
-        sampling = replace(THREE, max_new_tokens=64)
-        generate(one.url, two.url, prompts=8, more=LONG, max_concurrency=4, sampling=sampling)
-    assert len(one.requests) == len(two.requests) == 4
-    assert peak == 4
+    async def main(one, two):
+        engine = SGLangEngine([one.url, two.url], max_concurrency=4)
+        sampling, prompt = replace(THREE, max_new_tokens=64), [7] * LONG
+        groups = asyncio.gather(
+            *(engine.generate([*prompt, i], sampling, request_id=f"{i}/p") for i in range(8))
+        )
+        for asked in ((2, 2), (3, 2), (4, 2), (5, 2), (6, 2)):
+            await until(lambda asked=asked: len(one.requests + two.requests) >= sum(asked))
+            assert (len(one.requests), len(two.requests)) == asked
+            gates[0].release()
+        for gate in gates:
+            gate.release(2)
+        assert [len(group) for group in await groups] == [3] * 8
+        await engine.aclose()
+
+    gates = [threading.Semaphore(0), threading.Semaphore(0)]
+    with FakeServer(held(gates[0])) as one, FakeServer(held(gates[1])) as two:
+        asyncio.run(main(one, two))
 
 
 def test_a_missing_logprob_is_an_error():
@@ -290,13 +309,17 @@ def test_an_answer_over_a_sync_has_both_versions_and_no_older_one():
     """Asked for at version 4 and retracted by the sync of version 5: a token of 3 is none of its
     own. What is asked for after the sync has tokens of 5 alone."""
 
-    async def main(url, *versions):
-        engine = SGLangEngine([url], identity=MINE)
+    synced = threading.Event()
+
+    async def main(server):
+        synced.clear()
+        engine = SGLangEngine([server.url], identity=MINE)
         engine.set_version(4)
         asked = asyncio.create_task(engine.generate([5], ONE, request_id="p"))
-        await asyncio.sleep(0.05)
+        await until(lambda: server.requests)
         engine.expect(5)
         engine.set_version(5)
+        synced.set()
         try:
             (rollout,) = await asked
             with pytest.raises(ServerError, match=r"version 4 of .* to a request of version 5, so"):
@@ -305,20 +328,17 @@ def test_an_answer_over_a_sync_has_both_versions_and_no_older_one():
         finally:
             await engine.aclose()
 
-    def slow(*versions):
-        def answer(body):
-            time.sleep(0.2)
-            return answering(weight_versions=spans(*versions))(body)
+    def held(*versions):
+        answer = answering(weight_versions=spans(*versions))
+        return lambda body: synced.wait() and answer(body)
 
-        return answer
-
-    with FakeServer(slow(f"{MINE}:4", f"{MINE}:5")) as server:
-        assert asyncio.run(main(server.url)).versions == ((4, 0, 1), (5, 1, 2))
+    with FakeServer(held(f"{MINE}:4", f"{MINE}:5")) as server:
+        assert asyncio.run(main(server)).versions == ((4, 0, 1), (5, 1, 2))
     with (
-        FakeServer(slow(f"{MINE}:3", f"{MINE}:5")) as server,
+        FakeServer(held(f"{MINE}:3", f"{MINE}:5")) as server,
         pytest.raises(ServerError, match=r"version 3 of .* to a request of version 4"),
     ):
-        asyncio.run(main(server.url))
+        asyncio.run(main(server))
 
 
 STOPPED = {"type": "stop", "matched": 5}
@@ -588,7 +608,7 @@ def test_a_dead_server_is_not_waited_for_however_many_retries_are_allowed():
     began = time.monotonic()
     with pytest.raises(ServerError, match="connection refused"):
         generate(nowhere(), retries=1000, lost_after=1.0)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 120  # retries would take hours
 
 
 @pytest.fixture
@@ -601,9 +621,10 @@ def test_what_a_vanished_machine_was_asked_for_is_asked_for_elsewhere(often, cap
     with FakeServer() as server:
         began = time.monotonic()
         (group,) = generate(gone.url, server.url, lost_after=0.3)
-        assert 0.3 < time.monotonic() - began < 10
+        assert 0.3 < time.monotonic() - began < 300  # half of a request's own time
     assert len(group) == 3 and len(server.requests) == 1
-    assert f"{gone.url}: cannot be reached for 0 s; its groups are asked for again" in caplog.text
+    told = rf"{gone.url}: cannot be reached for \d+ s; its groups are asked for again"
+    assert re.search(told, caplog.text)
 
 
 def test_a_machine_that_vanishes_alone_is_named(often):
@@ -625,11 +646,9 @@ def test_a_server_that_is_away_is_asked_for_nothing_until_it_is_back(often):
         away = [await ask() for _ in range(3)]
         asked.append(len(other.requests))
         with FakeServer(port=port) as back:
-            for _ in range(100):
+            while not back.requests:
                 await asyncio.sleep(0.05)
                 away.append(await ask())
-                if back.requests:
-                    break
         await engine.aclose()
         return away
 
@@ -642,7 +661,7 @@ def test_servers_that_are_left_out_are_not_waited_for():
     async def main(gone, server):
         engine = SGLangEngine([gone.url, server.url])
         drawn = asyncio.create_task(engine.generate([5, 1], THREE, request_id="0/p"))
-        await asyncio.sleep(0.1)
+        await until(gone.taken.is_set)
         engine.set_version(3, [server.url])
         await engine.generate([5, 2], THREE, request_id="1/p")
         assert engine.urls == [server.url]
@@ -657,15 +676,6 @@ def test_servers_that_are_left_out_are_not_waited_for():
     with FakeServer(answer) as server:
         assert len(asyncio.run(main(Vanishing(), server))) == 3
         assert len(server.requests) == 2
-
-
-def test_a_hanging_server_is_not_asked_for_ever():
-    def hang(_):
-        time.sleep(0.6)
-        return 200, {}
-
-    with FakeServer(hang) as server, pytest.raises(ServerError, match="in 2 attempts"):
-        generate(server.url, request_timeout=0.2, retries=1000)
 
 
 def test_an_error_keeps_its_server_on_the_way_between_processes():

@@ -13,6 +13,7 @@ from peergrad.data import Group, Prompt, Rollout
 from peergrad.grades import RewardError
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.stream import Stream, StreamState, Taken
+from tests.waiting import until
 
 SAMPLING = Sampling(n=2, max_new_tokens=4)
 
@@ -348,12 +349,14 @@ def test_groups_without_peers_are_not_replaced_for_ever():
 
 
 class Slow(FakeEngine):
-    """Takes a tenth of a second for some groups."""
+    """Has the first group wait until so many others have been dropped."""
 
-    slow = ("0/",)
+    stream: Stream
+    dropped = 9
 
     async def generate(self, prompt_tokens, sampling, *, request_id):
-        await asyncio.sleep(0.1 * request_id.startswith(self.slow))
+        if request_id.startswith("0/"):
+            await until(lambda: len(self.stream.state().dropped) == self.dropped)
         return await super().generate(prompt_tokens, sampling, request_id=request_id)
 
 
@@ -361,7 +364,7 @@ def test_what_is_dropped_beyond_a_batch_is_not_its_own():
     async def main():
         engine = Slow(0)
         options = {"score": graded([0.5] * 4 + [0] * 9), "select": in_between, "limit": 3}
-        stream = new_stream(engine, Counting(), eta=1, **options)
+        engine.stream = stream = new_stream(engine, Counting(), eta=1, **options)
         (taken,) = await train(stream, engine, range(1))
         assert len(stream.state().dropped) == 9 and taken.dropped == ()
         assert [group.id for group in taken.groups] == ["0/p0", "1/p1", "2/p2", "3/p3"]
@@ -428,7 +431,7 @@ def test_a_failing_group_is_raised_at_once_and_ends_the_others():
         stream.set_version(0)
         for _ in range(2):  # and again, if asked again
             with pytest.raises(ConnectionError, match="no route"):
-                await asyncio.wait_for(stream.take(0), timeout=1)
+                await asyncio.wait_for(stream.take(0), timeout=30)
         await asyncio.sleep(0)
         assert engine.cancelled == 3
 

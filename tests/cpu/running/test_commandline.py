@@ -116,7 +116,7 @@ def run(
     *arguments: str, program: tuple[str, ...] = ("-m", "peergrad.main")
 ) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, *program, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, *program, *arguments], capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout, done.stderr
 

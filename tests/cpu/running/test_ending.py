@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Timer
 
@@ -18,6 +18,7 @@ from peergrad.echo import OtherRankFailed, is_echo
 from peergrad.running import ending as module
 from peergrad.running.ending import Ending, one_line, refuse
 from peergrad.running.place import Place
+from tests.waiting import PATIENCE_SECONDS
 
 
 class OutOfMemoryError(RuntimeError):
@@ -144,12 +145,13 @@ def test_an_echo_lets_the_other_speak(
     echo: RuntimeError, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rank that failed may be slower than the news of it; if it cannot speak, the echo must."""
-    monkeypatch.setattr(module, "POLITE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "POLITE_SECONDS", PATIENCE_SECONDS)
     assert is_echo(echo) and not is_echo(RuntimeError("no"))
     store = Store()
     Timer(0.2, lambda: setattr(store, "first", "other")).start()
     assert end(echo, store) == 1
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "POLITE_SECONDS", 0.5)
     began = time.monotonic()
     assert end(echo, Store()) == 1
     assert time.monotonic() - began >= 0.5
@@ -157,30 +159,39 @@ def test_an_echo_lets_the_other_speak(
 
 
 def test_an_echo_speaks_at_once_for_a_rank_that_was_killed(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher then ends the others: nobody else will speak."""
+
+    class Ended(Store):
+        """Is told to end while it waits for another rank's word."""
+
+        def failed(self) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    monkeypatch.setattr(module, "POLITE_SECONDS", 2 * PATIENCE_SECONDS)
     ending, began = Ending(Place(0, 2)), time.monotonic()
-    ending.speaker = Store()
+    ending.speaker = Ended()
     with ending.signals():
-        Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         try:
             with ending.noted():
                 raise OtherRankFailed("rank 1 failed")
         except RuntimeError as error:
             assert ending.end(error) == 1
-    assert 0.2 <= time.monotonic() - began < module.POLITE_SECONDS / 2
+    assert time.monotonic() - began < PATIENCE_SECONDS
     assert capsys.readouterr().err.startswith("error: rank 1 failed")
 
 
 def test_rank_0_says_what_other_ranks_may_find_as_well(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LIKE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LIKE_SECONDS", PATIENCE_SECONDS)
     store = Store()
     Timer(0.2, lambda: setattr(store, "first", "0")).start()
     assert end(ValueError("a = 1: no; b"), store, rank=1) == 2
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "LIKE_SECONDS", 0.5)
     assert end(ValueError("a = 1: no; b"), Store(), rank=1) == 2
     assert capsys.readouterr().err.startswith("error: a = 1: no; b [rank 1 on ")
 
@@ -217,7 +228,8 @@ from peergrad.running.place import Place
 ending = Ending(Place(int(sys.argv[1]), 2))
 def clean_up():
     print("cleaning", flush=True)
-    time.sleep(1)
+    for _ in range(2):
+        sys.stdin.readline()  # comes after a signal
 with ending.signals():
     try:
         with ExitStack() as stack, ending.noted():
@@ -232,18 +244,23 @@ sys.exit(status)
 
 
 def signalled(program: str, rank: str, *signals: tuple[str, int]) -> tuple[int, str]:
-    """Status and words of ``program``, which gets each signal after it has printed a word."""
+    """Status and words of ``program``, which gets each signal after it has printed a word, and
+    after each signal a line of input."""
     with subprocess.Popen(
         [sys.executable, "-c", program, rank],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
         for word, number in signals:
             assert process.stdout.readline() == f"{word}\n"
             os.kill(process.pid, number)
-        _, err = process.communicate(timeout=20)
+            with suppress(BrokenPipeError):
+                process.stdin.write("\n")
+                process.stdin.flush()
+        _, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, err
 
 
@@ -264,10 +281,12 @@ def test_signals_before_there_is_anything_to_save(number: int, status: int, said
 
 LISTENING = """
 import sys, time
+from types import SimpleNamespace
 from peergrad.running import stopping
 from peergrad.running.ending import Ending
 from peergrad.running.place import Place
-stopping.REPEAT_SECONDS = 0.5
+now = 0.0
+stopping.time = SimpleNamespace(monotonic=lambda: now)
 ending = Ending(Place(int(sys.argv[1]), 1))
 with ending.signals():
     try:
@@ -277,10 +296,12 @@ with ending.signals():
             print("training", flush=True)
             while not told:
                 time.sleep(0.01)
+            sys.stdin.readline()
             print("saving", flush=True)
-            time.sleep(0.7)
+            sys.stdin.readline()  # empty where no more signals come
+            now += stopping.REPEAT_SECONDS
             print("still saving", flush=True)
-            time.sleep(0.7)
+            sys.stdin.readline()
             raise stopping.Stopped(told[0])
     except BaseException as error:
         sys.exit(ending.end(error))

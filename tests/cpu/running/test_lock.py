@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Thread, Timer
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
 from peergrad.running import lock as module
 from peergrad.running.lock import FolderLock, read_holder
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 HOLD = """
 import sys, time
@@ -67,7 +69,7 @@ def test_one_of_many_that_start_at_once_gets_it(tmp_path: Path) -> None:
         try:
             with FolderLock(file, "x"):
                 got.append(1)
-                time.sleep(0.5)
+                wait_until(lambda: len(got) + len(refused) == 8)
         except ValueError:
             refused.append(1)
 
@@ -82,7 +84,7 @@ def test_one_of_many_that_start_at_once_gets_it(tmp_path: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(module, "WATCH_SECONDS", 2.0)
+    monkeypatch.setattr(module, "WATCH_SECONDS", PATIENCE_SECONDS)
 
 
 def write_holder(file: Path, beat: int, host: str = "node7") -> None:
@@ -93,7 +95,9 @@ def write_holder(file: Path, beat: int, host: str = "node7") -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_holder_on_a_machine_whose_lock_is_not_seen_here(tmp_path: Path) -> None:
+def test_a_holder_on_a_machine_whose_lock_is_not_seen_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a shared file system without locks: it lives as long as its file changes."""
     file = tmp_path / "holder.json"
     write_holder(file, 1)
@@ -110,6 +114,7 @@ def test_a_holder_on_a_machine_whose_lock_is_not_seen_here(tmp_path: Path) -> No
     assert "in use by process 5 on node7 (since 2026-01-02 03:04:05)" in refusal(file)
     stop.append(True)
     thread.join()
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.5)
     heard: list[str] = []
     with FolderLock(file, "x", heard=heard.append):
         assert heard[0].startswith("a sign of life of process 5 on node7")
@@ -119,14 +124,15 @@ def test_a_holder_on_a_machine_whose_lock_is_not_seen_here(tmp_path: Path) -> No
 @pytest.mark.usefixtures("impatient")
 def test_the_holder_shows_that_it_lives(tmp_path: Path) -> None:
     file = tmp_path / "holder.json"
+
+    def beats() -> int:
+        holder = read_holder(file)
+        assert holder is not None, "never half written"
+        return int(holder["beat"])
+
     with FolderLock(file, "x"):
-        beats = []
-        for _ in range(8):
-            holder = read_holder(file)
-            assert holder is not None, "never half written"
-            beats.append(holder["beat"])
-            time.sleep(0.1)
-    assert beats[-1] > beats[0]
+        first = beats()
+        wait_until(lambda: beats() > first + 5)
 
 
 def test_where_there_are_no_locks_a_process_of_this_machine_is_looked_for(
@@ -146,14 +152,19 @@ def test_where_there_are_no_locks_a_process_of_this_machine_is_looked_for(
 def test_of_two_that_find_it_free_where_there_are_no_locks_one_finds_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one's mark is the later."""
+    """The other one's mark is the later: it comes while this one waits for that."""
     monkeypatch.setattr(module, "_try_lock", lambda file: None)
-    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.4)
-    file = tmp_path / "holder.json"
-    Timer(0.2, write_holder, (file, 0)).start()
+    file, slept = tmp_path / "holder.json", list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        write_holder(file, 0)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(ValueError, match=r"was taken by process 5 on node7"):
         FolderLock(file, "x").__enter__()
     assert (read_holder(file) or {})["pid"] == 5  # which it leaves alone
+    assert slept == [module.SETTLE_SECONDS]
 
 
 def test_a_file_that_says_nothing_is_nobody(tmp_path: Path) -> None:
