@@ -1,5 +1,6 @@
 """How the model and a batch are divided over the processes."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 from peergrad.config import (
@@ -24,21 +25,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
     """Raise ValueError unless TP x PP x CP x DP divides the model and fits the processes."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    divided = {
-        "attention heads": shape.heads,
-        "key-value heads": shape.kv_heads,
-        "padded vocabulary rows": VOCAB_MULTIPLE,
-    }
-    if shape.experts is None:
-        divided["MLP columns"] = shape.ffn
-    for what, number in divided.items():
-        require(
-            number % tensor == 0,
-            "parallel.tensor",
-            tensor,
-            f"must divide the model's {number} {what}",
-            f"use a divisor of {number}",
-        )
+    require_divisor("parallel.tensor", tensor, divided_by_tensor(shape))
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
     check_experts(config, shape, world)
@@ -54,6 +41,23 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
         f"start {wanted if parallel.data else f'a multiple of {wanted}'} processes "
         "(torchrun --nproc-per-node), or change the layout",
     )
+
+
+def divided_by_tensor(shape: Shape) -> dict[str, int]:
+    """What tensor ranks share, each as much as another; of experts see ``check_experts``."""
+    divided = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "padded vocabulary rows": VOCAB_MULTIPLE,
+    }
+    return divided if shape.experts else {**divided, "MLP columns": shape.ffn}
+
+
+def require_divisor(key: str, size: int, of: Mapping[str, int]) -> None:
+    """ValueError, which names ``key``, unless ``size`` divides each of these numbers."""
+    for what, number in of.items():
+        rule, remedy = f"must divide the model's {number} {what}", f"use a divisor of {number}"
+        require(number % size == 0, key, size, rule, remedy)
 
 
 def _check_stages(parallel: ParallelConfig, layers: int) -> None:

@@ -5,9 +5,11 @@ take digests of what they wrote. Megatron would have processes write, forked fro
 threads, and perhaps a GPU.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from queue import Queue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -19,8 +21,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 from peergrad.echo import OtherRankFailed
 from peergrad.parallel.digests import digest
 
-Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, torch.Tensor]]]]
+Item = tuple[Any, torch.Tensor]
+Bucket = tuple[str, str, tuple[list[Any], list[Item]]]
 """Megatron's: path and name of one file, what is in it as bytes and as tensors."""
+Reader = Callable[[torch.Tensor], torch.Tensor]
+_readers: list[Reader] = []
+
+
+@contextmanager
+def placeholders(read: Reader) -> Iterator[None]:
+    """Inside, what is saved may lie on the meta device: ``read`` makes of such a tensor what is
+    meant, when its turn to be written comes, and no two are in memory at a time. It is called in
+    another thread."""
+    _readers.append(read)
+    try:
+        yield
+    finally:
+        _readers.remove(read)
 
 
 class Write:
@@ -44,8 +61,14 @@ class Write:
             return  # other ranks write all of it
         _, buckets, self._queue = request.async_fn_args
         transforms = request.async_fn.args[0]
+        self._turn: AbstractContextManager[object] = Lock() if _readers else nullcontext()
         for index, bucket in enumerate(buckets):
-            _bring_to_host(bucket, aside=aside)
+            if _readers:
+                path, name, (content, tensors) = bucket
+                in_turn: Any = _in_turn(tensors, _readers[-1])  # it is gone through once
+                bucket = (path, name, (content, in_turn))
+            else:
+                _bring_to_host(bucket, aside=aside)
             # A run that fails does not wait for what nobody would finish.
             self._threads.append(
                 Thread(target=self._write, args=(index, bucket, transforms), daemon=True)
@@ -80,9 +103,10 @@ class Write:
         results: Queue[tuple[int, Any]] = Queue()
         running: Queue[int] = Queue()  # Megatron's count of its processes
         running.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, results, running, use_fsync=True
-        )
+        with self._turn:
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, results, running, use_fsync=True
+            )
         found = results.get()[1]
         try:
             if not isinstance(found, Exception):
@@ -98,6 +122,13 @@ def _bring_to_host(bucket: Bucket, *, aside: bool) -> None:
     for place, (item, tensor) in enumerate(tensors):
         copy = aside and tensor.device.type == "cpu"
         tensors[place] = (item, tensor.clone() if copy else tensor.cpu())
+
+
+def _in_turn(tensors: list[Item], read: Reader) -> Iterator[Item]:
+    for item, placeholder in tensors:
+        tensor = read(placeholder)
+        yield item, tensor
+        tensor.untyped_storage().resize_(0)  # the writer holds it until it has the next
 
 
 def _use_plain_queue() -> None:
