@@ -32,6 +32,14 @@ from peergrad.config.algo import (
 )
 from peergrad.config.conflict import Conflict
 from peergrad.config.optim import OnNonfinite, OptimConfig, Schedule, StateDtype
+from peergrad.config.parallel import (
+    MoeConfig,
+    ParallelConfig,
+    Recompute,
+    RecomputeMethod,
+    Replay,
+    Spec,
+)
 from peergrad.config.rollout import (
     OnGap,
     Proof,
@@ -53,16 +61,10 @@ from peergrad.config.run import (
     LoggerConfig,
     Logprob,
     ModelConfig,
-    MoeConfig,
     OnError,
-    ParallelConfig,
-    Recompute,
-    RecomputeMethod,
-    Replay,
     RewardConfig,
     RewardKind,
     RunConfig,
-    Spec,
 )
 
 __all__ = [
