@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def start_servers(
-    config: Config, attempt: Path, stack: ExitStack, *, ranks: int | None = None
+    config: Config,
+    attempt: Path,
+    stack: ExitStack,
+    *,
+    ranks: int | None = None,
+    trains: bool = True,
 ) -> "ManagedServers | None":
     """Servers of our own that are on their way, logs in ``attempt``; ``stack`` ends them. None if
     the run has none. They load beside the trainer; ``ready`` waits for them. ``ranks``: see
@@ -30,7 +35,7 @@ def start_servers(
         log_dir=attempt,
         seed=config.run.seed,
         ranks=ranks,
-        tells_experts=tells_experts(config),
+        tells_experts=trains and tells_experts(config),
     )
     stack.callback(servers.stop)
     servers.start()

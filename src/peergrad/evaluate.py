@@ -142,7 +142,7 @@ def answer(config: Config, folder: Path, screen: Screen, stack: ExitStack) -> "E
     from peergrad.rollout.collector import Collector
     from peergrad.rollout.errors import none_ended
 
-    managed = start_servers(config, folder, stack, ranks=0)
+    managed = start_servers(config, folder, stack, ranks=0, trains=False)
     urls = managed.urls if managed else config.rollout.servers.urls
     identity = None if managed else stack.enter_context(hold(config))
     collector = Collector(

@@ -48,6 +48,12 @@ def samples() -> list[Any]:
     return found
 
 
+def of_prefixes(tokens: np.ndarray) -> np.ndarray:
+    """``[n - 1, 2, 3]``: experts that no router chooses, equal where all before is equal."""
+    draws = [np.random.default_rng(tokens[:n].tolist()) for n in range(1, tokens.size)]
+    return np.array([[draw.permutation(8)[:3] for _ in range(2)] for draw in draws], np.uint8)
+
+
 def make(path: str, layout: Layout) -> Any:
     from peergrad.config import Config, Dtype, ModelConfig, MoeConfig, OptimConfig, ParallelConfig
     from peergrad.parallel.mesh import init_mesh
@@ -77,7 +83,8 @@ def rounds(
         policy = make(path, layout)
         given = [s.having(experts=x) for s, x in zip(samples(), chosen, strict=True)]
         seen: dict[str, Any] = {"metrics": policy.update(given, objective).metrics}
-        policy.update(samples(), objective)
+        given = [s.having(experts=of_prefixes(s.tokens)) for s in samples()]
+        seen["agreement"] = policy.update(given, objective).metrics["moe/agreement"]
         checkpoints = Checkpoints(Path(folder) / str(i), CheckpointConfig(), policy.mesh)
         checkpoints.save(policy, None, {}, None, step=2)
         policy.update(samples(), objective)
@@ -157,6 +164,7 @@ def test_layouts_agree_and_go_on_from_each_other(tmp_path: Path, model: str, ran
         assert metrics["moe/idle"] == pytest.approx(
             np.mean([float((load == 0).float().mean()) for load in loads])
         )
+        assert seen["agreement"] == pytest.approx(found[0]["agreement"]) and seen["agreement"] < 0.5
         for weights in (seen.get("resumed", seen["whole"]), found[0]["whole"]):
             assert weights.keys() == seen["whole"].keys()
             for name, value in seen["whole"].items():

@@ -76,6 +76,7 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
     sizes = [rollout.tokens.size for group in groups for rollout in group.rollouts]
     rows = [pieces(np.full(sum(sizes), x, np.float32), sizes) for x in (0, 1)]
     advantages, weights = map(iter, rows)
+    experts = iter(_experts(groups))
     return [
         Sample(
             tokens=np.concatenate([group.prompt.tokens, rollout.tokens]),
@@ -85,11 +86,31 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
             weight=next(weights),
             version=rollout.token_versions,
             group=index,
-            experts=rollout.experts,
+            experts=next(experts),
         )
         for index, group in enumerate(groups)
         for rollout in group.rollouts
     ]
+
+
+def _experts(groups: Sequence[Group]) -> list[np.ndarray | None]:
+    """Of every rollout, in order, or none of any: passes that pack them in other ways would else
+    replay other ones. For the same reason equal tokens of a group, which are computed once, have
+    those of the first, though the engine may have chosen others where it computed them again."""
+    every = [rollout.experts for group in groups for rollout in group.rollouts]
+    if any(experts is None for experts in every):
+        return [None] * len(every)
+    found: list[np.ndarray | None] = []
+    for group in groups:
+        prompt = None
+        known: dict[bytes, np.ndarray] = {}
+        for rollout in group.rollouts:
+            own, size = rollout.experts, group.prompt.tokens.size
+            assert own is not None
+            prompt = own[:size] if prompt is None else prompt
+            whole = np.concatenate([prompt, own[size:]])
+            found.append(known.setdefault(rollout.tokens.tobytes(), whole))
+    return found
 
 
 def with_logp(samples: Sequence[Sample], field: str, values: Sequence[np.ndarray]) -> list[Sample]:

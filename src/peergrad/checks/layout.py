@@ -12,7 +12,7 @@ from peergrad.config import (
     Replay,
     require,
 )
-from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Shape
+from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Experts, Shape
 
 
 def data_ranks(config: Config, world: int) -> int:
@@ -21,14 +21,18 @@ def data_ranks(config: Config, world: int) -> int:
     return world // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
-def check_layout(config: Config, shape: Shape, world: int) -> None:
-    """Raise ValueError unless TP x PP x CP x DP divides the model and fits the processes."""
+def check_layout(config: Config, shape: Shape, world: int, *, learns: bool = True) -> None:
+    """Raise ValueError unless TP x PP x CP x DP divides the model and fits the processes.
+    ``learns``: it is the policy, which all that is set must be for."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
     require_divisor("parallel.tensor", tensor, divided_by_tensor(shape))
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
-    check_experts(config, shape, world)
+    if shape.experts is not None:
+        _check_experts(parallel, shape, shape.experts, world)
+    elif learns:
+        _require_no_experts(config, shape)
     wanted = tensor * pipeline * parallel.context * (parallel.data or 1)
     grid = f"tensor {tensor} x pipeline {pipeline}"
     grid += f" x context {parallel.context}" if parallel.context > 1 else ""
@@ -44,7 +48,7 @@ def check_layout(config: Config, shape: Shape, world: int) -> None:
 
 
 def divided_by_tensor(shape: Shape) -> dict[str, int]:
-    """What tensor ranks share, each as much as another; of experts see ``check_experts``."""
+    """What tensor ranks share, each as much as another; of experts see ``_check_experts``."""
     divided = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
@@ -108,22 +112,27 @@ def _check_recompute(parallel: ParallelConfig, layers: int) -> None:
         require(fit, "parallel.recompute_layers", value, rule, remedy)
 
 
-def check_experts(config: Config, shape: Shape, world: int) -> None:
-    """Raise ValueError unless the experts divide as they are to; of a model without, if anything is
-    said of them."""
-    parallel, experts = config.parallel, shape.experts
-    modules = parallel.recompute_modules if parallel.recompute is Recompute.selective else []
-    if experts is None:
-        said = {f"moe.{one.name}": getattr(config.moe, one.name) for one in fields(MoeConfig)}
-        for name in ("expert", "expert_tensor"):
-            said[f"parallel.{name}"] = getattr(parallel, name)
-        said["parallel.recompute_modules"] = [one for one in modules if one == "moe"]
-        rule = f"model.path is no mixture of experts ({shape.family})"
-        replays = config.moe.replay is Replay.on
-        said["moe.replay"] = config.moe.replay.name if replays else None
-        for key, value in said.items():
-            require(value in (0, 1, None, []), key, value, rule, "unset it")
-        return
+def _require_no_experts(config: Config, shape: Shape) -> None:
+    parallel, rule = config.parallel, f"model.path is no mixture of experts ({shape.family})"
+    for one in fields(MoeConfig):
+        value = getattr(config.moe, one.name)
+        unset = value == one.default or value is Replay.off
+        said = value.name if isinstance(value, Replay) else value
+        require(unset, f"moe.{one.name}", said, rule, "unset it")
+    require(parallel.expert == 1, "parallel.expert", parallel.expert, rule, "unset it")
+    shared = parallel.expert_tensor
+    require(shared is None, "parallel.expert_tensor", shared, rule, "unset it")
+    modules = _recomputed(parallel)
+    require("moe" not in modules, "parallel.recompute_modules", modules, rule, "leave it out")
+
+
+def _recomputed(parallel: ParallelConfig) -> list[str]:
+    return parallel.recompute_modules if parallel.recompute is Recompute.selective else []
+
+
+def _check_experts(parallel: ParallelConfig, shape: Shape, experts: Experts, world: int) -> None:
+    """Raise ValueError unless the experts divide as they are to."""
+    modules = _recomputed(parallel)
     rule = "has no effect in a mixture of experts, whose layers have no other MLP"
     require("mlp" not in modules, "parallel.recompute_modules", modules, rule, "say moe")
     rule, remedy = f"must divide the model's {experts.number} experts", "use a divisor of it"

@@ -1,13 +1,13 @@
 """The run whose rollouts are replayed, against the run that is to train on them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peergrad.config import Config, OldPolicy, Schedule, require
+from peergrad.config import Config, MoeConfig, OldPolicy, Schedule, require
 from peergrad.config.rules import one_line
 from peergrad.running.preset import leaves
 
@@ -16,11 +16,15 @@ SAME = ("temperature", "batch_size", "group_size")
 come as they were recorded."""
 COURSE = ("model.path", "model.weights", "model.reference", "model.dtype", "run.seed", "optim",
           "algo", "rollout.max_new_tokens", "rollout.max_staleness", "kernels.logits",
-          "parallel.megatron")  # fmt: skip
+          "parallel.megatron", "moe")  # fmt: skip
 """What decides which policy a run has after some steps, up to rounding."""
 ASIDE = ("algo.source", "algo.differences", "algo.sampling.limit", "optim.on_nonfinite",
          "optim.decay_steps")  # fmt: skip
 """Parts of these that do not."""
+
+
+_SINCE = {f"moe.{f.name}": getattr(f.default, "name", f.default) for f in fields(MoeConfig)}
+"""What recordings of an older peergrad do not say."""
 
 
 def check_recording(config: Config) -> None:
@@ -56,7 +60,7 @@ def _other_course(config: Config, ours: dict[str, Any], theirs: dict[str, Any]) 
     for key in sorted(ours.keys() | theirs.keys()):
         among = any(_within(key, part) for part in COURSE)
         if among and not any(_within(key, part) for part in ASIDE):
-            before = theirs.get(key)
+            before = theirs.get(key, _SINCE.get(key))
             if ours.get(key) != before and not _one_path(key, ours.get(key), before):
                 return f"{key}={before}"
     if config.optim.schedule is not Schedule.constant and _end(ours) != _end(theirs):

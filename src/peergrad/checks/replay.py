@@ -1,15 +1,16 @@
 """Recorded rollouts against the run that is to train on them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from peergrad.checks.place import resumed_step
-from peergrad.config import Config
+from peergrad.config import Config, Replay
 from peergrad.config.rules import one_line
 from peergrad.data import Group
-from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.recording import read_groups
 
 MAGIC = b"PAR1"  # begins and ends every whole Parquet file
@@ -60,6 +61,23 @@ def _check_groups(config: Config, file: Path, shape: Shape) -> None:
     most = max(map(_largest, groups))
     rule = f"{file.name} has the token id {most}, the model only ids below {shape.vocab}"
     _require(config, most < shape.vocab, rule, "use the model that it was recorded with")
+    if config.moe.replay is not Replay.off and shape.experts is not None:
+        _check_experts(config, file, groups, shape, shape.experts)
+
+
+def _check_experts(
+    config: Config, file: Path, groups: Sequence[Group], shape: Shape, experts: Experts
+) -> None:
+    every = [rollout.experts for group in groups for rollout in group.rollouts]
+    told = [found for found in every if found is not None]
+    needed = config.moe.replay is Replay.on
+    rule = f"{file.name} has answers without the experts that moe.replay=on needs"
+    _require(config, not needed or len(told) == len(every), rule, "set moe.replay=auto")
+    size = shape.layers, experts.chosen
+    fit = all(x.shape[1:] == size and x.max(initial=0) < experts.number for x in told)
+    rule = f"{file.name} has other experts than {experts.chosen} of {experts.number} in each of "
+    rule, remedy = f"{rule}{shape.layers} layers", "use the model that it was recorded with"
+    _require(config, fit, rule, remedy)
 
 
 def _largest(group: Group) -> int:

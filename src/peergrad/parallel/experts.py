@@ -53,15 +53,17 @@ class Router(TopKRouter):
             router_replay=None if told is None else self._given(told),
         )
         if told is not None and learning:
-            copies = told.copies(logits.shape[0])
-            told.tally.add("load", self.layer_number, copies @ chosen.float())
-            if told.chosen is not None:
-                own = torch.zeros_like(chosen).scatter(1, logits.topk(self.topk).indices, True)
-                same = (own & chosen).sum(1) / self.topk
-                told.tally.add("given", self.layer_number, copies.sum())
-                told.tally.add("agreed", self.layer_number, copies @ same)
+            self._count(chosen, logits, told)
             weights = self._with_balance(weights, chosen, logits, told)
         return weights, chosen
+
+    def _count(self, chosen: Tensor, logits: Tensor, told: Routed) -> None:
+        layer, add = self.layer_number, told.tally.add
+        add("load", layer, told.copies @ chosen.float())
+        if told.chosen is not None:
+            own = torch.zeros_like(chosen).scatter(1, logits.topk(self.topk).indices, True)
+            add("given", layer, told.copies.sum())
+            add("agreed", layer, told.copies @ ((own & chosen).sum(1) / self.topk))
 
     def _given(self, told: Routed) -> "Given | None":
         return None if told.chosen is None else Given(told.chosen[self.layer_number - 1])
@@ -70,8 +72,7 @@ class Router(TopKRouter):
         """The logits, whose gradient will have that of the loss."""
         if not told.coefficients.token:
             return logits
-        copies = told.copies(logits.shape[0])
-        loss = copies @ logits.float().logsumexp(-1).square()
+        loss = told.copies @ logits.float().logsumexp(-1).square()
         told.tally.add("z", self.layer_number, loss.detach())
         return _attach(logits, loss * told.coefficients.token)
 

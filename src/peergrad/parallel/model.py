@@ -259,8 +259,10 @@ def _build_piece(
     if shape.experts is not None:
         for layer in model.decoder.layers:
             layer.register_forward_pre_hook(tell_router, with_kwargs=True)
-            for parameter in layer.mlp.experts.parameters():
+            for name, parameter in layer.mlp.experts.named_parameters():
                 # Also of one part: Megatron would add up over the wrong ranks where fewer share an
                 # expert's matrices than the others, and keep its optimizer's state elsewhere.
                 parameter.allreduce = False
+                # Transformer Engine, which is not told of these ranks, calls all divided by rows.
+                parameter.partition_dim = int("linear_fc2" in name)
     return model

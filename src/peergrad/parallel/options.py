@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
     *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
     "account_for_loss_in_pipeline_split",
 )

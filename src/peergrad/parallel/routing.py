@@ -72,21 +72,19 @@ class Routed:
     """A micro-batch as the routers of one rank see it: the T tokens that the rank holds.
 
     Example:
-        two answers of 1 token that share a prompt of 2, the second one also in another rank's part:
-        ``Routed(rows=[0, 1, 2, 0, 1], samples=[0, 0, 0, 1, 1], lengths=[3, 3], ...)``
+        two answers of 2 tokens, the last of which is not computed, that share a prompt of 2 whose
+        second token lies on another rank:
+        ``Routed(rows=[0, 1, 0, 2], samples=[0, 0, 1, 1], lengths=[3, 3], copies=[2, 1, 1], ...)``
     """
 
     rows: Tensor  # [C] int64, of every token of every sample that lies here
     samples: Tensor  # [C] int64, whose token it is
     lengths: Tensor  # [samples] float32, tokens on all ranks
+    copies: Tensor  # [T] float32, of how many samples each token is; 0 for padding
     group: dist.ProcessGroup  # the ranks that hold the other parts
     coefficients: Coefficients
     tally: Tally
     chosen: Tensor | None = None  # [layers, T, experts of a token] int64, to be taken again
-
-    def copies(self, tokens: int) -> Tensor:
-        """``[T]`` float32: of how many samples each token is; 0 for padding."""
-        return torch.bincount(self.rows, minlength=tokens).float()
 
     def by_sample(self, values: Tensor) -> Tensor:
         """``[samples, n]``: the sum of ``values`` ``[T, n]`` over the tokens that lie here."""
@@ -116,10 +114,19 @@ def routed(
     assert members is not None
     rows = here[members.rows]
     kept = rows >= 0
-    lengths = torch.bincount(members.samples, minlength=batch.sequences).float()
+    rows, samples = rows[kept], members.samples[kept]
+    lengths = _counted(members.samples, batch.sequences)
     given = members.experts if replay else None
     chosen = None if given is None else given[:, place].long()
-    return Routed(rows[kept], members.samples[kept], lengths, group, chosen=chosen, **told)
+    copies = _counted(rows, place.numel())
+    return Routed(rows, samples, lengths, copies, group, chosen=chosen, **told)
+
+
+def _counted(numbers: Tensor, size: int) -> Tensor:
+    """``[size]`` float32: how often each number is there. The host need not wait for it, as for
+    ``bincount`` on a GPU."""
+    ones = torch.ones(numbers.shape, device=numbers.device)
+    return torch.zeros(size, device=numbers.device).index_add_(0, numbers, ones)
 
 
 def router_metrics(

@@ -270,8 +270,7 @@ parallel.expert_tensor : etp etp_size expert_tensor_parallel_size
 moe.aux_loss_coef : moe_aux_loss_coeff router_aux_loss_coef aux_loss_coef
 moe.z_loss_coef : moe_z_loss_coeff router_z_loss_coef z_loss_coef
 moe.replay :
-    use_rollout_routing_replay rollout_routing_replay use_routing_replay routing_replay
-    moe_enable_routing_replay enable_rollout_routing_replay
+    use_rollout_routing_replay rollout_routing_replay enable_rollout_routing_replay
 parallel.megatron.moe_router_dtype : moe_router_dtype router_dtype
 parallel.sequence : sp sequence_parallel
 parallel.recompute :
@@ -399,7 +398,7 @@ batch_multiplier reward_weights multi_objective_aggregation use_adaptive_entropy
 entropy_coef_min entropy_coef_max entropy_coef_delta
 ref_model_mixup_alpha min_p repetition_penalty generation_kwargs top_entropy_quantile
 disable_dropout cast_lm_head_to_fp32 critic critic_lr value_loss_coef vf_coef teacher num_critic
-lora_rank use_lora
+lora_rank use_lora use_routing_replay routing_replay moe_enable_routing_replay
 """
 
 # The same for the values of a choice.

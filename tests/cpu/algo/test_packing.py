@@ -11,8 +11,9 @@ import torch
 
 from peergrad.algo.division import divide
 from peergrad.algo.packing import MicroBatch, pack
-from peergrad.algo.samples import Sample, weigh
+from peergrad.algo.samples import Sample, make_samples, weigh
 from peergrad.config import Aggregation, AlgoConfig
+from peergrad.data import Group, Prompt, Rollout
 from tests.samples import context, new_sample, random_samples
 
 
@@ -246,3 +247,22 @@ def test_members_are_the_tokens_of_every_sample_as_documented() -> None:
     some = pack(mixed, routed=True).members
     assert some is not None and some.experts is None
     assert some.rows.tolist() == list(range(8))
+
+
+def test_what_is_computed_once_has_the_experts_of_the_first() -> None:
+    """Else passes that pack the samples in other orders would replay other ones."""
+
+    def answer(tokens: list[int], first: int | None) -> Rollout:
+        rows = np.arange(1 + len(tokens))[:, None, None] + np.array([0, 1])
+        experts = None if first is None else (first + rows).astype(np.uint8)
+        ids = np.array(tokens, np.int32)
+        spans = ((0, 0, len(tokens)),)
+        return Rollout(ids, -np.ones(len(tokens), np.float32), spans, "stop", "", experts=experts)
+
+    prompt = Prompt("p", np.array([5, 3], np.int32), "", "")
+    some = (answer([7, 1], 0), answer([2, 9], 50), answer([7, 1], 90))
+    told = [sample.experts for sample in make_samples([Group("g", prompt, some)])]
+    firsts = [None if x is None else x[:, 0, 0].tolist() for x in told]
+    assert firsts == [[0, 1, 2], [0, 1, 52], [0, 1, 2]]
+    mixed = make_samples([Group("g", prompt, (*some, answer([4], None)))])
+    assert [sample.experts for sample in mixed] == [None] * 4

@@ -1,17 +1,18 @@
 """Recorded rollouts that a run cannot be trained on are refused at check time."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from peergrad.checks import check_inputs
-from peergrad.config import Config
+from peergrad.config import Config, Replay
 from peergrad.data import Group, Prompt, Rollout
 from peergrad.recording import write_groups
 from peergrad.rollout.rollouts import recorded
-from tests.models import make_hf_model
+from tests.models import MIXTURES, make_hf_model
 
 
 @pytest.fixture
@@ -81,6 +82,37 @@ def test_a_file_that_the_disk_does_not_give(config: Config) -> None:
     file.symlink_to("/proc/self/mem")  # its first page cannot be read
     line = "step_000002.parquet cannot be read (Input/output error); correct that, or name another"
     assert refusal(config).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen", "highest", "rule"),
+    [
+        (1, 3, 7, None),
+        (2, 3, 7, "step_000001.parquet has other experts than 3 of 8 in each of 1 layers; use the"),
+        (1, 2, 7, "step_000001.parquet has other experts than 3 of 8 in each of 1 layers; use the"),
+        (1, 3, 8, "step_000001.parquet has other experts than 3 of 8 in each of 1 layers; use the"),
+        (0, 0, 0, "step_000001.parquet has answers without the experts that moe.replay=on needs; "),
+    ],
+)
+def test_experts_are_those_of_the_model(
+    config: Config, layers: int, chosen: int, highest: int, rule: str | None
+) -> None:
+    folder = Path(config.model.path).with_name("mixture")
+    options = {**MIXTURES["qwen3_moe"], "layers": 1, "family": "qwen3_moe"}
+    config.model.path = str(make_hf_model(folder, **options))
+    config.moe.replay = Replay.on
+    kept = group(5)
+    if layers:
+        experts = np.full((3, layers, chosen), highest, np.uint8)
+        experts[:, :, 1:] = np.arange(chosen - 1)
+        told = tuple(replace(rollout, experts=experts) for rollout in kept.rollouts)
+        kept = replace(kept, rollouts=told)
+    for step in range(3):
+        write_groups(recorded(Path(str(config.rollout.replay)), step), [kept, kept])
+    if rule is None:
+        assert check_inputs(config).train is None
+    else:
+        assert refusal(config).startswith(rule)
 
 
 def test_another_number_of_groups(config: Config) -> None:

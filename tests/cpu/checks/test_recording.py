@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peergrad.algo.plan import Old, make_plan
 from peergrad.checks.recording import foreign, settled
@@ -61,6 +62,8 @@ def test_what_does_not_change_the_policy(recording: Path) -> None:
         ("algo.sampling.flat_groups=drop", "was recorded with algo.sampling.flat_groups=keep"),
         ("algo.sampling.mean_high=1", "was recorded with algo.sampling.mean_high=None"),
         ("kernels.logits=bfloat16", "was recorded with kernels.logits=float32"),
+        ("moe.z_loss_coef=0.1", "was recorded with moe.z_loss_coef=0.0"),
+        ("moe.replay=off", "was recorded with moe.replay=auto"),
         ("parallel.megatron={layernorm_zero_centered_gamma: true}", "was recorded with parallel"),
     ],
 )
@@ -92,6 +95,13 @@ def test_every_attempt_of_the_recorded_run_has_a_say(recording: Path) -> None:
     assert foreign(replay(recording, "optim.lr=2e-6")) == other
     (recording / "logs/20260101-000000-1/config.yaml").unlink()  # it never got so far
     assert foreign(replay(recording, "optim.lr=2e-6")) is None
+
+
+def test_recordings_from_before_there_were_experts_have_the_defaults(recording: Path) -> None:
+    values = yaml.safe_load((recording / "config.yaml").read_text())
+    del values["moe"]
+    (recording / "config.yaml").write_text(yaml.safe_dump(values))
+    assert foreign(replay(recording)) is None
 
 
 def test_words_about_an_objective_are_none_of_its_course(recording: Path) -> None:
