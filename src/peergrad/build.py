@@ -14,7 +14,7 @@ import psutil
 
 from peergrad.algo.grading import AlgoState
 from peergrad.config import Config, require
-from peergrad.inputs import collector_parts
+from peergrad.inputs import collector_parts, routes_of
 from peergrad.loop import train
 from peergrad.observing.curve import CurveSink
 from peergrad.observing.metrics import JsonLines, Metrics, Sink, TensorBoard, WandB
@@ -191,6 +191,7 @@ class Build:
                 takeover=rollout.servers.takeover,
                 lost_after=rollout.servers.lost_after,
                 ended=ended,
+                routes=routes_of(self.config, policy.shape),
             )
             self.stack.callback(sync.close)
             return collector, sync

@@ -54,11 +54,14 @@ def _parts(config: Config, heard: Callable[[str], None], *, trains: bool) -> Par
         stop_token_ids=(tokenizer.eos_token_id,),
         decode=answer_decoder(tokenizer),
         vocab_size=vocab,
-        routes=_routes(config.moe.replay, shape) if trains else None,
+        routes=routes_of(config, shape) if trains else None,
     )
 
 
-def _routes(replay: Replay, shape: Shape) -> Routes | None:
+def routes_of(config: Config, shape: Shape) -> Routes | None:
+    """What servers are asked of the experts; None of a model without, or if they are not taken
+    again."""
+    replay = config.moe.replay
     if (experts := shape.experts) is None or replay is Replay.off:
         return None
     return Routes(

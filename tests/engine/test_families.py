@@ -57,7 +57,7 @@ def test_engine_and_trainer_agree_after_a_sync(tmp_path: Path) -> None:
         paths = [str(path) for path in trained]
         (gaps,) = run_ranks(1, measure_gaps, paths, servers.urls[:-1])
         groups = asyncio.run(sample(servers.urls[-1], prompts=8, routes=ROUTES))
-        (replayed,) = run_ranks(1, measure_replay, str(rounded), groups)
+        (replayed,) = run_ranks(1, measure_replay, str(rounded), groups, servers.urls[-1])
         logs = [servers.log(index).read_text() for index in range(len(served) + 1)]
     assert max(gap for after in gaps for gap in after) < TOLERANCE, gaps
     # Of classes that SGLang had to look for beyond ours, prompts would not be shared.
@@ -65,12 +65,13 @@ def test_engine_and_trainer_agree_after_a_sync(tmp_path: Path) -> None:
     assert shares == [*[True] * len(served), False]  # it tells of every row
     assert replayed["with"] < replayed["without"] / 2, replayed
     assert replayed["with"] < 0.03, replayed
+    assert replayed["canary with"] < min(0.2, replayed["canary without"]), replayed
 
 
 ROUTES = Routes(layers=4, chosen=2, experts=16, required=True)
 
 
-def measure_replay(path: str, groups: list[Group]) -> dict[str, float]:
+def measure_replay(path: str, groups: list[Group], url: str) -> dict[str, float]:
     """Mean gaps in nats of sampled tokens, with the experts that the engine chose and with those
     that the trainer does: what rounds in another way takes others."""
     from peergrad.algo.samples import make_samples
@@ -84,6 +85,12 @@ def measure_replay(path: str, groups: list[Group]) -> dict[str, float]:
     for name, policy.replays in (("with", True), ("without", False)):
         pairs = zip(policy.score(samples).logp, samples, strict=True)
         found[name] = float(np.concatenate([np.abs(x - s.logp_engine) for x, s in pairs]).mean())
+    sync = WeightSync([url], vocab_size=policy.shape.vocab, routes=ROUTES)
+    canary = sync.load(policy.weights(), 1).canary
+    sync.close()
+    assert canary is not None and canary.rollouts[0].experts is not None
+    for name, policy.replays in (("canary with", True), ("canary without", False)):
+        found[name] = policy.canary_gap(canary)
     return found
 
 

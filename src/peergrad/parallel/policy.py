@@ -116,12 +116,19 @@ class Scorer:
 
     def canary_gap(self, group: Group) -> float:
         """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
-        temperature 1 (one rollout per server, all of the same tokens, scored here once).
-        Collective; equal on every rank."""
-        samples = make_samples([group])
+        temperature 1: one rollout per server, all of the same tokens, scored here once for all
+        servers that sent these to the same experts. Collective; equal on every rank."""
+        alone = [replace(group, rollouts=(rollout,)) for rollout in group.rollouts]
+        samples = [sample for one in alone for sample in make_samples([one])]
         assert all(np.array_equal(s.tokens, samples[0].tokens) for s in samples)
-        own = self.score(samples[:1], temperature=1.0).logp[0]
-        return float(np.max([np.abs(own - s.logp_engine) for s in samples]))  # keeps NaN
+        own: dict[bytes, np.ndarray] = {}
+        gaps = []
+        for sample in samples:
+            experts = b"" if sample.experts is None else sample.experts.tobytes()
+            if experts not in own:
+                own[experts] = self.score([sample], temperature=1.0).logp[0]
+            gaps.append(np.abs(own[experts] - sample.logp_engine))
+        return float(np.max(gaps))  # keeps NaN
 
     @torch.no_grad()
     def become(self, other: "Scorer") -> None:

@@ -154,6 +154,14 @@ def parse_scores(
         return _logprobs(logprobs[1:], url)
 
 
+def parse_routes(answer: Any, *, url: str, asked: Asked) -> np.ndarray | None:
+    """The experts of all input tokens but the last, ``[length - 1, layers, K]``; errors as for
+    ``parse_rollout``."""
+    with _form(url):
+        meta = msgspec.convert(answer, Answer).meta_info
+        return _experts(meta.routed_experts, asked, 0, url)
+
+
 def _check_prompt(answered: int | None, url: str, asked: int | None) -> None:
     if None not in (answered, asked) and answered != asked:
         raise ServerError(

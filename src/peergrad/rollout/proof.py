@@ -160,12 +160,19 @@ def canary_tokens(vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=CANARY_TOKENS, dtype=np.int32)
 
 
-def canary_group(tokens: np.ndarray, scores: Sequence[np.ndarray], version: int) -> Group:
+def canary_group(
+    tokens: np.ndarray,
+    scores: Sequence[np.ndarray],
+    version: int,
+    experts: Sequence[np.ndarray | None] | None = None,
+) -> Group:
     """The servers' scores of the canary, [CANARY_TOKENS - 1] each, as a group of one rollout per
-    server."""
+    server, with the experts that its tokens went to there."""
     spans = ((version, 0, len(tokens) - 1),)
+    pairs = zip(scores, experts or [None] * len(scores), strict=True)
     rollouts = tuple(
-        Rollout(tokens[1:], logprobs, spans, finish="length", text="") for logprobs in scores
+        Rollout(tokens[1:], logprobs, spans, finish="length", text="", experts=chosen)
+        for logprobs, chosen in pairs
     )
     return Group("canary", Prompt("canary", tokens[:1], text="", answer=""), rollouts)
 

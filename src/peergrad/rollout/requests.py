@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peergrad.rollout.engine import Sampling
+from peergrad.rollout.engine import Routes, Sampling
 
 Json = dict[str, Any]
 
@@ -102,14 +102,15 @@ def generate_payload(draws: Sequence[Draw]) -> Json:
     }
 
 
-def score_payload(tokens: Sequence[int] | np.ndarray) -> Json:
+def score_payload(tokens: Sequence[int] | np.ndarray, *, routes: Routes | None = None) -> Json:
     """Body of POST /generate that draws nothing and scores every token of the input."""
-    return {
+    payload = {
         "input_ids": _ids(tokens),
         "return_logprob": True,
         "logprob_start_len": 0,
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
     }
+    return payload if routes is None else {**payload, "return_routed_experts": True}
 
 
 def _params(sampling: Sampling) -> Json:

@@ -25,10 +25,11 @@ from peergrad.config import Proof as ProofMode
 from peergrad.config.rollout import host_and_port
 from peergrad.data import Group
 from peergrad.observing.parts import Parts
-from peergrad.rollout.answers import Asked, parse_scores
+from peergrad.rollout.answers import Asked, parse_routes, parse_scores
 from peergrad.rollout.buckets import Bucket, NamedTensors, buckets, update_payload
 from peergrad.rollout.claim import Claim
 from peergrad.rollout.control import Control
+from peergrad.rollout.engine import Routes
 from peergrad.rollout.errors import (
     DEATH_SECONDS,
     Ended,
@@ -91,8 +92,10 @@ class WeightSync:
         takeover: bool = False,
         lost_after: float = 60.0,
         ended: Ended = none_ended,
+        routes: Routes | None = None,
     ) -> None:
-        """``timeout``: seconds that one bucket, and one control request, may take.
+        """``timeout``: seconds that one bucket, and one control request, may take. ``routes``: of a
+        mixture of experts, to be asked for with the canary.
 
         ``identity``: the run that the servers must belong to (``claim``); None: to nobody.
         ``takeover``: take them from another run. ``lost_after``: seconds for which a server that
@@ -103,7 +106,7 @@ class WeightSync:
         self._limit = bucket_mb << 20
         self._proof = proof
         self._timeout = timedelta(seconds=timeout)
-        self._canary = canary_tokens(vocab_size)
+        self._canary, self._routes = canary_tokens(vocab_size), routes
         self._identity = identity
         self._claim = Claim(self._control, identity, takeover=takeover)
         self._ended, self._lost_after = ended, lost_after
@@ -327,13 +330,19 @@ class WeightSync:
     def _score_canary(self, version: int) -> Group | None:
         if self._proof is ProofMode.off:
             return None
-        answers = self._control.post("/generate", score_payload(self._canary))
-        asked = Asked(identity=self._identity, oldest=version, newest=version)
-        scores = [
-            parse_scores(answer, len(self._canary), url=url, asked=asked)
-            for url, answer in zip(self._control.urls, answers, strict=True)
-        ]
-        return canary_group(self._canary, scores, version)
+        payload = score_payload(self._canary, routes=self._routes)
+        answers, size = self._control.post("/generate", payload), len(self._canary)
+        asked = Asked(
+            identity=self._identity,
+            oldest=version,
+            newest=version,
+            prompt_tokens=size,
+            routes=self._routes,
+        )
+        by_url = list(zip(self._control.urls, answers, strict=True))
+        scores = [parse_scores(answer, size, url=url, asked=asked) for url, answer in by_url]
+        experts = [parse_routes(answer, url=url, asked=asked) for url, answer in by_url]
+        return canary_group(self._canary, scores, version, experts)
 
 
 @dataclass(frozen=True)
