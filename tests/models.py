@@ -31,7 +31,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
         **{"norm_topk_prob": True, "attention_bias": True, "rope_parameters": SCALED["yarn"]},
     },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
 }
 """Every family of mixtures of experts."""
 CHAT_TEMPLATE = (

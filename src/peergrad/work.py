@@ -186,13 +186,18 @@ def step_folder(path: Path, screen: Screen) -> Path:
 
 def lay_out(work: Work, shape: "Shape", *, whole: bool = False) -> "Mesh":
     """The ranks at the layout asked for, or each with the ``whole`` model. Collective."""
-    from peergrad.checks.layout import divided_by_tensor, require_divisor
+    from peergrad.checks.layout import (
+        divided_by_tensor,
+        require_divisor,
+        require_key_value_heads,
+    )
     from peergrad.parallel.job import Job
     from peergrad.parallel.mesh import close_mesh, init_mesh, leave_layout
 
     options, speaker = work.options, work.ending.speaker
     divided = {**divided_by_tensor(shape), "MLP columns": shape.ffn}  # those of an expert, too
     require_divisor("--tensor", options.tensor, divided)
+    require_key_value_heads("--tensor", options.tensor, shape)
     require_divisor("--pipeline", options.pipeline, {"layers": shape.layers})
     parallel = ParallelConfig() if whole else work.parallel
     if isinstance(speaker, Job):

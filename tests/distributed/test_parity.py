@@ -117,7 +117,8 @@ def all_layouts(paths: list[str], layouts: list[Layout]) -> list[dict[str, Any]]
         (4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}]),
         (2, [{"expert": 2}, {**SPREAD, "expert_tensor": 1}, {"context": 2, "expert": 2}]),
         (4, [SPREAD, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}]),
-        (4, [{**SPREAD, "tensor": 4, "expert_tensor": 1}]),  # two ranks hold the same experts
+        # Two ranks hold the same experts, and two the same key and value heads.
+        (4, [{**SPREAD, "tensor": 4, "expert_tensor": 1}]),
     ],
 )
 def test_equals_transformers(tmp_path: Path, ranks: int, layouts: list[Layout]) -> None:

@@ -27,6 +27,7 @@ def check_layout(config: Config, shape: Shape, world: int, *, learns: bool = Tru
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
     require_divisor("parallel.tensor", tensor, divided_by_tensor(shape))
+    require_key_value_heads("parallel.tensor", tensor, shape)
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
     if shape.experts is not None:
@@ -49,12 +50,17 @@ def check_layout(config: Config, shape: Shape, world: int, *, learns: bool = Tru
 
 def divided_by_tensor(shape: Shape) -> dict[str, int]:
     """What tensor ranks share, each as much as another; of experts see ``_check_experts``."""
-    divided = {
-        "attention heads": shape.heads,
-        "key-value heads": shape.kv_heads,
-        "padded vocabulary rows": VOCAB_MULTIPLE,
-    }
+    divided = {"attention heads": shape.heads, "padded vocabulary rows": VOCAB_MULTIPLE}
     return divided if shape.experts else {**divided, "MLP columns": shape.ffn}
+
+
+def require_key_value_heads(key: str, tensor: int, shape: Shape) -> None:
+    """ValueError, which names ``key``, unless each of ``tensor`` ranks has as many key-value heads
+    as another, or shares one with as many, and as many rows of their matrices."""
+    heads = shape.kv_heads
+    rule = f"must divide the model's {heads} key-value heads, or be a multiple of them"
+    fit = (heads % tensor == 0 or tensor % heads == 0) and 2 * heads * shape.head_dim % tensor == 0
+    require(fit, key, tensor, rule, f"use a divisor of {heads}")
 
 
 def require_divisor(key: str, size: int, of: Mapping[str, int]) -> None:

@@ -74,7 +74,6 @@ def test_layouts_that_work(
     ("tensor", "changes", "what"),
     [
         (3, {}, "8 attention heads"),
-        (8, {}, "4 key-value heads"),
         (4, {"intermediate_size": 98}, "98 MLP columns"),
         (
             256,
@@ -90,6 +89,15 @@ def test_the_tensor_size_divides_the_model(
     config.parallel.tensor = tensor
     message = refusal(config, world=tensor)
     assert message.startswith(f"parallel.tensor = {tensor}: must divide the model's {what}; ")
+
+
+def test_ranks_divide_the_key_value_heads_or_share_them(config: Config) -> None:
+    config.parallel.tensor = 8  # two ranks to each of 4
+    check(config, world=8)
+    write_model(Path(config.model.path), num_attention_heads=12, num_key_value_heads=6)
+    config.parallel.tensor = 4
+    rule = "must divide the model's 6 key-value heads, or be a multiple of them; use a divisor of 6"
+    assert refusal(config, world=4) == f"parallel.tensor = 4: {rule}"
 
 
 def test_with_null_key_value_heads_all_heads_have_their_own(config: Config) -> None:
