@@ -80,9 +80,9 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"rope_parameters": None, "num_key_value_heads": 2},  # YaRN costs a digit
     },
 }
-# Every objective on up to two ranks and two layers, and on two expert ranks. More of them, and what
-# divides or computes layers in another way, meet some that need all there is: whole batches, whole
-# answers, a pass before the update.
+# Every objective on one rank, and on two that share matrices, sequences, layers in turn or experts
+# (and data). The others meet some that need all there is: whole batches, whole answers, a pass
+# before the update.
 GRID: dict[tuple[str, int], list[Layout]] = {
     (SHALLOW, 1): [
         ({"micro_batch_tokens": 10_000}, 0, FUSED),
@@ -137,8 +137,9 @@ def objectives_of(model: str, ranks: int, layout: Layout | None = None) -> tuple
     """Those that meet ``layout``; None: those that meet any."""
     balanced = tuple(BALANCED) if model == EXPERTS else ()
     first = layout is None or layout == GRID[model, ranks][0]
-    some = model == DEEP or ranks == 4 or (model == EXPERTS and not first)
-    return (*(SOME if some else OBJECTIVES), *balanced)
+    shared = model == SHALLOW and layout is not None and "context" in layout[0]
+    every = ranks == 1 or (ranks == 2 and (first or shared))
+    return (*(OBJECTIVES if every else SOME), *balanced)
 
 
 def configure(path: str, name: str) -> Any:
