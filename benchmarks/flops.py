@@ -18,10 +18,9 @@ The embedding is a look-up and counts nothing; the head is applied to scored row
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.config import Shape
+from peergrad.parallel.hf.tensors import layer_weights
 
 PEAK_TFLOPS = {
     "H200 NVL": 835.0,
@@ -40,15 +39,7 @@ def peak_tflops(device: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
 
 
-def layer_weights(shape: "Shape") -> int:
-    """Weights in the matrices of one layer that a token meets, ``N`` above."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    experts = shape.experts
-    chosen, router = (experts.chosen, experts.number) if experts else (1, 0)
-    return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen + router)
-
-
-def forward_flops(shape: "Shape", families: Sequence[Sequence[int]], scored: int) -> int:
+def forward_flops(shape: Shape, families: Sequence[Sequence[int]], scored: int) -> int:
     """FLOPs of one forward pass over ``families``, each the tokens of a prompt and of its answers,
     with ``scored`` tokens projected to the vocabulary."""
     pairs = sum(

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peergrad.config import Config, Replay, ServerMode
+from peergrad.config import Config, ServerMode
 from peergrad.parallel.hf.config import read_shape
 
 if TYPE_CHECKING:
@@ -44,5 +44,4 @@ def start_servers(
 
 def tells_experts(config: Config) -> bool:
     """Whether servers are to say which experts they choose."""
-    replays = config.moe.replay is not Replay.off
-    return replays and read_shape(config.model.path).experts is not None
+    return config.moe.replays and read_shape(config.model.path).experts is not None

@@ -61,14 +61,13 @@ def _parts(config: Config, heard: Callable[[str], None], *, trains: bool) -> Par
 def routes_of(config: Config, shape: Shape) -> Routes | None:
     """What servers are asked of the experts; None of a model without, or if they are not taken
     again."""
-    replay = config.moe.replay
-    if (experts := shape.experts) is None or replay is Replay.off:
+    if (experts := shape.experts) is None or not config.moe.replays:
         return None
     return Routes(
         layers=shape.layers,
         chosen=experts.chosen,
         experts=experts.number,
-        required=replay is Replay.on,
+        required=config.moe.replay is Replay.on,
     )
 
 

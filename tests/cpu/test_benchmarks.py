@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.flops import forward_flops, layer_weights, mfu, peak_tflops
+from benchmarks.flops import forward_flops, mfu, peak_tflops
 from benchmarks.summary import (
     Spread,
     aligned,
@@ -20,6 +20,7 @@ from benchmarks.summary import (
 )
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.rope import Rope
+from peergrad.parallel.hf.tensors import layer_weights
 
 SHAPE = Shape(
     family="qwen3",

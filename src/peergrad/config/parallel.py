@@ -144,6 +144,11 @@ class MoeConfig:
     engine chose, weighed by the trainer's router. ``auto``: where a server says them; ``on``: an
     answer without is an error; ``off``: the trainer chooses."""
 
+    @property
+    def replays(self) -> bool:
+        """Whether the engine's choices are taken again where they are known."""
+        return self.replay is not Replay.off
+
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef"):
             at_least(f"moe.{name}", getattr(self, name), 0.0)

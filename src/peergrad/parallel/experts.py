@@ -66,7 +66,7 @@ class Router(TopKRouter):
             add("agreed", layer, told.copies @ ((own & chosen).sum(1) / self.topk))
 
     def _given(self, told: Routed) -> "Given | None":
-        return None if told.chosen is None else Given(told.chosen[self.layer_number - 1])
+        return None if told.chosen is None else Given(told.chosen[self.layer_number - 1].long())
 
     def _with_z_loss(self, logits: Tensor, told: Routed) -> Tensor:
         """The logits, whose gradient will have that of the loss."""

@@ -45,11 +45,6 @@ class Mesh:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property
-    def expert_rank(self) -> int:
-        """Which part of the experts this rank holds."""
-        return self.experts.rank() // self.expert_tensor.size()
-
-    @property
     def expert_ranks(self) -> int:
         """Into how many parts the experts are divided."""
         return self.experts.size() // self.expert_tensor.size()

@@ -17,7 +17,7 @@ from peergrad.algo.division import Cost, Division, divide
 from peergrad.algo.objective import Metrics
 from peergrad.algo.packing import MicroBatch, pack, ranges
 from peergrad.algo.samples import Sample, contexts, make_samples, pieces
-from peergrad.config import Config, Replay
+from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.determinism import be_deterministic
@@ -25,6 +25,7 @@ from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.files import write_hf
+from peergrad.parallel.hf.tensors import layer_weights
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import build_model, run
 from peergrad.parallel.optimizer import (
@@ -242,7 +243,7 @@ class Scorer:
             tensor=self.mesh.tensor,
             group=self.mesh.tensor_context,
             sequence=self.config.parallel.sequence,
-            replay=self.replays and self.config.moe.replay is not Replay.off,
+            replay=self.replays and self.config.moe.replays,
             coefficients=coefficients,
             tally=self.tally,
         )
@@ -281,7 +282,7 @@ class Policy(Scorer):
             loss, *report = self.head.loss(hidden, batch, objective)
             return loss, torch.zeros((), dtype=torch.int), report
 
-        computed = contexts(samples).tolist()
+        computed = contexts(samples).tolist() if self.shape.experts is not None else []
         told = Coefficients.of(self.config.moe, computed)
         reports = self._schedule(self.ddp, self._pack(samples, bins), finish, False, told)
         found = [report[1:] for report in reports]
@@ -334,11 +335,8 @@ class Policy(Scorer):
 def cost(shape: Shape) -> Cost:
     """What a pair of query and key, and a token's logits, take beside a token's way through the
     layers' matrices, in multiplications; forward and backward alike."""
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    chosen, router = (shape.experts.chosen, shape.experts.number) if shape.experts else (1, 0)
-    layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen + router)
-    head = shape.hidden * shape.vocab
-    return Cost(pair=2 * query / layer, scored=head / (layer * shape.layers))
+    layer, head = layer_weights(shape), shape.hidden * shape.vocab
+    return Cost(pair=2 * shape.heads * shape.head_dim / layer, scored=head / (layer * shape.layers))
 
 
 def _add_up(reports: Sequence[Metrics]) -> dict[str, tuple[float, float]]:

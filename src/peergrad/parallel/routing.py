@@ -84,7 +84,7 @@ class Routed:
     group: dist.ProcessGroup  # the ranks that hold the other parts
     coefficients: Coefficients
     tally: Tally
-    chosen: Tensor | None = None  # [layers, T, experts of a token] int64, to be taken again
+    chosen: Tensor | None = None  # [layers, T, experts of a token] uint8 or int16, to take again
 
     def by_sample(self, values: Tensor) -> Tensor:
         """``[samples, n]``: the sum of ``values`` ``[T, n]`` over the tokens that lie here."""
@@ -117,7 +117,7 @@ def routed(
     rows, samples = rows[kept], members.samples[kept]
     lengths = _counted(members.samples, batch.sequences)
     given = members.experts if replay else None
-    chosen = None if given is None else given[:, place].long()
+    chosen = None if given is None else given[:, place]
     copies = _counted(rows, place.numel())
     return Routed(rows, samples, lengths, copies, group, chosen=chosen, **told)
 

@@ -34,7 +34,7 @@ from peergrad.parallel.hf.header import AGAIN, Stored
 from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import Stage
-from peergrad.parallel.weights import is_expert, local_parameters, sharded_dim
+from peergrad.parallel.weights import local_parameters, mapped_parameters, sharded_dim
 
 BLOCK_BYTES = 8 << 20
 """Read at a time."""
@@ -211,13 +211,9 @@ def of_shards(
     model: Stage, tensors: Mapping[str, Rows], shape: Shape, mesh: Mesh
 ) -> Iterator[tuple[torch.nn.Parameter, Rows]]:
     """Every parameter of this rank, and the rows of HF ``tensors`` that it is: as
-    ``weights.read_shards``, without reading."""
-    for name, parameter in local_parameters(model):
-        if shape.tied and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
-        mapped, dim = hf_names(name, shape), sharded_dim(parameter)
-        sources = [tensors[n] for n in mapped.names]
-        group = mesh.expert_tensor if is_expert(name) else mesh.tensor
+    ``weights.load_hf``, without reading."""
+    for parameter, mapped, group in mapped_parameters(model, shape, mesh):
+        sources, dim = [tensors[n] for n in mapped.names], sharded_dim(parameter)
         rank, ranks = group.rank(), group.size()
         by_rows = 0 if dim == 0 else None
         order = to_megatron(
@@ -226,7 +222,7 @@ def of_shards(
         width = parameter.shape[-1]
         columns = slice(rank * width, (rank + 1) * width) if dim == 1 else None
         rows = Arranged(order, sources, dtype=parameter.dtype, columns=columns)
-        assert rows.shape == parameter.shape, name
+        assert rows.shape == parameter.shape, mapped
         yield parameter, rows
 
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peergrad.parallel.hf.config import Shape
-from peergrad.parallel.hf.files import TensorReader, open_tensors
+from peergrad.parallel.hf.files import open_tensors
 from peergrad.parallel.hf.fit import check_weights
-from peergrad.parallel.hf.mapping import hf_names, to_hf, to_megatron
+from peergrad.parallel.hf.mapping import Mapped, hf_names, to_hf, to_megatron
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import Stage
 
@@ -62,29 +62,28 @@ def load_hf(model: Stage, path: str, shape: Shape, mesh: Mesh, *, key: str = "mo
     if mesh.rank == 0 and folder.unread:
         log.warning("%s", folder.unread_line())
     with open_tensors(folder) as reader:
-        for parameter, shard in read_shards(model, reader, shape, mesh):
+        for parameter, mapped, ranks in mapped_parameters(model, shape, mesh):
+            shard = to_megatron(
+                [reader.get(n) for n in mapped.names],
+                mapped.layout,
+                shape,
+                dim=sharded_dim(parameter),
+                rank=ranks.rank(),
+                ranks=ranks.size(),
+            )
+            assert shard.shape == parameter.shape, mapped
             parameter.copy_(shard)
 
 
-def read_shards(
-    model: Stage, reader: TensorReader, shape: Shape, mesh: Mesh
-) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Every parameter of this rank, with what the HF files say that it is, in their precision."""
+def mapped_parameters(
+    model: Stage, shape: Shape, mesh: Mesh
+) -> Iterator[tuple[torch.nn.Parameter, Mapped, dist.ProcessGroup]]:
+    """Every parameter of this rank, the HF tensors that it is of, and the ranks that share it."""
     for name, parameter in local_parameters(model):
         if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
             name = "embedding.word_embeddings.weight"
-        mapped = hf_names(name, shape)
         ranks = mesh.expert_tensor if is_expert(name) else mesh.tensor
-        shard = to_megatron(
-            [reader.get(n) for n in mapped.names],
-            mapped.layout,
-            shape,
-            dim=sharded_dim(parameter),
-            rank=ranks.rank(),
-            ranks=ranks.size(),
-        )
-        assert shard.shape == parameter.shape, name
-        yield parameter, shard
+        yield parameter, hf_names(name, shape), ranks
 
 
 @torch.no_grad()

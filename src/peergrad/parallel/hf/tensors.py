@@ -55,6 +55,14 @@ def _mlp(shape: Shape) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def layer_weights(shape: Shape) -> int:
+    """Weights in the matrices of one layer that a token meets: of its experts and their router."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    experts = shape.experts
+    chosen, router = (experts.chosen, experts.number) if experts else (1, 0)
+    return shape.hidden * (2 * query + 2 * key + 3 * shape.ffn * chosen + router)
+
+
 def parameters(shape: Shape) -> int:
     """Parameters of the model, the vocabulary not padded."""
     return sum(map(prod, tensor_shapes(shape).values()))
