@@ -16,7 +16,7 @@ PACKAGES = Path(sys.prefix) / "te"
 def missing() -> str | None:
     """Why it cannot be installed here; None: it can."""
     there = (PACKAGES / "transformer_engine").is_dir()
-    return None if there else f"no {PACKAGES}: make test-te installs it"
+    return None if there else f"no {PACKAGES}: make quick-te installs it"
 
 
 def install() -> None:

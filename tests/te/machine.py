@@ -2,7 +2,6 @@
 
 from typing import Any
 
-
 from tests.te.enums import TYPES
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gradients import distance, exported_gradient
-from tests.models import MIXTURES, VARIED, make_hf_model
+from tests.models import VARIED, make_hf_model
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed

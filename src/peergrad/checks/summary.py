@@ -24,8 +24,8 @@ from peergrad.config import (
     Spec,
     SurrogateKind,
 )
-from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel import engine
+from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
 

@@ -6,7 +6,6 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal, Union
 
-import torch
 from megatron.core.transformer import TransformerConfig
 
 from peergrad.config import ParallelConfig, Recompute, Spec, require
@@ -46,8 +45,8 @@ OF_THE_ENGINE = (
 
 
 def choose_spec(spec: Spec) -> Spec:
-    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere, with a warning
-    where it is there and broken.
+    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere, with a
+    warning where the first is there and broken.
 
     Raises ValueError if ``te`` is asked for and cannot be had.
     """
