@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gradients import distance, exported_gradient
-from tests.models import VARIED, make_hf_model
+from tests.models import MIXTURES, VARIED, make_hf_model
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -27,6 +27,12 @@ def samples() -> list[Any]:
         version = np.zeros(answer, np.int32)
         found.append(Sample(tokens, 3, -full, advantage, full / 50, version))
     return found
+
+
+def model(folder: Path, family: str) -> str:
+    """Of moderate weights: rounding alone gives no token to another expert."""
+    options = {**VARIED, **MIXTURES}[family] | {"layers": 2, "vocab": 100, "spread": 0.05}
+    return str(make_hf_model(folder / family, family=family, **options))
 
 
 def make(path: str, spec: str, layout: Layout, dtype: str = "float32", **sections: Any) -> Any:
@@ -67,14 +73,8 @@ def learn(path: str, spec: str, layout: Layout) -> dict[str, Any]:
     return found
 
 
-def both(
-    paths: list[str], layouts: list[Layout]
-) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    found = []
-    for layout in layouts:
-        for path in paths:
-            found.append((path, *(learn(path, spec, layout) for spec in ("torch", "te"))))
-    return found
+def both(path: str, layouts: list[Layout]) -> list[list[dict[str, Any]]]:
+    return [[learn(path, spec, layout) for spec in ("torch", "te")] for layout in layouts]
 
 
 def check(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -90,7 +90,29 @@ def check(path: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         torch.testing.assert_close(theirs["learnt"][name], x, rtol=0, atol=5e-6)
 
 
-def test_one_rank(tmp_path: Path) -> None:
-    path = str(make_hf_model(tmp_path / "a", layers=2, vocab=100, **VARIED["qwen3"]))
-    ((found,),) = run_ranks(1, both, [path], [{}])
-    check(*found)
+@pytest.mark.parametrize(
+    ("family", "ranks", "layouts"),
+    [
+        ("qwen3", 1, [{}]),
+        ("qwen3_moe", 1, [{}]),
+        pytest.param(
+            "qwen3",
+            2,
+            [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qwen3_moe",
+            2,
+            [{"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_equals_the_layers_of_pytorch(
+    tmp_path: Path, family: str, ranks: int, layouts: list[Layout]
+) -> None:
+    """Names, shapes and values of the weights, logprobs, gradients and two updates."""
+    path = model(tmp_path, family)
+    for found in run_ranks(ranks, both, path, layouts)[0]:
+        check(path, *found)

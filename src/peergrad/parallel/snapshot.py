@@ -248,14 +248,24 @@ def _fill(
     chained, saved = _chained(optimizer), state["optimizer"]
     parts = [saved] if len(chained) == 1 else [saved[i] for i in range(len(chained))]
     for wrapper, part in zip(chained, parts, strict=True):
-        if not isinstance(wrapper.optimizer, torch.optim.AdamW):
-            wrapper.load_state_dict(part)
-        elif type(wrapper).__name__ == "DistributedOptimizer":
+        by_parameter = isinstance(wrapper.optimizer, torch.optim.AdamW)
+        if type(wrapper).__name__ != "DistributedOptimizer":
+            _count_steps(part.get("optimizer", part), by_parameter=by_parameter)
+        elif by_parameter:
             _load_sharded_adam(wrapper, part)
-        else:
-            # Megatron leaves out a step of 0, which its loader then misses.
-            part.get("optimizer", part)["state"].setdefault("common_step", torch.tensor(0.0))
-            wrapper.load_state_dict(part)
+            continue
+        wrapper.load_state_dict(part)
+
+
+def _count_steps(state: dict[str, Any], *, by_parameter: bool) -> None:
+    """torch's AdamW counts its steps for each parameter, of which Megatron saves one, but not 0,
+    and then misses it; the others count for each group."""
+    groups = state["param_groups"]
+    step = float(state["state"].pop("common_step", groups[0].get("step", 0)))
+    if by_parameter:
+        state["state"]["common_step"] = torch.tensor(step)
+    for group in () if by_parameter else groups:
+        group["step"] = int(step)
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[Any]:
