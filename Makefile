@@ -97,7 +97,7 @@ $(READY): requirements-cpu.lock pyproject.toml
 # Apart from what a run imports, and only where its lock is another.
 $(TE): requirements-te.lock $(READY)
 	@if cksum <$< | cmp -s - $@; then touch $@; else rm -rf $(@D) && \
-	PIP_USER=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $< && \
+	PIP_USER=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) -r $< && \
 	cksum <$< >$@; fi
 
 $(MODEL): | $(READY)

@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 PACKAGES = Path(sys.prefix) / "te"
 """Where ``make`` installs ``requirements-te.lock``, apart from what a run imports."""
@@ -33,6 +35,7 @@ def install() -> None:
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no libraries of CUDA are looked for
     os.environ["NVTE_TORCH_COMPILE"] = "0"
     sys.modules[extension.NAME] = extension.make()
+    _leave_out_export()
     _load_common()
     gpu.pretend()
     from peergrad.parallel.device import without_compiler
@@ -45,6 +48,14 @@ def install() -> None:
     from peergrad.parallel import engine
 
     engine.has_gpu = lambda: True
+
+
+def _leave_out_export() -> None:
+    """To ONNX, for which it would import 40 MB of other packages."""
+    name = "transformer_engine.pytorch.onnx_extensions"
+    module: Any = ModuleType(name)
+    module.__getattr__ = lambda attribute: None
+    sys.modules[name] = module
 
 
 def _load_common() -> None:
