@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from peergrad.checks.inputs import Inputs, Source
@@ -27,6 +26,7 @@ from peergrad.config import (
     Spec,
     SurrogateKind,
 )
+from peergrad.parallel import engine
 from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
@@ -263,7 +263,7 @@ def _reward(config: Config) -> str:
 def _spec(config: Config) -> str:
     """``auto`` is known without asking for a GPU where Transformer Engine is not installed."""
     spec = config.parallel.spec
-    if spec is Spec.auto and find_spec("transformer_engine") is None:
+    if spec is Spec.auto and not engine.installed():
         spec = Spec.torch
     return {Spec.torch: "PyTorch", Spec.te: "Transformer Engine"}.get(spec, "auto")
 

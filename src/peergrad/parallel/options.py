@@ -4,14 +4,13 @@ import logging
 import types
 import typing
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any, Literal, Union
 
-import torch
 from megatron.core.transformer import TransformerConfig
 
 from peergrad.config import Fp8, ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
+from peergrad.parallel import engine
 from peergrad.running.hints import meant
 
 log = logging.getLogger(__name__)
@@ -48,22 +47,26 @@ OF_THE_ENGINE = (
 
 
 def choose_spec(spec: Spec) -> Spec:
-    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere.
+    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere, with a
+    warning where the first is there and broken.
 
     Raises ValueError if ``te`` is asked for and cannot be had.
     """
-    gpu, engine = torch.cuda.is_available(), find_spec("transformer_engine") is not None
+    gpu = engine.has_gpu()
     if spec is Spec.te and not gpu:
         raise ValueError(
             "parallel.spec = 'te': Transformer Engine needs a GPU, and PyTorch sees none; "
             "set parallel.spec=torch"
         )
-    if spec is Spec.te and not engine:
-        raise ValueError(
-            "parallel.spec = 'te': the package transformer-engine is not installed; "
-            "install peergrad[gpu] or set parallel.spec=torch"
-        )
-    chosen = (Spec.te if gpu and engine else Spec.torch) if spec is Spec.auto else spec
+    absence = engine.absence() if gpu and spec is not Spec.torch else None
+    chosen = (Spec.te if gpu and absence is None else Spec.torch) if spec is Spec.auto else spec
+    if absence is not None:
+        what, remedy = absence
+        line = f"the package transformer-engine {what}; {remedy} or set parallel.spec=torch"
+        if spec is Spec.te:
+            raise ValueError(f"parallel.spec = 'te': {line}")
+        if engine.installed():  # or else nobody expects it
+            log.warning("parallel.spec = 'auto': %s", line)
     log.info("layers: %s spec", chosen.name)
     return chosen
 
