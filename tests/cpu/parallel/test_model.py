@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peergrad.algo.division import Cost
-from peergrad.config import Dtype, ParallelConfig, Spec
+from peergrad.config import Dtype, ParallelConfig, Recompute, Spec
 from peergrad.parallel.model import transformer_config
 from peergrad.parallel.options import choose_spec
 from peergrad.parallel.policy import cost
