@@ -47,7 +47,7 @@ def main() -> int:
     for way in WAYS:
         last = [one["pass@1"][-1] for one in runs if one["way"] == way]
         print(f"{way}: pass@1 {min(last):.3f} to {max(last):.3f}, mean {np.mean(last):.3f}")
-    write_result(result, result_path(suffix="fp8-learning"))
+    write_result(result_path(suffix="fp8-learning"), result)
     return 0
 
 
