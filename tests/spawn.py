@@ -18,16 +18,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
-from peergrad.running.ports import free_ports
+from tests.ports import free_port
 
 JOIN_SECONDS = 10
 PRELOAD = "tests.preload"
 """What the server imports: this module, or one that imports it."""
-
-
-def free_port() -> int:
-    (port,) = free_ports(1)
-    return port
 
 
 @cache

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from tests.te import adam, gemm, layers, machine, quantisation, scales
+from tests.te import adam, gemm, layers, machine, padding, quantisation, scales, softmax
 from tests.te.enums import TYPES
 
 NAME = "transformer_engine_torch"
 SIGNATURES: dict[str, str] = json.loads(Path(__file__).with_name("signatures.json").read_text())
 """Parameters of all functions of the real one, as its binding reports them."""
 
-_PARTS = (adam, gemm, layers, machine, quantisation, scales)
+_PARTS = (adam, gemm, layers, machine, padding, quantisation, scales, softmax)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(part, name) for part in _PARTS for name in SIGNATURES if hasattr(part, name)
 }

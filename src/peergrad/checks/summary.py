@@ -16,7 +16,9 @@ from peergrad.checks.place import (
 from peergrad.checks.recording import foreign
 from peergrad.config import (
     Config,
+    Fp8,
     KlPlace,
+    ParallelConfig,
     Replay,
     RewardKind,
     ServerMode,
@@ -95,7 +97,8 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     grid = f"TP {parallel.tensor} x PP {parallel.pipeline}{pieces}{context} x DP {data}"
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
-    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
+    dtype = config.model.dtype.name + _fp8(parallel)
+    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {dtype}"
     if experts is not None:
         yield "experts", _experts(config, experts)
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
@@ -263,6 +266,13 @@ def _spec(config: Config) -> str:
     if spec is Spec.auto and not engine.installed():
         spec = Spec.torch
     return {Spec.torch: "PyTorch", Spec.te: "Transformer Engine"}.get(spec, "auto")
+
+
+def _fp8(parallel: ParallelConfig) -> str:
+    if parallel.fp8 is Fp8.off:
+        return ""
+    kept = ", weights too" if parallel.fp8_params else ""
+    return f", products in FP8 ({parallel.fp8.name} {parallel.fp8_format.name}{kept})"
 
 
 def _count(number: int) -> str:

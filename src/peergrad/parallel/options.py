@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import ParallelConfig, Recompute, Spec, require
+from peergrad.config import Fp8, ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
 from peergrad.parallel import engine
 from peergrad.running.hints import meant
@@ -17,6 +17,8 @@ from peergrad.running.hints import meant
 log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
+    *("fp8_quantizer_factory", "fp8_interval", "fp8_dot_product_attention"),
+    *("fp8_multi_head_attention", "fp4", "fp4_recipe", "fp4_param", "fp4_quantizer_factory"),
     *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
@@ -38,7 +40,7 @@ another function of its weights."""
 
 OF_THE_ENGINE = (
     "moe_permute_fusion",
-    *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
+    *("cpu_offloading", "fine_grained_activation_offloading", "tp_comm_overlap"),
     *("cp_comm_type", "attention_backend"),
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
@@ -108,6 +110,8 @@ def with_users_fields(
         require(foreign, key, value, "is set by peergrad or not supported", instead)
         idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
         require(not idle, key, value, "needs Transformer Engine's layers", "remove it")
+        idle = name.startswith("fp8_") and parallel.fp8 is Fp8.off
+        require(not idle, key, value, "has no effect without parallel.fp8", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
     engine.require_attention(parallel.megatron.get("attention_backend", "auto"))
     values = {name: _meant(value, known[name]) for name, value in parallel.megatron.items()}

@@ -32,6 +32,7 @@ from peergrad.parallel.damage import (
     sealed,
     verify,
 )
+from peergrad.parallel.fp8 import keep_exact
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.mesh import Mesh
@@ -243,6 +244,8 @@ def _fill(
     state = dist_checkpointing.load(as_written(wanted, str(path)), str(path))
     for key, piece in _keyed(model):
         piece.load_state_dict(state[key])
+        for name, parameter in piece.named_parameters() if optimizer is None else ():
+            keep_exact(parameter, state[key][name])
     if optimizer is None:
         return
     chained, saved = _chained(optimizer), state["optimizer"]
