@@ -42,8 +42,8 @@ ONE = {
         "start it with --tp-size alone",
     ),
 }
-"""Sizes of a server, as it tells them, that must be 1, why, and what to do. Ranks that share experts
-or contexts are among the ``tp_size`` that join."""
+"""Sizes of a server, as it tells them, that must be 1, why, and what to do. Ranks that share
+experts or contexts are among the ``tp_size`` that join."""
 REFUSED = {
     **HARMFUL,
     **dict.fromkeys(
