@@ -1,5 +1,5 @@
-"""Whether torch finds the GPUs and Transformer Engine loads, asked in a process of its own: a driver
-can hang whoever asks."""
+"""Whether torch finds the GPUs and Transformer Engine loads, asked in a process of its own: a
+driver can hang whoever asks."""
 
 import json
 import subprocess
