@@ -82,6 +82,24 @@ def test_a_server_that_is_not_there_is_waited_for_except_by_a_check(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_rank_has_its_environment_before_it_loads_anything(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    seen: list[tuple[str | None, ...]] = []
+
+    def look(*_: object) -> None:
+        seen.append(
+            (os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), os.environ["NCCL_CUMEM_ENABLE"])
+        )
+        raise ValueError("enough")
+
+    monkeypatch.setattr("peergrad.main.open_folder", look)
+    assert main(overrides(model, tmp_path)) == 2
+    assert seen == [("1", "1")]
+
+
 def test_a_check_may_print_the_configuration(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
