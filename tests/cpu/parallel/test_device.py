@@ -24,10 +24,13 @@ print(faults())
 
 LITERALS = """
 import sys, torch
-from peergrad.parallel.device import set_up_device, without_compiler
+from peergrad.parallel.device import set_up_device, without_compiler, without_wandb
 torch.cuda.is_available = lambda: False
-with without_compiler():  # as a run does
+with without_compiler(), without_wandb():  # as a run does
     import peergrad.build
+assert "wandb" not in sys.modules
+import wandb
+assert wandb.init  # what asks later gets it
 assert "torch._inductor.compile_fx" not in sys.modules
 assert torch.compile(lambda: 3, backend="eager")() == 3  # what asks later gets the real one
 assert set_up_device() is set_up_device()
@@ -46,7 +49,7 @@ def run(code: str) -> str:
     return found.stdout.strip()
 
 
-def test_cuda_by_name_is_the_host_and_no_compiler_is_loaded() -> None:
+def test_cuda_by_name_is_the_host_and_nothing_idle_is_loaded() -> None:
     assert run(LITERALS) == "cpu"
 
 
