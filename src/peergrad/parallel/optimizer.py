@@ -10,7 +10,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import Config, Dtype, OptimConfig, ParallelConfig, Schedule
+from peergrad.config import Config, Dtype, Fp8, OptimConfig, ParallelConfig, Schedule
 from peergrad.parallel.model import PolicyModel, Stage
 from peergrad.parallel.states import state_fields
 
@@ -64,10 +64,12 @@ def wrap_model(model: Stage, parallel: ParallelConfig) -> list[Wrapped]:
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_param_gather=parallel.fp8_params,
     )
     model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: (
         finalize_model_grads(chunks, None, **kwargs)
     )
+    _add_to_main_grad(model)
     ddp = [Wrapped(model.config, config, piece) for piece in model.pieces]
     for buffer in (x for piece in ddp for x in piece.buffers + piece.expert_parallel_buffers):
         _count_padding(buffer)
@@ -75,6 +77,17 @@ def wrap_model(model: Stage, parallel: ParallelConfig) -> list[Wrapped]:
         syncs = [piece.no_sync for piece in ddp]
         model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return ddp
+
+
+def _add_to_main_grad(model: Stage) -> None:
+    """Have Transformer Engine's products add a weight's gradient to ``main_grad``, in float32, and
+    not hand it to DDP in the weight's precision to do so. Megatron's switch for it also wants
+    kernels of apex, for the output layer, which here needs none. A model that does not learn has no
+    ``main_grad``."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _count_padding(buffer: Any) -> None:
@@ -111,6 +124,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_recipe=None if parallel.fp8 is Fp8.off else parallel.fp8.name,
         **state_fields(optim),
     )
     optimizer = get_megatron_optimizer(config, ddp)

@@ -4,19 +4,21 @@ import logging
 import types
 import typing
 from dataclasses import fields
-from importlib.util import find_spec
+from enum import Enum
 from typing import Any, Literal, Union
 
-import torch
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import ParallelConfig, Recompute, Spec, require
+from peergrad.config import Fp8, ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
+from peergrad.parallel import engine
 from peergrad.running.hints import meant
 
 log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
+    *("fp8_quantizer_factory", "fp8_interval", "fp8_dot_product_attention"),
+    *("fp8_multi_head_attention", "fp4", "fp4_recipe", "fp4_param", "fp4_quantizer_factory"),
     *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
@@ -38,30 +40,34 @@ another function of its weights."""
 
 OF_THE_ENGINE = (
     "moe_permute_fusion",
-    *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
-    "cp_comm_type",
+    *("cpu_offloading", "fine_grained_activation_offloading", "tp_comm_overlap"),
+    *("cp_comm_type", "attention_backend"),
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
 """Fields that only Transformer Engine's layers know; others ignore them, or fail when they run."""
 
 
 def choose_spec(spec: Spec) -> Spec:
-    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere.
+    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere, with a
+    warning where the first is there and broken.
 
     Raises ValueError if ``te`` is asked for and cannot be had.
     """
-    gpu, engine = torch.cuda.is_available(), find_spec("transformer_engine") is not None
+    gpu = engine.has_gpu()
     if spec is Spec.te and not gpu:
         raise ValueError(
             "parallel.spec = 'te': Transformer Engine needs a GPU, and PyTorch sees none; "
             "set parallel.spec=torch"
         )
-    if spec is Spec.te and not engine:
-        raise ValueError(
-            "parallel.spec = 'te': the package transformer-engine is not installed; "
-            "install peergrad[gpu] or set parallel.spec=torch"
-        )
-    chosen = (Spec.te if gpu and engine else Spec.torch) if spec is Spec.auto else spec
+    absence = engine.absence() if gpu and spec is not Spec.torch else None
+    chosen = (Spec.te if gpu and absence is None else Spec.torch) if spec is Spec.auto else spec
+    if absence is not None:
+        what, remedy = absence
+        line = f"the package transformer-engine {what}; {remedy} or set parallel.spec=torch"
+        if spec is Spec.te:
+            raise ValueError(f"parallel.spec = 'te': {line}")
+        if engine.installed():  # or else nobody expects it
+            log.warning("parallel.spec = 'auto': %s", line)
     log.info("layers: %s spec", chosen.name)
     return chosen
 
@@ -104,9 +110,13 @@ def with_users_fields(
         require(foreign, key, value, "is set by peergrad or not supported", instead)
         idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
         require(not idle, key, value, "needs Transformer Engine's layers", "remove it")
+        idle = name.startswith("fp8_") and parallel.fp8 is Fp8.off
+        require(not idle, key, value, "has no effect without parallel.fp8", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
+    engine.require_attention(parallel.megatron.get("attention_backend", "auto"))
+    values = {name: _meant(value, known[name]) for name, value in parallel.megatron.items()}
     try:
-        return TransformerConfig(**ours, **parallel.megatron)
+        return TransformerConfig(**ours, **values)
     except (ValueError, AssertionError, TypeError, KeyError, AttributeError, ImportError) as error:
         if not parallel.megatron:
             raise  # ours alone
@@ -126,6 +136,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (list, tuple):
         items = arguments[0] if arguments else Any
         return isinstance(value, list) and all(_fits(item, items) for item in value)
+    if _is_enum(kind):
+        known = isinstance(value, str) and value in kind.__members__
+        return known and value != "local"  # of layers without Transformer Engine
     if kind is Any:
         return True
     if kind is float:
@@ -135,6 +148,15 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
+def _meant(value: Any, kind: Any) -> Any:
+    """A value that fits, as Megatron has it."""
+    return kind[value] if _is_enum(kind) else value
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
 def _name(kind: Any) -> str:
     """An annotation as a person would write it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -142,6 +164,8 @@ def _name(kind: Any) -> str:
         return " or ".join(_name(one) for one in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
+    if _is_enum(kind):
+        return " or ".join(name for name in kind.__members__ if name != "local")
     if origin in (list, tuple):
         return f"a list of {_name(arguments[0]) if arguments else 'values'}"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
