@@ -200,9 +200,9 @@ def train(
     with screen.waiting("PyTorch, Megatron and SGLang to load", announce=True):
         gc.disable()  # what is imported stays: looking through it for garbage takes a second
         # Imported here: an error of the configuration should not have to wait for Megatron.
-        from peergrad.parallel.device import without_compiler
+        from peergrad.parallel.device import without_compiler, without_wandb
 
-        with without_compiler():
+        with without_compiler(), without_wandb():
             from peergrad.build import Build
         gc.enable()
     Build(config, directory, attempt, servers, screen, stack).train(ending)
