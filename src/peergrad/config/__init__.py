@@ -41,6 +41,8 @@ from peergrad.config.parallel import (
     Spec,
 )
 from peergrad.config.rollout import (
+    Fp8Scales,
+    Fp8Serving,
     OnGap,
     Proof,
     RolloutConfig,
@@ -85,6 +87,8 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "FlatGroups",
+    "Fp8Scales",
+    "Fp8Serving",
     "KernelsConfig",
     "KlConfig",
     "KlEstimator",

@@ -11,6 +11,8 @@ from peergrad.config.rules import at_least, optional_positive, positive, require
 ServerMode = Enum("ServerMode", ["managed", "external"])
 Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
+Fp8Serving = Enum("Fp8Serving", ["off", "block", "flash_rl"])
+Fp8Scales = Enum("Fp8Scales", ["power_of_two", "float32"])
 
 GREEDY = 1e-3
 """Temperature below which sampling is no sampling: logits divided by it overflow or, in the engine,
@@ -21,6 +23,7 @@ OURS = {
     **dict.fromkeys(("model", "model-path"), "set model.path"),
     **dict.fromkeys(("tp", "tp-size", "tensor-parallel-size"), "set rollout.servers.tensor"),
     "dtype": "set model.dtype",
+    "quantization": "set rollout.servers.fp8",
     **dict.fromkeys(("host", "port", "weight-version"), "remove it"),
 }
 """Options of SGLang that peergrad sets, with all their spellings, and how a user sets them. The
@@ -63,6 +66,12 @@ class ServersConfig:
     """Managed servers, or those of one ``peergrad.serve``."""
     tensor: int = 1
     """Tensor-parallel size of each server."""
+    fp8: Fp8Serving = Fp8Serving.off
+    """What servers hold the layers' matrices in: ``off``, model.dtype; ``block``, FP8 codes with a
+    scale for each block of 128 x 128, which the trainer makes before it sends them; ``flash_rl``,
+    FP8 codes with a scale for each row, which SGLang makes of what it is sent. On GPUs alone."""
+    fp8_scales: Fp8Scales = Fp8Scales.power_of_two
+    """Of ``fp8=block``: powers of two, as Transformer Engine has them by default, or any number."""
     start_timeout: float = 300.0
     """Seconds until a managed server must be healthy."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +116,22 @@ class ServersConfig:
                 f"names {url} {places.count(place)} times",
                 "name every server once",
             )
+        require(
+            self.fp8 is Fp8Serving.block or self.fp8_scales is Fp8Scales.power_of_two,
+            "rollout.servers.fp8_scales",
+            self.fp8_scales.name,
+            f"has no effect with rollout.servers.fp8={self.fp8.name}",
+            "set that to block, or remove this",
+        )
         _check_args(self.args)
+        for key, value in self.args.items():
+            require(
+                self.fp8 is Fp8Serving.off or not "load-format".startswith(flag(key)[:6]),
+                f"rollout.servers.args.{key}",
+                value,
+                f"is peergrad's to set with rollout.servers.fp8={self.fp8.name}",
+                "remove it",
+            )
 
 
 def _base_url(url: str) -> str:
