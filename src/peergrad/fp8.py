@@ -8,14 +8,13 @@ embedding, head and the routers, which SGLang computes as they are.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from peergrad.config import Fp8Scales
+from peergrad.config.rollout import FP8_BLOCK as BLOCK
 
-BLOCK = 128
 LARGEST = 448.0  # of the codes
 LEAST = 1e-4
 """What SGLang takes for the largest of a block whose values are all smaller: its codes then do not
@@ -30,20 +29,18 @@ QUANTISED = re.compile(
 STRIP = 1 << 24  # numbers held in float32 at a time
 
 
-def quantised(
-    named: Iterable[tuple[str, Tensor]], scales: Fp8Scales
-) -> Iterator[tuple[str, Tensor]]:
-    """The stream with each matrix of the layers as codes and, right behind them, its scales."""
-    for name, tensor in named:
-        if QUANTISED.fullmatch(name) is None:
-            yield name, tensor
-            continue
-        try:
-            codes, inverse = quantise(tensor, scales)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        yield name, codes
-        yield name + SCALE, inverse
+def served(name: str, weight: Tensor, scales: Fp8Scales) -> list[tuple[str, Tensor]]:
+    """What servers take for the weight of that HF name: itself, or its codes and their scales.
+
+    Raises ValueError, which names it, for values that are not finite.
+    """
+    if QUANTISED.fullmatch(name) is None:
+        return [(name, weight)]
+    try:
+        codes, inverse = quantise(weight, scales)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return [(name, codes), (name + SCALE, inverse)]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
 Fp8Serving = Enum("Fp8Serving", ["off", "block", "flash_rl"])
 Fp8Scales = Enum("Fp8Scales", ["power_of_two", "float32"])
+FP8_BLOCK = 128  # rows, and columns, that share a scale
 
 GREEDY = 1e-3
 """Temperature below which sampling is no sampling: logits divided by it overflow or, in the engine,
@@ -124,14 +125,7 @@ class ServersConfig:
             "set that to block, or remove this",
         )
         _check_args(self.args)
-        for key, value in self.args.items():
-            require(
-                self.fp8 is Fp8Serving.off or not "load-format".startswith(flag(key)[:6]),
-                f"rollout.servers.args.{key}",
-                value,
-                f"is peergrad's to set with rollout.servers.fp8={self.fp8.name}",
-                "remove it",
-            )
+        _check_form(self.args, self.fp8)
 
 
 def _base_url(url: str) -> str:
@@ -187,6 +181,20 @@ def _check_args(args: dict[str, Any]) -> None:
             f"is there {flags.count(name)} times, spelt with dashes and underscores",
             "keep one",
         )
+
+
+def _check_form(args: dict[str, Any], fp8: Fp8Serving) -> None:
+    """What ``fp8`` says of the weights is not said otherwise."""
+    if fp8 is Fp8Serving.off:
+        return
+    for key, value in args.items():
+        rule, name = f"is peergrad's to set with rollout.servers.fp8={fp8.name}", flag(key)
+        ours = name.startswith("load-f") and "load-format".startswith(name)
+        require(not ours, f"rollout.servers.args.{key}", value, rule, "remove it")
+        # Their scales would be random numbers: servers start without weights, and are sent none.
+        rule = "needs scales of keys and values, which rollout.servers.fp8=block does not send"
+        cache = fp8 is Fp8Serving.block and name.startswith("kv-cache-d") and value != "auto"
+        require(not cache, f"rollout.servers.args.{key}", value, rule, "remove it")
 
 
 def _meant(name: str) -> str:
