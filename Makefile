@@ -17,6 +17,7 @@ comma := ,
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TE := $(VENV)/te/.ready
 MODEL := models/tiny
 RUN := experiment=quickstart_cpu run.name=$(NAME) $(if $(RESUME),run.resume=true) $(ARGS)
 
@@ -32,8 +33,8 @@ train bench: export PYTHONWARNINGS := $(if $(PYTHONWARNINGS),$(PYTHONWARNINGS)$(
 
 # Parts of the tests. Most keep one core busy, and those of Slurm half of one: JOBS of them run
 # beside each other, and where make can, each prints when it is done.
-QUICK := quick-alone quick-together quick-runs
-SLOW := slow-runs slow-together slow-alone
+QUICK := quick-alone quick-together quick-runs quick-te
+SLOW := slow-runs slow-together slow-te slow-alone
 DRILL := tests/e2e/test_drill.py
 JOBS ?= 2
 ifneq ($(filter test%,$(MAKECMDGOALS)),)
@@ -73,8 +74,12 @@ quick-runs slow-runs: $(READY)
 # Ranks, servers, kernels. Triton's are decorated for the interpreter or for a GPU when imported: two
 # processes.
 quick-together slow-together: $(READY)
-	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/e2e
+	$(BIN)/python -m pytest -q -m "$(TESTS)" --ignore tests/cpu --ignore tests/e2e --ignore tests/te
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "$(TESTS)" tests/kernels
+
+# Ranks that have Transformer Engine's Python, which must be there before Megatron is.
+quick-te slow-te: $(TE)
+	$(BIN)/python -m pytest -q -m "$(TESTS)" tests/te
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -88,6 +93,12 @@ bench: $(READY) $(MODEL)
 
 $(READY): requirements-cpu.lock pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" sh tools/setup_venv.sh $(VENV)
+
+# Apart from what a run imports, and only where its lock is another.
+$(TE): requirements-te.lock $(READY)
+	@if cksum <$< | cmp -s - $@; then touch $@; else rm -rf $(@D) && \
+	PIP_USER=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $< && \
+	cksum <$< >$@; fi
 
 $(MODEL): | $(READY)
 	$(BIN)/python tools/make_tiny_model.py --out $@

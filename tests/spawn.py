@@ -18,21 +18,18 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
-from peergrad.running.ports import free_ports
+from tests.ports import free_port
 
 JOIN_SECONDS = 10
-
-
-def free_port() -> int:
-    (port,) = free_ports(1)
-    return port
+PRELOAD = "tests.preload"
+"""What the server imports: this module, or one that imports it."""
 
 
 @cache
 def fork_server() -> Any:
     """The context whose processes are forked from the server, which is started here."""
     context: Any = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload([PRELOAD])
     # Of Python 3.11 a server gets no sys.path. OpenBLAS starts its threads when it is imported.
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, ours):

@@ -20,6 +20,7 @@ from peergrad.algo.samples import make_samples, with_logp
 from peergrad.config import Config
 from peergrad.learning import learn, old_policy, renew_reference
 from peergrad.observing.metrics import Metrics
+from peergrad.rounding import Rounding
 from peergrad.stages import (
     Keep,
     check_gap,
@@ -52,7 +53,7 @@ def train(
     the engine holds the policy's weights as version ``start``. ``stop``: why to end early, if at
     all; collective. Raises Stopped if so, once everything is saved."""
     algo, last = config.algo, config.run.steps
-    plan, objective = make_plan(config), Objective(algo)
+    plan, objective, rounding = make_plan(config), Objective(algo), Rounding(config)
     keep = Keep(checkpoints, policy, reference, rollouts, metrics, start=start, last=last)
     if start == 0 and config.evaluates:
         evaluate(rollouts, metrics, step=0)
@@ -65,12 +66,8 @@ def train(
             if taken is None:
                 keep.and_stop(state, step - 1, stop())
             groups = taken.groups
-            metrics.log(
-                numbers := {
-                    **rollout_statistics(groups, dropped=taken.dropped, version=step - 1),
-                    **taken.grading,
-                }
-            )
+            numbers = rollout_statistics(groups, dropped=taken.dropped, version=step - 1)
+            metrics.log(numbers := {**numbers, **taken.grading})
             warn_of_lost_step(config, numbers, step=step)
             samples = make_samples(groups)
             if reference is not None:
@@ -78,6 +75,7 @@ def train(
                     samples = with_logp(samples, "logp_ref", reference.score(samples).logp)
             with metrics.time("old_logprobs"):
                 samples, scores = old_policy(samples, plan, policy, version=step - 1)
+                metrics.log(rounding.measure(policy, samples, step=step))
             with metrics.time("grade"):
                 samples, state, numbers = grade(
                     groups, samples, algo, state, max_tokens=config.rollout.max_new_tokens
@@ -88,7 +86,8 @@ def train(
             metrics.log(mean_metrics(updates))
             stop_if_nonfinite(config, rollouts, groups, updates, step)
             # Measured before the first optimizer step, on all tokens if there was a pass.
-            check_gap(config, groups, scores or updates[0].scores, metrics, step=step)
+            scores = scores or updates[0].scores
+            check_gap(config, groups, scores, metrics, rounding, step=step)
             state = renew_reference(config, reference, policy, state, step=step)
             with metrics.time("sync"):
                 metrics.log(sync_weights(config, rollouts, policy, version=step))

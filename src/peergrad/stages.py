@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +23,7 @@ from peergrad.config import Config, Dtype, OnGap, OnNonfinite
 from peergrad.data import Group
 from peergrad.observing.metrics import Metrics
 from peergrad.observing.parts import Parts
+from peergrad.rounding import Rounding
 from peergrad.running.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -188,17 +190,24 @@ def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def check_gap(
-    config: Config, groups: Sequence[Group], scores: Scores, metrics: Metrics, *, step: int
+    config: Config,
+    groups: Sequence[Group],
+    scores: Scores,
+    metrics: Metrics,
+    rounding: Rounding,
+    *,
+    step: int,
 ) -> None:
     """Log how far trainer and engine disagree on the sampled tokens, and why.
 
     Judged are the tokens that were sampled with the present weights; if they are too few to prove
-    anything, the freshest that there are. Above
-    ``rollout.max_logprob_gap`` (or the usual gap) the worst tokens are recorded; then a warning, or
-    a RuntimeError if so configured.
+    anything, the freshest that there are. Above ``rollout.max_logprob_gap`` (or the usual gap and
+    that of ``rounding``) the worst tokens are recorded; then a warning, or a RuntimeError if so
+    configured.
     """
     tokens = gap_tokens(scores.samples, scores.logp, scores.entropy, version=step - 1)
-    row = attribute(tokens, noise=USUAL_NOISE[config.model.dtype.name])
+    noise = math.hypot(USUAL_NOISE[config.model.dtype.name], rounding.rms)
+    row = attribute(tokens, noise=noise)
     judged = freshest(tokens)
     if judged is None:
         return  # no token takes part, so nothing is learned from any
@@ -206,7 +215,7 @@ def check_gap(
     metrics.log({**row, "logprob_gap/judged": gap, "logprob_gap/judged_lag": float(lag)})
     limit = config.rollout.max_logprob_gap
     usual = USUAL_GAP[config.model.dtype] if lag == 0 else USUAL_LAGGED_GAP
-    if gap <= (usual if limit is None else limit):
+    if gap <= (usual + rounding.mean if limit is None else limit):
         return
     worst = worst_tokens(tokens, groups, scores.samples, count=WORST)
     where = metrics.record(f"logprob_gap/step_{step:06d}.jsonl", worst)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from peergrad.config import (
     DataConfig,
     Denominator,
     EvaluationConfig,
+    Fp8,
     KernelsConfig,
     KlConfig,
     KlEstimator,
@@ -45,15 +47,18 @@ from peergrad.config import (
     ServerMode,
     ServersConfig,
     ShapingConfig,
+    Spec,
     StateDtype,
     SurrogateConfig,
     SurrogateKind,
 )
+from peergrad.config.fp8 import Fp8Format
 
 NAN, INF = float("nan"), float("inf")
 FUNCTION = RewardKind.function
 SELECTIVE = {"recompute": Recompute.selective}
 GATHER = {"overlap_param_gather": True}
+BLOCKWISE = {"fp8": Fp8.blockwise}
 AWARE: dict[str, Any] = {"use_precision_aware_optimizer": True}
 OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True}
 HALF: dict[str, Any] = {"exp_avg_dtype": StateDtype.bfloat16}
@@ -198,6 +203,29 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         "parallel.overlap_param_gather",
     ),
     (ParallelConfig, {"ddp_bucket_size": 10}, "parallel.ddp_bucket_size"),
+    (ParallelConfig, {**BLOCKWISE, "spec": Spec.torch}, "parallel.fp8"),
+    (ParallelConfig, {"fp8": Fp8.tensorwise}, "parallel.fp8"),
+    (ParallelConfig, {"fp8_params": True}, "parallel.fp8_params"),
+    (ParallelConfig, {"fp8_format": Fp8Format.hybrid}, "parallel.fp8_format"),
+    (ParallelConfig, {"fp8_score": False}, "parallel.fp8_score"),
+    (ParallelConfig, {"fp8_reference": False}, "parallel.fp8_reference"),
+    (ParallelConfig, {"fp8_gap_every": 5}, "parallel.fp8_gap_every"),
+    (ParallelConfig, {**BLOCKWISE, "fp8_gap_every": -1}, "parallel.fp8_gap_every"),
+    (
+        ParallelConfig,
+        {**BLOCKWISE, "fp8_depends_on_packing": True},
+        "parallel.fp8_depends_on_packing",
+    ),
+    (
+        ParallelConfig,
+        {**BLOCKWISE, "fp8_params": True, "distributed_optimizer": False},
+        "parallel.fp8_params",
+    ),
+    (
+        ParallelConfig,
+        {"fp8": Fp8.delayed, "fp8_last_layers_bf16": 1},
+        "parallel.fp8_last_layers_bf16",
+    ),
     (ParallelConfig, {"timeout_minutes": 0.0}, "parallel.timeout_minutes"),
     (OptimConfig, OFFLOAD, "optim.optimizer_cpu_offload"),
     (OptimConfig, {"optimizer_offload_fraction": 0.5}, "optim.optimizer_offload_fraction"),
@@ -305,7 +333,8 @@ def test_refused_with_key_value_rule_and_remedy(
     message = str(caught.value)
     name = key.rpartition(".")[2]
     value = values.get(name, getattr(section, name, None) if name != "urls" else [])
-    form = rf"{re.escape(key)} = {re.escape(repr(value))}: \S.*; \S.*"
+    said = value.name if isinstance(value, Enum) else value
+    form = rf"{re.escape(key)} = {re.escape(repr(said))}: \S.*; \S.*"
     assert re.fullmatch(form, message), message  # "." matches no line break
     found: object = Config()
     for part in key.split("."):
@@ -447,10 +476,10 @@ def test_every_field_is_documented() -> None:
     for section in sections():
         if section is Config:
             continue
-        body = classes[section.__name__].body
+        bodies = [classes[kind.__name__].body for kind in section.__mro__[:-1]]
         documented = {
             field.target.id
-            for field, text in pairwise(body)
+            for field, text in (pair for body in bodies for pair in pairwise(body))
             if isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
             and isinstance(text, ast.Expr)
@@ -461,13 +490,14 @@ def test_every_field_is_documented() -> None:
 
 
 def test_every_field_is_used() -> None:
-    """A knob that nothing reads is ignored in silence. top_p and top_k have one value only."""
+    """A knob that nothing reads is ignored in silence. top_p and top_k have one value only, and
+    what allows another value is read where that is checked."""
     own = Path(config.__file__).parent
     others = [path for path in own.parent.rglob("*.py") if own not in path.parents]
     code = "\n".join(path.read_text() for path in others if path.name != "synonyms.py")  # names all
     names = {field.name for section in sections() for field in fields(section)}
     unused = {name for name in names if not re.search(rf"\.{name}\b", code)}
-    assert unused == {"top_p", "top_k"}
+    assert unused == {"top_p", "top_k", "fp8_depends_on_packing"}
 
 
 def loaded_by(statement: str) -> set[str]:

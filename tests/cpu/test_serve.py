@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from benchmarks.marked import is_alive
-from peergrad.running.ports import free_ports
 from peergrad.serve import SIGNALS, Options, main, read
 from tests.models import make_hf_model
+from tests.ports import free_row
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_what_only_a_trainer_has_is_not_asked_for(
         *(path, "run.root=/proc/no", "data=jsonl", "data.source=/no/such.jsonl", "reward=function"),
         *("reward.function=no.such:module", "parallel.tensor=8", "rollout.servers.count=2"),
     ]
-    (port,) = free_ports(1)
+    port, _ = free_row(2).ports
     logs = tmp_path / "logs"
     assert main(["--check", "--port", str(port), "--log-dir", str(logs), *overrides]) == 0
     model, *servers = capsys.readouterr().out.splitlines()
@@ -174,7 +174,7 @@ class Serving:
 
     def __init__(self, path: str, logs: Path, count: int, more: str) -> None:
         program = f"{PROGRAM}{more}\nsys.exit(main())"
-        (self.port,) = free_ports(1)
+        self.port = free_row(count).ports[0]
         self.logs = logs
         options = ["--port", str(self.port), "--log-dir", str(logs), path]
         self.process = subprocess.Popen(

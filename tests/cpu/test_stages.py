@@ -18,6 +18,7 @@ from peergrad.data import Group, Prompt, Rollout
 from peergrad.observing.metrics import Metrics
 from peergrad.rollout.evaluation import EvaluationResult
 from peergrad.rollout.proof import Proof
+from peergrad.rounding import Rounding
 from peergrad.stages import (
     check_gap,
     evaluate,
@@ -257,7 +258,7 @@ def gap(tmp_path: Path, size: float, version: int = 3, **options: Any) -> Log:
         logp=[s.logp_engine + np.float32(size) for s in samples],
         entropy=[np.ones(2, np.float32)] * 2,
     )
-    check_gap(config, groups, scores, log, step=4)  # type: ignore[arg-type]
+    check_gap(config, groups, scores, log, Rounding(config), step=4)  # type: ignore[arg-type]
     return log
 
 

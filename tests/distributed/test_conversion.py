@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.disk import small_disk
 from tests.models import MIXTURES, make_hf_model
-from tests.spawn import free_port, run_ranks
+from tests.ports import free_port
+from tests.spawn import run_ranks
 
 
 @contextmanager

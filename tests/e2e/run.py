@@ -20,7 +20,8 @@ from peergrad.observing.metrics import read_metrics
 from peergrad.recording import read_groups
 from peergrad.running.rundir import RunDir
 from tests.e2e.rewards import HOLD
-from tests.spawn import free_port, run_ranks
+from tests.ports import free_port
+from tests.spawn import run_ranks
 
 REPO = Path(__file__).resolve().parents[2]
 MAIN = "src/peergrad/main.py"

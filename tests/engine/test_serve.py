@@ -18,13 +18,12 @@ import torch
 from benchmarks.marked import is_alive
 from peergrad.config import Config, Dtype, ServerMode
 from peergrad.observing.screen import Screen
-from peergrad.rollout.address import Address
 from peergrad.rollout.engine import Sampling
 from peergrad.rollout.errors import LoadAgain
 from peergrad.rollout.probe import probe
 from peergrad.rollout.sglang import SGLangEngine
 from peergrad.rollout.sync import WeightSync
-from peergrad.running.ports import free_ports
+from tests.ports import free_row
 from tests.servers import START_TIMEOUT
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
@@ -72,17 +71,6 @@ class Serving:
         said = self.process.communicate(timeout=PATIENCE_SECONDS)[0]
         wait_until(lambda: not any(map(is_alive, tree)))
         return said
-
-
-def free_row(count: int) -> Address:
-    """So many ports beside each other."""
-    while True:
-        address = Address.row("127.0.0.1", *free_ports(1), count)
-        try:
-            address.check()
-            return address
-        except ValueError:
-            continue
 
 
 @pytest.fixture

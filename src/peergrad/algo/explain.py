@@ -10,6 +10,7 @@ from peergrad.config import (
     CorrectionKind,
     CorrectionLevel,
     Denominator,
+    Fp8,
     KlEstimator,
     KlPlace,
     Level,
@@ -86,6 +87,7 @@ def _formula(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _advantage(config)
     yield from _sampling(config)
     yield "passes", _passes(plan)
+    yield "precision", _precision(config, plan)
 
 
 def _weight(config: Config) -> str:
@@ -277,6 +279,24 @@ def _sampling(config: Config) -> Iterator[tuple[str, str]]:
         yield "groups", f"kept where {' and '.join(rules)}; the others are {others}"
     if algo.shaping.overlong_filter:
         yield "answers", f"cut off at {rollout.max_new_tokens} tokens are dropped"
+
+
+def _precision(config: Config, plan: Plan) -> str:
+    parallel, dtype = config.parallel, config.model.dtype.name
+    logits = f"logits in {config.kernels.logits.name}"
+    if parallel.fp8 is Fp8.off:
+        return f"weights and products in {dtype}, {logits}"
+    scale = "a block of 128" if parallel.fp8 is Fp8.blockwise else "a whole tensor"
+    when = {
+        "old policy": parallel.fp8_score and (plan.old is Old.recompute or plan.score_each),
+        "reference": parallel.fp8_reference and plan.reference,
+    }
+    where = ", ".join(["updates", *(name for name, so in when.items() if so)])
+    first, last = parallel.fp8_first_layers_bf16, parallel.fp8_last_layers_bf16
+    but = f"; not the first {first} and the last {last} layers" if first or last else ""
+    eight = f"8 bits ({parallel.fp8_format.name}, {parallel.fp8.name}: a scale for {scale})"
+    held = f"{'8 bits' if parallel.fp8_params else dtype}"
+    return f"weights in {held}, products in {eight} in {where}{but}; else in {dtype}, {logits}"
 
 
 def _passes(plan: Plan) -> str:

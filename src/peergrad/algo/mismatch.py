@@ -87,7 +87,7 @@ def gap_tokens(
 
 def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
     """Size of the gap, and what shares of its energy (sum of squares) have which cause. ``noise``:
-    usual rms rounding of the dtype, nats. No tokens: no numbers.
+    rms rounding, nats: usual of the dtype, measured of 8-bit products. No tokens: no numbers.
 
     ``logprob_gap/mean``, ``p99`` and ``max`` are of ``|gap|`` over all tokens, ``fresh`` the mean
     over those of lag 0. The shares ``logprob_gap/share_*`` sum to 1 (all are 0 if there is no gap;
@@ -98,7 +98,8 @@ def attribute(tokens: Tokens, *, noise: float) -> dict[str, float]:
        What is left of 1 and 2 is at the level of the inner fresh tokens and divided as theirs.
     3. ``temperature``: see ``_slope``; ``temperature_ratio`` is ``T_trainer / T_engine``.
     4. ``truncation``: see ``_kept_mass``; ``kept_mass`` is top-p's or top-k's.
-    5. ``precision``: up to ``noise^2`` a token, of which one token counts ``9 noise^2`` at most.
+    5. ``precision``, of dtype and 8-bit products: up to ``noise^2`` a token, of which one token
+       counts ``9 noise^2`` at most.
     6. ``unexplained``.
 
     An effect within three standard errors (in 1 and 2 of the mean; of fewer than 50 suspects, of

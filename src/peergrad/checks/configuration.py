@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from peergrad.algo.plan import Old, make_plan
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.checks.recording import check_recording
-from peergrad.config import WANDB_REFUSES, Config, Dtype, OldPolicy, require
+from peergrad.config import WANDB_REFUSES, Config, Dtype, Fp8, OldPolicy, require
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.families import FAMILIES
 from peergrad.parallel.hf.source import read_model_config
@@ -34,6 +35,7 @@ def check(config: Config, *, world: int) -> None:
     _check_objective(config)
     _check_kernels(config)
     _check_states(config)
+    _check_fp8(config)
     _check_name(config)
 
 
@@ -194,6 +196,20 @@ def _check_states(config: Config) -> None:
     fit = config.model.dtype is Dtype.bfloat16 or not aware
     rule = f"has no effect on weights in {config.model.dtype.name}, which are their own main copy"
     require(fit, key, aware, rule, "set model.dtype=bfloat16, or unset this")
+
+
+def _check_fp8(config: Config) -> None:
+    dtype, recipe = config.model.dtype, config.parallel.fp8
+    fit = dtype is Dtype.bfloat16 or recipe is Fp8.off
+    rule = f"is for a model in bfloat16, and model.dtype = {dtype.name}"
+    require(fit, "parallel.fp8", recipe.name, rule, "set model.dtype=bfloat16, or fp8=off")
+    plan = make_plan(config)
+    fit = plan.reference or config.parallel.fp8_reference
+    key, rule = "parallel.fp8_reference", "has no effect: there is no reference (algo.kl.coef = 0)"
+    require(fit, key, False, rule, "unset it")
+    fit = plan.old is Old.recompute or plan.score_each or config.parallel.fp8_score
+    key, rule = "parallel.fp8_score", "has no effect: no pass takes logprobs of the old policy"
+    require(fit, key, False, rule, "unset it, or set algo.old_policy=recompute")
 
 
 def _check_name(config: Config) -> None:

@@ -15,7 +15,7 @@ from peergrad.checks.account import check_account
 from peergrad.checks.configuration import check_steps
 from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
-from peergrad.config import Config, Recompute, RewardKind, ServerMode, Spec, require
+from peergrad.config import Config, Fp8, Recompute, RewardKind, ServerMode, Spec, require
 from peergrad.data import Prompt
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -280,6 +280,7 @@ def _check_megatron(config: Config, shape: Shape) -> None:
 
         require_states(config.optim)
     special = parallel.megatron or parallel.recompute is not Recompute.off
+    special = special or parallel.fp8 is not Fp8.off
     if parallel.spec is not Spec.te and not special:
         return
     from peergrad.parallel.options import choose_spec

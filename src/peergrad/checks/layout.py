@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from peergrad.config import (
     Config,
+    Fp8,
     MoeConfig,
     ParallelConfig,
     Recompute,
@@ -30,6 +31,8 @@ def check_layout(config: Config, shape: Shape, world: int, *, learns: bool = Tru
     require_key_value_heads("parallel.tensor", tensor, shape)
     _check_stages(parallel, shape.layers)
     _check_recompute(parallel, shape.layers)
+    if parallel.fp8 is not Fp8.off:
+        _check_fp8(parallel, shape)
     if shape.experts is not None:
         _check_experts(parallel, shape, shape.experts, world)
     elif learns:
@@ -116,6 +119,37 @@ def _check_recompute(parallel: ParallelConfig, layers: int) -> None:
         remedy = f"use a divisor of {held}, or parallel.recompute_method=block"
         fit, value = held % parallel.recompute_layers == 0, parallel.recompute_layers
         require(fit, "parallel.recompute_layers", value, rule, remedy)
+
+
+def _check_fp8(parallel: ParallelConfig, shape: Shape) -> None:
+    """Raise ValueError unless a tensor rank's matrices are such as are multiplied in 8 bits, and
+    each pipeline rank has the layers that are left in bfloat16."""
+    tensor = parallel.tensor
+    experts = parallel.expert_tensor or tensor
+    shared = experts if shape.experts else tensor
+    groups = max(shape.kv_heads, tensor)  # ranks that share one have it each
+    blocks = parallel.sequence and parallel.fp8 is Fp8.blockwise
+    parts = {
+        f"a hidden size of {shape.hidden}": (shape.hidden, 128 if blocks else 16),
+        "rows of the attention's output": (shape.heads * shape.head_dim // tensor, 16),
+        "rows of queries, keys and values": (
+            (shape.heads + 2 * groups) * shape.head_dim // tensor,
+            16,
+        ),
+        "columns of the MLP": (shape.ffn // shared, 16),
+    }
+    for what, (number, of) in parts.items():
+        rule = f"needs multiples of {of}, and a tensor rank has {what}, {number}"
+        fit = number % of == 0
+        require(fit, "parallel.fp8", parallel.fp8.name, rule, "use fewer tensor ranks, or fp8=off")
+    for name in ("fp8_first_layers_bf16", "fp8_last_layers_bf16"):
+        most, value = shape.layers // parallel.pipeline, getattr(parallel, name)
+        rule = f"must be at most {most}, the layers of a pipeline rank"
+        require(value <= most, f"parallel.{name}", value, rule, "lower it")
+    left = parallel.fp8_first_layers_bf16 + parallel.fp8_last_layers_bf16
+    rule = f"leaves none of the {shape.layers} layers in 8 bits"
+    key = "parallel.fp8_last_layers_bf16"
+    require(left < shape.layers, key, parallel.fp8_last_layers_bf16, rule, "lower it")
 
 
 def _require_no_experts(config: Config, shape: Shape) -> None:

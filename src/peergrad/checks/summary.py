@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from peergrad.checks.inputs import Inputs, Source
@@ -17,7 +16,9 @@ from peergrad.checks.place import (
 from peergrad.checks.recording import foreign
 from peergrad.config import (
     Config,
+    Fp8,
     KlPlace,
+    ParallelConfig,
     Replay,
     RewardKind,
     ServerMode,
@@ -25,6 +26,7 @@ from peergrad.config import (
     Spec,
     SurrogateKind,
 )
+from peergrad.parallel import engine
 from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
@@ -95,7 +97,8 @@ def _model(config: Config, world: int, inputs: Inputs) -> Iterator[tuple[str, st
     grid = f"TP {parallel.tensor} x PP {parallel.pipeline}{pieces}{context} x DP {data}"
     grid += ", sequence parallel" if parallel.sequence else ""
     processes = _plural(world, "process", "processes")
-    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {config.model.dtype.name}"
+    dtype = config.model.dtype.name + _fp8(parallel)
+    yield "layout", f"{processes}: {grid}, {_spec(config)} layers in {dtype}"
     if experts is not None:
         yield "experts", _experts(config, experts)
     place = " in the reward" if algo.kl.place is KlPlace.reward else ""
@@ -260,9 +263,16 @@ def _reward(config: Config) -> str:
 def _spec(config: Config) -> str:
     """``auto`` is known without asking for a GPU where Transformer Engine is not installed."""
     spec = config.parallel.spec
-    if spec is Spec.auto and find_spec("transformer_engine") is None:
+    if spec is Spec.auto and not engine.installed():
         spec = Spec.torch
     return {Spec.torch: "PyTorch", Spec.te: "Transformer Engine"}.get(spec, "auto")
+
+
+def _fp8(parallel: ParallelConfig) -> str:
+    if parallel.fp8 is Fp8.off:
+        return ""
+    kept = ", weights too" if parallel.fp8_params else ""
+    return f", products in FP8 ({parallel.fp8.name} {parallel.fp8_format.name}{kept})"
 
 
 def _count(number: int) -> str:

@@ -31,6 +31,7 @@ from peergrad.config.algo import (
     TokenLevel,
 )
 from peergrad.config.conflict import Conflict
+from peergrad.config.fp8 import Fp8
 from peergrad.config.optim import OnNonfinite, OptimConfig, Schedule, StateDtype
 from peergrad.config.parallel import (
     MoeConfig,
@@ -87,6 +88,7 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "FlatGroups",
+    "Fp8",
     "Fp8Scales",
     "Fp8Serving",
     "KernelsConfig",

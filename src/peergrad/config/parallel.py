@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from peergrad.config.fp8 import Fp8, Fp8Config
 from peergrad.config.rules import at_least, require, seconds
 
 Spec = Enum("Spec", ["auto", "te", "torch"])
@@ -16,7 +17,7 @@ MODULES = ("core_attn", "mlp", "layernorm", "moe")
 
 
 @dataclass(kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Fp8Config):
     tensor: int = 1
     """Tensor-parallel size: ranks that share every layer's matrices."""
     pipeline: int = 1
@@ -80,6 +81,7 @@ class ParallelConfig:
     """Any further field of Megatron's TransformerConfig."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
         for name in (*sizes, "micro_batch_tokens", "recompute_layers"):
             at_least(f"parallel.{name}", getattr(self, name), 1)
@@ -93,6 +95,12 @@ class ParallelConfig:
             require(unset or self.pipeline > 1, f"parallel.{name}", value, rule, remedy)
         self._check_recompute()
         self._check_overlap()
+        fit = self.fp8 is Fp8.off or self.spec is not Spec.torch
+        rule, remedy = "needs Transformer Engine's layers", "set parallel.spec=te, or fp8=off"
+        require(fit, "parallel.fp8", self.fp8.name, rule, remedy)
+        fit = self.distributed_optimizer or not self.fp8_params
+        rule, remedy = "needs parallel.distributed_optimizer", "set that, or unset this"
+        require(fit, "parallel.fp8_params", self.fp8_params, rule, remedy)
         seconds("parallel.timeout_minutes", self.timeout_minutes, 30, unit=60)
         require(
             not self.sequence or self.tensor > 1,

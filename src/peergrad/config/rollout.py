@@ -238,7 +238,8 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Largest allowed mean ``|trainer logprob - engine logprob|`` of a step's tokens that were
     sampled with the present weights, or of the freshest if these are too few; default: warn above
-    1e-3 (float32) or 0.1 (bfloat16, and tokens that are not of the present weights)."""
+    1e-3 (float32) or 0.1 (bfloat16, and tokens that are not of the present weights), and what 8-bit
+    products change beside (``parallel.fp8_gap_every``)."""
     on_logprob_gap: OnGap = OnGap.stop
     """What exceeding ``max_logprob_gap`` does; the worst tokens are recorded either way."""
     dump: bool = True

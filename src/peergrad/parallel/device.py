@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, autograd
 from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -36,7 +36,7 @@ class CudaLiteralsOnCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not (kwargs or {}).get("dtype"):
             # Megatron's optimizer and gradient clipping compare these strings.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + func(*args).removeprefix("torch.").removeprefix("cuda.")
         if not kwargs:  # nearly every call comes through here
             return func(*args)
         if str(kwargs.get("device", "")).startswith("cuda"):
@@ -88,8 +88,21 @@ def set_up_device() -> torch.device:
     _forget_generators()
     _forget_streams()
     _gather_uneven_parts()
+    _translate_in_backward()
     CudaLiteralsOnCpu().__enter__()  # type: ignore[no-untyped-call]
     return torch.device("cpu")
+
+
+def _translate_in_backward() -> None:
+    """A mode is off inside whatever it handles, and that is all of a backward pass."""
+    run_backward = autograd.graph._engine_run_backward
+
+    def run(*args: Any, **options: Any) -> Any:
+        with CudaLiteralsOnCpu():  # type: ignore[no-untyped-call]
+            return run_backward(*args, **options)
+
+    # Two modules call it by a name of their own.
+    autograd.graph._engine_run_backward = autograd._engine_run_backward = run  # type: ignore[attr-defined]
 
 
 def _forget_generators() -> None:

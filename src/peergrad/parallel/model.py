@@ -23,6 +23,7 @@ from peergrad.algo.packing import MicroBatch
 from peergrad.config import Dtype, ParallelConfig, Spec
 from peergrad.parallel.attention import PackedAttention, PackedRow, take_angles
 from peergrad.parallel.experts import tell_router, use_experts
+from peergrad.parallel.fp8 import fp8_fields
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.norm import RMSNorm
@@ -172,6 +173,7 @@ def transformer_config(
         "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
         **_expert_fields(shape, parallel, spec),
         **recompute_fields(parallel, spec),
+        **fp8_fields(parallel, spec),
     }
     return with_users_fields(options, parallel, spec)
 

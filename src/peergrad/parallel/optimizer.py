@@ -10,7 +10,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import Config, Dtype, OptimConfig, ParallelConfig, Schedule
+from peergrad.config import Config, Dtype, Fp8, OptimConfig, ParallelConfig, Schedule
 from peergrad.parallel.model import PolicyModel, Stage
 from peergrad.parallel.states import state_fields
 
@@ -64,6 +64,7 @@ def wrap_model(model: Stage, parallel: ParallelConfig) -> list[Wrapped]:
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_param_gather=parallel.fp8_params,
     )
     model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: (
         finalize_model_grads(chunks, None, **kwargs)
@@ -111,6 +112,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_recipe=None if parallel.fp8 is Fp8.off else parallel.fp8.name,
         **state_fields(optim),
     )
     optimizer = get_megatron_optimizer(config, ddp)

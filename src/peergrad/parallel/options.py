@@ -4,19 +4,20 @@ import logging
 import types
 import typing
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any, Literal, Union
 
-import torch
 from megatron.core.transformer import TransformerConfig
 
-from peergrad.config import ParallelConfig, Recompute, Spec, require
+from peergrad.config import Fp8, ParallelConfig, Recompute, Spec, require
 from peergrad.config.rules import one_line
+from peergrad.parallel import engine
 from peergrad.running.hints import meant
 
 log = logging.getLogger(__name__)
 
 UNSUPPORTED = (
+    *("fp8_quantizer_factory", "fp8_interval", "fp8_dot_product_attention"),
+    *("fp8_multi_head_attention", "fp4", "fp4_recipe", "fp4_param", "fp4_quantizer_factory"),
     *("hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"),
@@ -38,7 +39,7 @@ another function of its weights."""
 
 OF_THE_ENGINE = (
     "moe_permute_fusion",
-    *("cpu_offloading", "fine_grained_activation_offloading", "fp8", "fp4", "tp_comm_overlap"),
+    *("cpu_offloading", "fine_grained_activation_offloading", "tp_comm_overlap"),
     "cp_comm_type",
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
@@ -46,22 +47,26 @@ OF_THE_ENGINE = (
 
 
 def choose_spec(spec: Spec) -> Spec:
-    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere.
+    """Resolve ``auto``: Transformer Engine where it and a GPU are, PyTorch elsewhere, with a
+    warning where the first is there and broken.
 
     Raises ValueError if ``te`` is asked for and cannot be had.
     """
-    gpu, engine = torch.cuda.is_available(), find_spec("transformer_engine") is not None
+    gpu = engine.has_gpu()
     if spec is Spec.te and not gpu:
         raise ValueError(
             "parallel.spec = 'te': Transformer Engine needs a GPU, and PyTorch sees none; "
             "set parallel.spec=torch"
         )
-    if spec is Spec.te and not engine:
-        raise ValueError(
-            "parallel.spec = 'te': the package transformer-engine is not installed; "
-            "install peergrad[gpu] or set parallel.spec=torch"
-        )
-    chosen = (Spec.te if gpu and engine else Spec.torch) if spec is Spec.auto else spec
+    absence = engine.absence() if gpu and spec is not Spec.torch else None
+    chosen = (Spec.te if gpu and absence is None else Spec.torch) if spec is Spec.auto else spec
+    if absence is not None:
+        what, remedy = absence
+        line = f"the package transformer-engine {what}; {remedy} or set parallel.spec=torch"
+        if spec is Spec.te:
+            raise ValueError(f"parallel.spec = 'te': {line}")
+        if engine.installed():  # or else nobody expects it
+            log.warning("parallel.spec = 'auto': %s", line)
     log.info("layers: %s spec", chosen.name)
     return chosen
 
@@ -104,6 +109,8 @@ def with_users_fields(
         require(foreign, key, value, "is set by peergrad or not supported", instead)
         idle = name in OF_THE_ENGINE and spec is not Spec.te and value not in (None, False)
         require(not idle, key, value, "needs Transformer Engine's layers", "remove it")
+        idle = name.startswith("fp8_") and parallel.fp8 is Fp8.off
+        require(not idle, key, value, "has no effect without parallel.fp8", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
     try:
         return TransformerConfig(**ours, **parallel.megatron)

@@ -21,6 +21,7 @@ from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.determinism import be_deterministic
+from peergrad.parallel.fp8 import products_in_8_bits, row_multiple
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -80,6 +81,7 @@ class Scorer:
         self.config, self.mesh = config, mesh
         if config.parallel.deterministic_mode:
             be_deterministic()
+        self.in_8_bits = config.parallel.fp8_reference
         key = "model.path" if path == config.model.path else "model.reference"
         self.shape = read_shape(path, key)
         self.model = build_model(self.shape, config.parallel, config.model.dtype, mesh)
@@ -97,11 +99,13 @@ class Scorer:
         *,
         temperature: float | None = None,
         with_entropy: bool = False,
+        in_8_bits: bool | None = None,
     ) -> Scores:
         """Score the samples' answer tokens that have a weight.
 
         ``temperature`` defaults to the rollouts'. The entropy costs a pass over the logits; ask for
-        it where something reads it. Collective over all ranks.
+        it where something reads it. ``in_8_bits`` of a model for ``parallel.fp8``, by default as
+        configured for it. Collective over all ranks.
         """
         bins = self._divide(samples).bins
 
@@ -111,14 +115,16 @@ class Scorer:
             )
             return logp, torch.full_like(logp, torch.nan) if entropy is None else entropy
 
-        with torch.no_grad():
+        wanted = self.in_8_bits if in_8_bits is None else in_8_bits
+        with torch.no_grad(), products_in_8_bits(self.model.config, wanted):
             found = self._schedule(self.model.pieces, self._pack(samples, bins), forward, True)
         return self._collect(samples, bins, found)[0]
 
     def canary_gap(self, group: Group) -> float:
         """Largest ``|own logp - engine logp|`` in nats on a text that the engines scored at
         temperature 1: one rollout per server, all of the same tokens, scored here once for all
-        servers that sent these to the same experts. Collective; equal on every rank."""
+        servers that sent these to the same experts, with products that show the weights (never in
+        8 bits). Collective; equal on every rank."""
         alone = [replace(group, rollouts=(rollout,)) for rollout in group.rollouts]
         samples = [sample for one in alone for sample in make_samples([one])]
         assert all(np.array_equal(s.tokens, samples[0].tokens) for s in samples)
@@ -127,7 +133,7 @@ class Scorer:
         for sample in samples:
             experts = b"" if sample.experts is None else sample.experts.tobytes()
             if experts not in own:
-                own[experts] = self.score([sample], temperature=1.0).logp[0]
+                own[experts] = self.score([sample], temperature=1.0, in_8_bits=False).logp[0]
             gaps.append(np.abs(own[experts] - sample.logp_engine))
         return float(np.max(gaps))  # keeps NaN
 
@@ -167,9 +173,8 @@ class Scorer:
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel, context = self.config.parallel, self.mesh.context
-        multiple = math.lcm(
-            self._each, context.size() * (parallel.tensor if parallel.sequence else 1)
-        )
+        multiple = parallel.tensor if parallel.sequence else 1
+        multiple = math.lcm(self._each, context.size() * math.lcm(multiple, row_multiple(parallel)))
         options: dict[str, Any] = {"share": self.model.shares_prompts, "each": self._each}
         options |= {"multiple": multiple, "routed": self.shape.experts is not None}
         mine = bins[self.mesh.data.rank()]
@@ -257,6 +262,7 @@ class Policy(Scorer):
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.companions = Companions.read(Path(config.model.path))
         super().__init__(config, mesh, path=config.model.path, weights=config.model.weights)
+        self.in_8_bits = config.parallel.fp8_score
         self.ddp = wrap_model(self.model, config.parallel)
         self.optimizer = build_optimizer(
             self.ddp, config.optim, config.parallel, config.model.dtype

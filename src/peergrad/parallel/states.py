@@ -1,11 +1,11 @@
 """How exactly, and where, Megatron's optimizer keeps main parameters and moments."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from peergrad.config import OptimConfig, StateDtype, require
+from peergrad.parallel import engine
 
 DTYPES = {
     StateDtype.float32: torch.float32,
@@ -39,8 +39,9 @@ def require_states(optim: OptimConfig) -> None:
     if not optim.use_precision_aware_optimizer:  # which offloading needs, see OptimConfig
         return
     key = "optim.optimizer_cpu_offload" if offload else "optim.use_precision_aware_optimizer"
-    gpu, engine = torch.cuda.is_available(), find_spec("transformer_engine") is not None
     rule = "is for the memory of a GPU, and PyTorch sees none"
-    require(gpu, key, True, rule, "unset it and what belongs to it")
-    rule = "needs FusedAdam of the package transformer-engine, which is not installed"
-    require(engine, key, True, rule, "install peergrad[gpu], or unset it")
+    require(engine.has_gpu(), key, True, rule, "unset it and what belongs to it")
+    if (absence := engine.absence()) is not None:
+        what, remedy = absence
+        rule = f"needs FusedAdam of the package transformer-engine, which {what}"
+        require(False, key, True, rule, f"{remedy}, or unset it")

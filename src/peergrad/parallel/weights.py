@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peergrad.parallel.fp8 import keep_exact, whole_numbers
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.files import open_tensors
 from peergrad.parallel.hf.fit import check_weights
@@ -73,6 +74,7 @@ def load_hf(model: Stage, path: str, shape: Shape, mesh: Mesh, *, key: str = "mo
             )
             assert shard.shape == parameter.shape, mapped
             parameter.copy_(shard)
+            keep_exact(parameter, shard)
 
 
 def mapped_parameters(
@@ -99,7 +101,7 @@ def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Ten
         if mesh.lends_experts:
             for name, parameter in local_parameters(model):
                 if is_expert(name):
-                    _gather(parameter.detach(), sharded_dim(parameter), mesh.experts)
+                    _gather(parameter, sharded_dim(parameter), mesh.experts)
         return
     mine = dict(local_parameters(model))
     described = [(n, p.shape, p.dtype, sharded_dim(p)) for n, p in mine.items()]
@@ -113,7 +115,7 @@ def export_hf(model: Stage, shape: Shape, mesh: Mesh) -> Iterator[tuple[str, Ten
                 continue
             group = mesh.experts if is_expert(name) else mesh.tensor
             if stage == mesh.pipeline.rank():
-                shards = _gather(mine[name].detach(), dim, group)
+                shards = _gather(mine[name], dim, group)
             else:
                 parts = 1 if dim is None else group.size()
                 shards = [torch.empty(size, dtype=dtype, device=mesh.device) for _ in range(parts)]
@@ -141,7 +143,7 @@ def _every(name: str, shape: Shape, mesh: Mesh) -> list[str]:
 
 def _gather(tensor: Tensor, dim: int | None, group: dist.ProcessGroup) -> list[Tensor]:
     # gloo broadcasts wrong data from a non-contiguous tensor, without an error
-    tensor = tensor.contiguous()
+    tensor = whole_numbers(tensor.detach()).contiguous()
     if dim is None or group.size() == 1:
         return [tensor]
     shards = [torch.empty_like(tensor) for _ in range(group.size())]

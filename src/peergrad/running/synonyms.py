@@ -288,6 +288,11 @@ optim.optimizer_cpu_offload with optim.use_precision_aware_optimizer :
 optim.optimizer_offload_fraction : optimizer_cpu_offload_fraction
 optim.overlap_cpu_optimizer_d2h_h2d : overlap_cpu_optimizer
 parallel.distributed_optimizer : use_distributed_optimizer zero_stage zero
+parallel.fp8 : fp8_recipe fp8_mode enable_fp8 fp8_training
+parallel.fp8_format : fp8_type
+parallel.fp8_params : fp8_param fp8_param_gather fp8_primary_weights
+parallel.fp8_first_layers_bf16 and parallel.fp8_last_layers_bf16 :
+    first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
 parallel.timeout_minutes : nccl_timeout distributed_timeout_minutes ddp_timeout
 parallel.micro_batch_tokens :
     training_batch_size_per_gpu logprob_forward_micro_batch_size ppo_micro_batch_size_per_gpu

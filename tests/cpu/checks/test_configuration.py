@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peergrad.checks import check
 from peergrad.config import (
     Config,
     Dtype,
+    Fp8,
     OldPolicy,
     Recompute,
     RecomputeMethod,
@@ -315,6 +317,50 @@ def test_a_precise_optimizer_is_distributed_and_has_coarse_weights(config: Confi
     assert refusal(config).startswith(f"{key}has no effect on weights in float32, ")
     config.model.dtype = Dtype.bfloat16
     check(config, world=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model.dtype": Dtype.float32}, "parallel.fp8 = 'blockwise': is for a model in bfloat16"),
+        (
+            {"parallel.tensor": 4, "parallel.sequence": True},
+            "parallel.fp8 = 'blockwise': needs multiples of 128, and a tensor rank has a hidden "
+            "size of 64, 64; use fewer tensor ranks, or fp8=off",
+        ),
+        (
+            {"parallel.tensor": 4},
+            "parallel.fp8 = 'blockwise': needs multiples of 16, and a tensor rank has columns of "
+            "the MLP, 24; ",
+        ),
+        ({"parallel.fp8_first_layers_bf16": 7}, "parallel.fp8_first_layers_bf16 = 7: must be at "),
+        (
+            {"parallel.fp8_first_layers_bf16": 3, "parallel.fp8_last_layers_bf16": 3},
+            "parallel.fp8_last_layers_bf16 = 3: leaves none of the 6 layers in 8 bits; ",
+        ),
+        (
+            {"parallel.fp8_reference": False, "algo.kl.coef": 0.0},
+            "parallel.fp8_reference = False: has no effect: there is no reference",
+        ),
+        (
+            {"parallel.fp8_score": False},
+            "parallel.fp8_score = False: has no effect: no pass takes logprobs of the old policy",
+        ),
+        ({"parallel.tensor": 2, "parallel.fp8_score": False, "algo.minibatches": 2}, None),
+    ],
+)
+def test_products_in_8_bits_fit_the_model(
+    config: Config, changes: dict[str, Any], line: str | None
+) -> None:
+    config.parallel.fp8 = Fp8.blockwise
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        setattr(attrgetter(section)(config), name, value)
+    world = config.parallel.tensor
+    if line is None:
+        check(config, world=world)
+    else:
+        assert refusal(config, world).startswith(line)
 
 
 @pytest.mark.parametrize("key", ["path", "reference"])

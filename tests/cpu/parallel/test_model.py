@@ -46,7 +46,8 @@ from tests.cpu.parallel.test_mapping import SHAPE
         ("hybrid_context_parallel", True, "is set by peergrad or not supported"),
         ("pipeline_model_parallel_layout", "Et|tL", "is set by peergrad or not supported"),
         ("cp_comm_type", "a2a", "needs Transformer Engine's layers"),
-        ("fp8", "e4m3", "needs Transformer Engine's layers"),
+        ("fp8_margin", 1, "has no effect without parallel.fp8"),
+        ("fp4", "e2m1", "is set by peergrad or not supported"),
         ("cpu_offloading", True, "needs Transformer Engine's layers"),
         ("init_method_std", "small", "must be a number"),
         ("timers", "mine", "must be what YAML cannot say: leave it or null"),
@@ -73,6 +74,9 @@ def test_fields_that_are_not_the_users_are_refused(key: str, value: object, rule
         ("recompute_method", "recompute_method"),
         ("recompute_num_layers", "recompute_layers"),
         ("recompute_modules", "recompute_modules"),
+        ("fp8", "fp8"),
+        ("fp8_recipe", "fp8"),
+        ("fp8_param", "fp8_params"),
     ],
 )
 def test_a_field_with_a_key_of_its_own_names_it(name: str, key: str) -> None:
@@ -83,7 +87,12 @@ def test_a_field_with_a_key_of_its_own_names_it(name: str, key: str) -> None:
 
 
 def test_what_megatron_refuses_is_one_line() -> None:
-    parallel = ParallelConfig(megatron={"fp8_param": True})  # and no fp8
+    parallel = ParallelConfig(
+        tensor=2,
+        sequence=True,
+        recompute=Recompute.full,
+        megatron={"distribute_saved_activations": True},
+    )
     with pytest.raises(ValueError, match=r"^parallel.megatron = .*Megatron refuses .*; correct"):
         transformer_config(SHAPE, parallel, Dtype.float32, Spec.torch)
 
