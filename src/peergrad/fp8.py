@@ -53,7 +53,7 @@ def quantise(weight: Tensor, scales: Fp8Scales) -> tuple[Tensor, Tensor]:
     not finite.
     """
     rows = max(1, STRIP // (BLOCK * weight.shape[1])) * BLOCK
-    strips = [_strip(strip, scales) for strip in weight.split(rows)]
+    strips = [_strip(strip, scales) for strip in torch.split(weight, rows)]
     codes, inverse = (torch.cat(parts) for parts in zip(*strips, strict=True))
     if not bool(inverse.isfinite().all()):
         raise ValueError("has values that are not finite, which FP8 cannot hold")

@@ -16,6 +16,7 @@ from peergrad.data import Group, Prompt, Rollout
 
 CANARY_TOKENS = 64
 VOCABULARY_MULTIPLE = 64  # the server appends rows of zeros up to a multiple of this
+SCALES = ".weight_scale_inv"  # FP8: the engine has no digest of them apart from their matrix's
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 FUSED = {  # projection -> the engine's matrix, position in it, number of parts
     "q_proj": ("qkv_proj", 0, 3),
@@ -36,7 +37,7 @@ class Proof:
 
     version: int
     verified: int  # engine tensors found equal to what was sent, on every server
-    unverified: int  # engine tensors whose digest cannot be known: sharded, quantised, experts, GPU
+    unverified: int  # engine tensors whose digest cannot be known: sharded, FP8, experts, GPU
     canary: Group | None
     servers: int = 1  # that hold the weights
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the sync
@@ -56,7 +57,7 @@ class Digests:
         self._partial: dict[str, _Parts] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        if _is_expert(name):
+        if _is_expert(name) or name.endswith(SCALES):
             return
         engine_name, index, count = _place(name)
         parts = self._partial.setdefault(engine_name, _Parts(count))

@@ -8,7 +8,7 @@ from typing import Any
 
 from peergrad.config import Fp8Scales, require
 from peergrad.config.rollout import FP8_BLOCK
-from peergrad.parallel.hf.companions import CONFIG, Companions
+from peergrad.parallel.hf.companions import CONFIG, Companions, with_dtype
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.families import FAMILIES
 
@@ -25,21 +25,12 @@ def quantization_config(shape: Shape, scales: Fp8Scales) -> dict[str, Any]:
     return found | ({"scale_fmt": "ue8m0"} if scales is Fp8Scales.power_of_two else {})
 
 
-def scales_of(found: Any) -> Fp8Scales | None:
-    """Those that a ``quantization_config`` speaks of; None if it is of another kind."""
-    if not isinstance(found, dict) or found.get("quant_method") != "fp8":
-        return None
-    if found.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
-        return None
-    return Fp8Scales.power_of_two if found.get("scale_fmt") == "ue8m0" else Fp8Scales.float32
-
-
 def in_blocks(companions: Companions, shape: Shape, scales: Fp8Scales) -> Companions:
-    """The companions of the same model with its matrices in FP8."""
+    """The companions of the same model with its matrices in FP8, and all else in bfloat16."""
     config = json.loads(companions.files[CONFIG])
     config["quantization_config"] = quantization_config(shape, scales)
-    text = json.dumps(config, indent=2) + "\n"
-    return replace(companions, files={**companions.files, CONFIG: text.encode()})
+    text = with_dtype((json.dumps(config, indent=2) + "\n").encode(), "bfloat16")
+    return replace(companions, files={**companions.files, CONFIG: text})
 
 
 def _routers(shape: Shape) -> list[str]:
