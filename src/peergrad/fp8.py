@@ -55,8 +55,6 @@ def quantise(weight: Tensor, scales: Fp8Scales) -> tuple[Tensor, Tensor]:
     rows = max(1, STRIP // (BLOCK * weight.shape[1])) * BLOCK
     strips = [_strip(strip, scales) for strip in torch.split(weight, rows)]
     codes, inverse = (torch.cat(parts) for parts in zip(*strips, strict=True))
-    if not bool(inverse.isfinite().all()):
-        raise ValueError("has values that are not finite, which FP8 cannot hold")
     return codes, inverse
 
 
@@ -66,6 +64,8 @@ def _strip(weight: Tensor, scales: Fp8Scales) -> tuple[Tensor, Tensor]:
     padded[:n, :k] = weight
     blocks = padded.view(down, BLOCK, across, BLOCK)
     scale = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=LEAST) / LARGEST
+    if not bool(scale.isfinite().all()):
+        raise ValueError("has values that are not finite, which FP8 cannot hold")
     if scales is Fp8Scales.power_of_two:
         mantissa, exponent = torch.frexp(scale)  # of a power of two the mantissa is 0.5
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

@@ -12,6 +12,11 @@ from peergrad.parallel.hf.companions import CONFIG, Companions, with_dtype
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.families import FAMILIES
 
+REMEDY = "serve it in bfloat16"
+WITHOUT_SCALES = ("llama", "mistral")
+"""SGLang looks for their scales under the name that those of whole tensors have, finds no place for
+them, and serves the codes without."""
+
 
 def quantization_config(shape: Shape, scales: Fp8Scales) -> dict[str, Any]:
     """What SGLang, and transformers, look for in config.json. Told that scales are powers of two,
@@ -41,6 +46,8 @@ def _routers(shape: Shape) -> list[str]:
 def check_blocks(key: str, value: object, shape: Shape, tensor: int = 1) -> None:
     """ValueError, which names ``key``, unless SGLang can hold the model in blocks on ``tensor``
     ranks: it fuses matrices one below the other, and divides them between whole blocks."""
+    rule = f"SGLang 0.5.23 drops the scales of models of family {shape.family}"
+    require(shape.family not in WITHOUT_SCALES, key, value, rule, REMEDY)
     sizes = {
         "columns (hidden_size)": shape.hidden,
         "rows of queries": shape.heads * shape.head_dim // tensor,
@@ -51,7 +58,7 @@ def check_blocks(key: str, value: object, shape: Shape, tensor: int = 1) -> None
     ranks = f" on each of {tensor} ranks" if tensor > 1 else ""
     for what, size in sizes.items():
         rule = f"needs multiples of {FP8_BLOCK}, and the model has {size} {what}{ranks}"
-        require(size % FP8_BLOCK == 0, key, value, rule, "serve it in bfloat16")
+        require(size % FP8_BLOCK == 0, key, value, rule, REMEDY)
 
 
 def differences(
