@@ -26,6 +26,8 @@ from peergrad.config import (
     Denominator,
     EvaluationConfig,
     Fp8,
+    Fp8Scales,
+    Fp8Serving,
     KernelsConfig,
     KlConfig,
     KlEstimator,
@@ -241,6 +243,18 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
+    (ServersConfig, {"args": {"quantization": "fp8"}}, "rollout.servers.args.quantization"),
+    (ServersConfig, {"fp8_scales": Fp8Scales.float32}, "rollout.servers.fp8_scales"),
+    (
+        ServersConfig,
+        {"fp8": Fp8Serving.flash_rl, "args": {"load_format": "auto"}},
+        "rollout.servers.args.load_format",
+    ),
+    (
+        ServersConfig,
+        {"fp8": Fp8Serving.block, "args": {"kv-cache-dtype": "fp8_e4m3"}},
+        "rollout.servers.args.kv-cache-dtype",
+    ),
     (ServersConfig, {"start_timeout": -1.0}, "rollout.servers.start_timeout"),
     (ServersConfig, {"mode": ServerMode.external}, "rollout.servers.urls"),
     (ServersConfig, {"urls": ["http://host:30000"]}, "rollout.servers.urls"),
@@ -293,6 +307,8 @@ ALLOWED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (CorrectionConfig, {"kind": CorrectionKind.mis, "low": 0.0, "high": 5.0, "m2po": 0.04}),
     (AdvantageConfig, {"eps": 0.0, "leave_one_out": True}),
     (AlgoConfig, {"minibatches": 2, "shuffle": True, "epochs": 2}),
+    (ServersConfig, {"args": {"load-format": "dummy", "kv-cache-dtype": "fp8_e4m3"}}),
+    (ServersConfig, {"fp8": Fp8Serving.block, "args": {"kv-cache-dtype": "auto"}}),
     # whole answers may be dropped where the ratio is theirs, single tokens where it is not
     (
         AlgoConfig,

@@ -1,5 +1,5 @@
-"""Whether the model can be served as ``rollout.servers.fp8`` says, and whether the trainer, where it
-has FP8 blocks, too, multiplies with the same weights."""
+"""Whether the model can be served as ``rollout.servers.fp8`` says, and whether a trainer with FP8
+blocks of its own multiplies with the same weights."""
 
 import os
 
@@ -25,7 +25,7 @@ def check_serving_form(config: Config, shape: Shape) -> None:
         check_blocks(key, name, shape, servers.tensor if managed else 1)
         return
     rule = f"SGLang knows {' and '.join(FLASH_RL)} alone, and model.path is of {shape.family}"
-    require(shape.family in FLASH_RL, key, name, rule, "set it to block")
+    require(shape.family in FLASH_RL, key, name, rule, "serve it in bfloat16")
 
 
 def both_in_blocks(config: Config) -> bool:
