@@ -243,18 +243,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
-    (ServersConfig, {"args": {"quantization": "fp8"}}, "rollout.servers.args.quantization"),
     (ServersConfig, {"fp8_scales": Fp8Scales.float32}, "rollout.servers.fp8_scales"),
-    (
-        ServersConfig,
-        {"fp8": Fp8Serving.flash_rl, "args": {"load_format": "auto"}},
-        "rollout.servers.args.load_format",
-    ),
-    (
-        ServersConfig,
-        {"fp8": Fp8Serving.block, "args": {"kv-cache-dtype": "fp8_e4m3"}},
-        "rollout.servers.args.kv-cache-dtype",
-    ),
     (ServersConfig, {"start_timeout": -1.0}, "rollout.servers.start_timeout"),
     (ServersConfig, {"mode": ServerMode.external}, "rollout.servers.urls"),
     (ServersConfig, {"urls": ["http://host:30000"]}, "rollout.servers.urls"),
@@ -355,6 +344,21 @@ def test_refused_with_key_value_rule_and_remedy(
     found: object = Config()
     for part in key.split("."):
         found = getattr(found, part)  # the key named is one that exists
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "said"),
+    [
+        ("off", "quantization", "is peergrad's to set; set rollout.servers.fp8"),
+        ("flash_rl", "load_format", "is peergrad's to set with rollout.servers.fp8=flash_rl"),
+        ("block", "--load-f", "is peergrad's to set with rollout.servers.fp8=block"),
+        ("block", "kv-cache-dtype", "needs scales of keys and values, which rollout.servers.fp8="),
+    ],
+)
+def test_what_servers_hold_is_said_once(form: str, option: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ServersConfig(fp8=Fp8Serving[form], args={option: "fp8"})
+    assert str(caught.value).startswith(f"rollout.servers.args.{option} = 'fp8': {said}")
 
 
 @pytest.mark.parametrize(("section", "values"), ALLOWED)

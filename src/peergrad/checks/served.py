@@ -11,8 +11,9 @@ from peergrad.parallel.hf.files import open_tensors
 from peergrad.parallel.hf.folder import read_folder
 from peergrad.parallel.hf.tensors import tensor_shapes
 from peergrad.rollout.control import Control
+from peergrad.rollout.errors import some_of
 from peergrad.rollout.held import checksums, new_digests, server_infos
-from peergrad.rollout.proof import some_of, unequal
+from peergrad.rollout.proof import unequal
 from peergrad.rollout.requests import Json
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from peergrad.config import Fp8Serving, ServersConfig, require
 from peergrad.config.rollout import FP8_BLOCK, Fp8Scales
-from peergrad.rollout.proof import some_of
+from peergrad.rollout.errors import some_of
 from peergrad.rollout.requests import Json
 
 CHECKSUM = {"action": "checksum"}
@@ -73,10 +73,10 @@ def check_form(
     require(held is servers.fp8, key, url, rule, remedy)
     if held is not Fp8Serving.block:
         return
-    apart = {name for name in tensors or () if MATRIX.fullmatch(name)} ^ (blocks or set())
-    rule = "holds others of its matrices in FP8 than it is to be sent: not alike are "
-    rule += some_of(apart)
-    require(tensors is None or not apart, key, url, rule, f"start it {START[held]}")
+    if tensors is not None and blocks is not None:
+        apart = {name for name in tensors if MATRIX.fullmatch(name)} ^ blocks
+        rule = "holds others of its matrices in FP8 than it is to be sent: not alike are "
+        require(not apart, key, url, rule + some_of(apart), f"start it {START[held]}")
     _check_scales(url, str(info.get("model_path")), servers.fp8_scales)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from peergrad.data import Group, Prompt, Rollout
+from peergrad.rollout.errors import some_of
 
 CANARY_TOKENS = 64
 VOCABULARY_MULTIPLE = 64  # the server appends rows of zeros up to a multiple of this
@@ -194,9 +195,3 @@ def _is_expert(name: str) -> bool:
 def _differing(one: Sequence[Mapping[str, str]], other: Sequence[Mapping[str, str]]) -> set[str]:
     pairs = zip(one, other, strict=True)
     return {n for a, b in pairs for n in a.keys() | b.keys() if a.get(n) != b.get(n)}
-
-
-def some_of(names: Mapping[str, object] | set[str], limit: int = 5) -> str:
-    """``a, b and 3 more``."""
-    shown = ", ".join(sorted(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

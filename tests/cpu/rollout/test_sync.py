@@ -51,6 +51,7 @@ class Receiver:
         return 200, {**sizes, "device": "cpu", "dtype": "float32", "quantization": None}
 
     def init_weights_update_group(self, body):
+        self.held = {}  # another sync may send other tensors
         world = body["world_size"]
         store = dist.TCPStore(body["master_address"], body["master_port"], world, timeout=TIMEOUT)
         self.group = join_group(
