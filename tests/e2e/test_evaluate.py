@@ -120,7 +120,7 @@ def test_on_a_server_of_others(
     assert not check_served(config, control)  # it cannot be told
     info = {**control.get("/server_info")[0], "load_format": "dummy"}
     control.get = lambda path: [info]  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="was started without weights .*tools/quantize_fp8.py"):
+    with pytest.raises(ValueError, match=r"was started without weights .*tools/quantize_fp8\.py"):
         check_served(config, control)
 
     sync.load(weights.items(), 0)
