@@ -223,6 +223,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {**BLOCKWISE, "fp8_params": True, "distributed_optimizer": False},
         "parallel.fp8_params",
     ),
+    (ParallelConfig, {"fp8": Fp8.delayed, "fp8_params": True}, "parallel.fp8_params"),
     (
         ParallelConfig,
         {"fp8": Fp8.delayed, "fp8_last_layers_bf16": 1},

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from tests.te import adam, gemm, layers, machine, quantisation, scales
+from tests.te import adam, gemm, layers, machine, padding, quantisation, scales, softmax
 from tests.te.enums import TYPES
 
 NAME = "transformer_engine_torch"
 SIGNATURES: dict[str, str] = json.loads(Path(__file__).with_name("signatures.json").read_text())
 """Parameters of all functions of the real one, as its binding reports them."""
 
-_PARTS = (adam, gemm, layers, machine, quantisation, scales)
+_PARTS = (adam, gemm, layers, machine, padding, quantisation, scales, softmax)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(part, name) for part in _PARTS for name in SIGNATURES if hasattr(part, name)
 }
@@ -61,11 +61,15 @@ def _refusal(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def parameters(text: str) -> list[tuple[str | None, str, bool]]:
-    """(name, kind, whether it may be left out) of each parameter of a signature without types; one
-    that can only be given by its place has no name."""
-    found = inspect.signature(eval(f"lambda {text}: None")).parameters.values()
+def parameters(signature: inspect.Signature) -> list[tuple[str | None, str, bool]]:
+    """(name, kind, whether it may be left out) of each parameter; one that can be given by its
+    place alone has no name."""
     alone = inspect.Parameter.POSITIONAL_ONLY
     return [
-        (None if x.kind is alone else x.name, x.kind.name, x.default is not x.empty) for x in found
+        (None if x.kind is alone else x.name, x.kind.name, x.default is not x.empty)
+        for x in signature.parameters.values()
     ]
+
+
+def real(name: str) -> inspect.Signature:
+    return inspect.signature(eval(f"lambda {SIGNATURES[name]}: None"))

@@ -7,6 +7,7 @@ from peergrad.checks.fp8 import check_serving_form
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.checks.recording import check_recording
 from peergrad.config import WANDB_REFUSES, Config, Dtype, Fp8, OldPolicy, require
+from peergrad.parallel import engine
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.families import FAMILIES
 from peergrad.parallel.hf.source import read_model_config
@@ -37,6 +38,7 @@ def check(config: Config, *, world: int) -> None:
     _check_kernels(config)
     _check_states(config)
     _check_fp8(config)
+    engine.require_attention(config.parallel.megatron.get("attention_backend", "auto"))
     _check_name(config)
 
 

@@ -49,6 +49,8 @@ class Fp8Config:
         key, rule = "parallel.fp8_depends_on_packing", "is of parallel.fp8=tensorwise alone"
         require(tensorwise or not allowed, key, allowed, rule, "unset it")
         if self.fp8 is Fp8.delayed:
+            rule, remedy = "is not known to be right with delayed scales", "use blockwise"
+            require(not self.fp8_params, "parallel.fp8_params", self.fp8_params, rule, remedy)
             for name in ("fp8_first_layers_bf16", "fp8_last_layers_bf16"):
                 value, rule = getattr(self, name), "Transformer Engine cannot with delayed scales"
                 require(value == 0, f"parallel.{name}", value, rule, "use parallel.fp8=blockwise")

@@ -98,7 +98,7 @@ def _translate_in_backward() -> None:
     run_backward = autograd.graph._engine_run_backward
 
     def run(*args: Any, **options: Any) -> Any:
-        with CudaLiteralsOnCpu():  # type: ignore[no-untyped-call]
+        with CudaLiteralsOnCpu():
             return run_backward(*args, **options)
 
     # Two modules call it by a name of their own.

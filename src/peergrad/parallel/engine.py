@@ -5,14 +5,20 @@ which imports the package.
 """
 
 import importlib
+import os
+import sys
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
-from peergrad.config.rules import one_line
+from peergrad.config.rules import one_line, require
 
 PACKAGE = "transformer_engine"
+ATTENTION = {kind: f"NVTE_{kind.upper()}_ATTN" for kind in ("flash", "fused", "unfused")}
+"""Its kinds of attention, and what in the environment turns each on or off."""
 
 
+@cache  # before ``import_error`` hides it
 def installed() -> bool:
     """Whether the package is there, however broken."""
     return find_spec(PACKAGE) is not None
@@ -36,10 +42,36 @@ def absence() -> tuple[str, str] | None:
 
 @cache
 def import_error() -> str | None:
-    """Why the package, which is there, cannot be imported; None: it can. Without its compiled part
-    its first name can be, but for a warning; Megatron asks for the second."""
+    """Why the package, which is there, cannot be imported; None: it can. Megatron is then told that
+    there is none: of all errors it expects a missing module alone, and would end with any other."""
+    if not installed():
+        return None
     try:
         importlib.import_module(f"{PACKAGE}.pytorch")
     except Exception as error:  # with a compiled library anything can be the matter
+        sys.modules[PACKAGE] = None  # type: ignore[assignment]
         return one_line(error)
     return None
+
+
+class _BeforeMegatron:
+    """Has the package tried before Megatron is imported, whoever does so first."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "megatron":
+            sys.meta_path.remove(self)
+            import_error()
+
+
+def try_before_megatron() -> None:
+    """See above; once a process."""
+    sys.meta_path.insert(0, _BeforeMegatron())
+
+
+def require_attention(backend: str) -> None:
+    """ValueError if the environment turns another kind of attention on or off than Megatron is
+    about to for ``parallel.megatron.attention_backend``: it would stop there."""
+    for kind, variable in ATTENTION.items():
+        found, wanted = os.environ.get(variable), "1" if backend in ("auto", kind) else "0"
+        rule = f"contradicts parallel.megatron.attention_backend = {backend!r}, which sets it"
+        require(found in (None, wanted), variable, found, rule, "unset it, and choose by that key")

@@ -1,5 +1,6 @@
 """What matrix products in 8 bits ask of a model, its rows and its optimizer."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,3 +81,11 @@ def keep_exact(parameter: torch.nn.Parameter, values: Tensor) -> None:
 def whole_numbers(tensor: Tensor) -> Tensor:
     """The values of a tensor that may be kept in 8 bits, in its nominal dtype."""
     return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+
+
+def forget_scales() -> None:
+    """Of models that are gone: Transformer Engine keeps what it must reduce over their ranks for
+    the whole process, and would do so beside any other model."""
+    engine = sys.modules.get("transformer_engine.pytorch.quantization")
+    if engine is not None:
+        engine.FP8GlobalStateManager.reset()

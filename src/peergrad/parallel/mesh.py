@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from peergrad.config import ParallelConfig
 from peergrad.echo import OtherRankFailed
 from peergrad.parallel.device import set_up_device
+from peergrad.parallel.fp8 import forget_scales
 from peergrad.parallel.job import Job
 
 Result = TypeVar("Result")
@@ -157,6 +158,7 @@ def _joined(minutes: float) -> Job:
 def leave_layout() -> None:
     """Forget the grid but stay in the job; ``init_mesh`` may lay it out anew."""
     parallel_state.destroy_model_parallel()
+    forget_scales()
 
 
 def close_mesh() -> None:

@@ -4,6 +4,7 @@ import logging
 import types
 import typing
 from dataclasses import fields
+from enum import Enum
 from typing import Any, Literal, Union
 
 from megatron.core.transformer import TransformerConfig
@@ -40,7 +41,7 @@ another function of its weights."""
 OF_THE_ENGINE = (
     "moe_permute_fusion",
     *("cpu_offloading", "fine_grained_activation_offloading", "tp_comm_overlap"),
-    "cp_comm_type",
+    *("cp_comm_type", "attention_backend"),
     *("enable_cuda_graph", "external_cuda_graph", "use_te_activation_func", "use_te_rng_tracker"),
 )
 """Fields that only Transformer Engine's layers know; others ignore them, or fail when they run."""
@@ -112,8 +113,10 @@ def with_users_fields(
         idle = name.startswith("fp8_") and parallel.fp8 is Fp8.off
         require(not idle, key, value, "has no effect without parallel.fp8", "remove it")
         require(_fits(value, known[name]), key, value, f"must be {_name(known[name])}", remedy)
+    engine.require_attention(parallel.megatron.get("attention_backend", "auto"))
+    values = {name: _meant(value, known[name]) for name, value in parallel.megatron.items()}
     try:
-        return TransformerConfig(**ours, **parallel.megatron)
+        return TransformerConfig(**ours, **values)
     except (ValueError, AssertionError, TypeError, KeyError, AttributeError, ImportError) as error:
         if not parallel.megatron:
             raise  # ours alone
@@ -133,6 +136,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (list, tuple):
         items = arguments[0] if arguments else Any
         return isinstance(value, list) and all(_fits(item, items) for item in value)
+    if _is_enum(kind):
+        known = isinstance(value, str) and value in kind.__members__
+        return known and value != "local"  # of layers without Transformer Engine
     if kind is Any:
         return True
     if kind is float:
@@ -142,6 +148,15 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
+def _meant(value: Any, kind: Any) -> Any:
+    """A value that fits, as Megatron has it."""
+    return kind[value] if _is_enum(kind) else value
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
 def _name(kind: Any) -> str:
     """An annotation as a person would write it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -149,6 +164,8 @@ def _name(kind: Any) -> str:
         return " or ".join(_name(one) for one in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
+    if _is_enum(kind):
+        return " or ".join(name for name in kind.__members__ if name != "local")
     if origin in (list, tuple):
         return f"a list of {_name(arguments[0]) if arguments else 'values'}"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

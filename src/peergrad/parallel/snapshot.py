@@ -32,10 +32,12 @@ from peergrad.parallel.damage import (
     sealed,
     verify,
 )
+from peergrad.parallel.fp8 import keep_exact
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.mesh import Mesh
 from peergrad.parallel.model import PolicyModel, Stage
+from peergrad.parallel.renaming import as_written
 from peergrad.parallel.resume import describe_optimizer, require_same_model
 from peergrad.parallel.saving import Write
 from peergrad.storage import flush, partial_of, put_in_place, writing
@@ -212,7 +214,7 @@ def load_megatron(path: Path, model: Stage, optimizer: MegatronOptimizer | None)
     """Fill model and optimizer from what ``write_megatron`` wrote; what ``optim`` configures stays
     as it is. Collective. Raises Unloadable."""
     groups = [] if optimizer is None else optimizer.param_groups
-    configured = [{k: group[k] for k in CONFIGURED if k in group} for group in groups]
+    before = [dict(group) for group in groups]
     wanted = _sharded(model, optimizer, loading=True)
     try:
         _fill(wanted, path, model, optimizer)
@@ -226,19 +228,24 @@ def load_megatron(path: Path, model: Stage, optimizer: MegatronOptimizer | None)
             f"is damaged: {file}" if file else f"cannot be loaded ({first_line(error)})"
         ) from error
     groups = [] if optimizer is None else optimizer.param_groups
-    for group, values in zip(groups, configured, strict=True):
-        changed = {k: v for k, v in values.items() if group.get(k) != v}
+    for group, own in zip(groups, before, strict=True):
+        for key, value in own.items():
+            group.setdefault(key, value)  # torch's Adam knows fewer keys than Transformer Engine's
+        configured = {k: own[k] for k in CONFIGURED if k in own}
+        changed = {k: v for k, v in configured.items() if group[k] != v}
         if changed:
             log.info("optimizer: %s as configured now, not as in %s", changed, path)
-        group.update(values)
+        group.update(configured)
 
 
 def _fill(
     wanted: dict[str, Any], path: Path, model: Stage, optimizer: MegatronOptimizer | None
 ) -> None:
-    state = dist_checkpointing.load(wanted, str(path))
+    state = dist_checkpointing.load(as_written(wanted, str(path)), str(path))
     for key, piece in _keyed(model):
         piece.load_state_dict(state[key])
+        for name, parameter in piece.named_parameters() if optimizer is None else ():
+            keep_exact(parameter, state[key][name])
     if optimizer is None:
         return
     chained, saved = _chained(optimizer), state["optimizer"]
@@ -260,23 +267,30 @@ def _chained(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _torch_adam(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    """The torch AdamW inside Megatron's wrappers; none with Transformer Engine or apex."""
-    found = [wrapper.optimizer for wrapper in _chained(optimizer)]
-    return [inner for inner in found if isinstance(inner, torch.optim.AdamW)]
-
-
 def _fill_adam(optimizer: MegatronOptimizer) -> None:
-    """Give a torch AdamW that has not stepped yet its initial state: Megatron cannot describe an
-    empty one to load into it, and what it saves of one cannot be loaded."""
-    for inner in _torch_adam(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    """Give an Adam that has not stepped yet its initial state: Megatron cannot describe an empty
+    one to save it or load into it, and what it saves of torch's cannot be loaded."""
+    for inner in (wrapper.optimizer for wrapper in _chained(optimizer)):
+        fused = hasattr(inner, "initialize_state")  # Transformer Engine's
+        for group in inner.param_groups if fused or isinstance(inner, torch.optim.AdamW) else ():
+            if fused:
+                group.setdefault("step", 0)
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    _fill_state(inner, parameter)
+
+
+def _fill_state(inner: Any, parameter: torch.nn.Parameter) -> None:
+    """What the first step of torch's AdamW or of Transformer Engine's FusedAdam begins with."""
+    if isinstance(inner, torch.optim.AdamW):
+        inner.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    else:
+        remainders = inner.store_param_remainders and parameter.dtype is torch.bfloat16
+        inner.initialize_state(parameter, remainders)
 
 
 @torch.no_grad()

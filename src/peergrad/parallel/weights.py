@@ -73,7 +73,7 @@ def load_hf(model: Stage, path: str, shape: Shape, mesh: Mesh, *, key: str = "mo
                 ranks=ranks.size(),
             )
             assert shard.shape == parameter.shape, mapped
-            parameter.copy_(shard)
+            parameter.copy_(shard.to(parameter.dtype))
             keep_exact(parameter, shard)
 
 

@@ -1,8 +1,10 @@
 """What a machine without CUDA is told, in a process of its own: it holds for the whole process."""
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,18 +38,69 @@ assert x.device.type == "cpu" and x.cuda() is x and x.pin_memory() is x
 assert x.type() == "torch.cuda.FloatTensor" and x.type(torch.float64).dtype == torch.float64
 assert torch.zeros(2).to(device="cuda").device.type == "cpu"
 assert torch.tensor([1, 2]).sum() == 3
+class Literal(torch.autograd.Function):
+    def forward(ctx, x):
+        return x.clone()
+    def backward(ctx, grad):
+        assert grad.cuda() is grad and grad.type() == "torch.cuda.FloatTensor"
+        return grad + torch.ones(2, device="cuda")
+x.requires_grad_()
+Literal.apply(x).sum().backward()  # each calls the engine in its own way
+(again,) = torch.autograd.grad(Literal.apply(x).sum(), x)
+assert x.grad.tolist() == again.tolist() == [2, 2] and x.type() == "torch.cuda.FloatTensor"
 print(torch.cuda.current_device())
 """
 
 
-def run(code: str) -> str:
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+BROKEN = """
+import logging
+from peergrad.config import OptimConfig, Spec
+from peergrad.parallel.options import choose_spec
+from peergrad.parallel.states import require_states
+told = logging.Handler(logging.WARNING)
+told.emit = lambda record: print(record.getMessage())
+logging.getLogger("peergrad").addHandler(told)
+def refused(function, *args):
+    try:
+        print("accepted:", function(*args))
+    except ValueError as error:
+        print(error)
+torch.cuda.is_available = lambda: True
+print(choose_spec(Spec.torch), choose_spec(Spec.auto))
+refused(choose_spec, Spec.te)
+refused(require_states, OptimConfig(use_precision_aware_optimizer=True))
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()
 
 
-def test_cuda_by_name_is_the_host_and_no_compiler_is_loaded() -> None:
-    assert run(LITERALS) == "cpu"
+def test_cuda_by_name_is_the_host_no_compiler_is_loaded_and_a_broken_engine_is_one_line(
+    tmp_path: Path,
+) -> None:
+    """Megatron would end with an error of Transformer Engine's that is no ImportError, as with its
+    package but none of its compiled parts."""
+    package = tmp_path / "transformer_engine" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("raise RuntimeError('cudnn shared object\\nnot found.')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    broken = "the package transformer-engine cannot be imported (cudnn shared object not found.)"
+    assert run(LITERALS + BROKEN, PYTHONPATH=path).splitlines() == [
+        "cpu",
+        f"parallel.spec = 'auto': {broken}; repair it or set parallel.spec=torch",
+        "Spec.torch Spec.torch",
+        f"parallel.spec = 'te': {broken}; repair it or set parallel.spec=torch",
+        "optim.use_precision_aware_optimizer = True: needs FusedAdam of "
+        f"{broken.replace(' cannot', ', which cannot')}; repair it, or unset it",
+    ]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

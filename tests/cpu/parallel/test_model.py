@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from peergrad.algo.division import Cost
-from peergrad.config import Dtype, ParallelConfig, Spec
+from peergrad.config import Dtype, ParallelConfig, Recompute, Spec
 from peergrad.parallel.model import transformer_config
-from peergrad.parallel.options import choose_spec
+from peergrad.parallel.options import choose_spec, with_users_fields
 from peergrad.parallel.policy import cost
 from tests.cpu.parallel.test_mapping import SHAPE
 
@@ -48,6 +49,7 @@ from tests.cpu.parallel.test_mapping import SHAPE
         ("cp_comm_type", "a2a", "needs Transformer Engine's layers"),
         ("fp8_margin", 1, "has no effect without parallel.fp8"),
         ("fp4", "e2m1", "is set by peergrad or not supported"),
+        ("attention_backend", "fused", "needs Transformer Engine's layers"),
         ("cpu_offloading", True, "needs Transformer Engine's layers"),
         ("init_method_std", "small", "must be a number"),
         ("timers", "mine", "must be what YAML cannot say: leave it or null"),
@@ -102,6 +104,27 @@ def test_transformer_engine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"^parallel.spec = 'te': .* needs a GPU.*; set "):
         choose_spec(Spec.te)
     assert choose_spec(Spec.auto) is Spec.torch
+
+
+def test_the_kind_of_attention_is_a_field_and_not_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for backend in ("local", ["fused"], 2):
+        parallel = ParallelConfig(megatron={"attention_backend": backend})
+        with pytest.raises(ValueError, match=r"must be flash or fused or unfused or auto; correct"):
+            transformer_config(SHAPE, parallel, Dtype.float32, Spec.te)
+    for name in ("FLASH", "FUSED", "UNFUSED"):
+        monkeypatch.setenv(f"NVTE_{name}_ATTN", str(int(name == "FUSED")))
+    fused = ParallelConfig(megatron={"attention_backend": "fused"})
+    ours = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    built = with_users_fields(ours, fused, Spec.te)
+    assert built.attention_backend is AttnBackend.fused
+    with pytest.raises(
+        ValueError,
+        match=r"^NVTE_FLASH_ATTN = '0': contradicts parallel.megatron.attention_backend = 'auto', "
+        r"which sets it; unset it, and choose by that key$",
+    ):
+        transformer_config(SHAPE, ParallelConfig(), Dtype.float32, Spec.torch)
 
 
 def test_other_fields_pass_through() -> None:
