@@ -61,12 +61,13 @@ def check_form(
     """
     key, said = "rollout.servers.urls", info.get("quantization")
     flash = info.get("load_format") == "flash_rl"
-    itself = said == "fp8" and not flash and blocks is not None and not blocks
+    trusted = blocks is None and servers.fp8 is Fp8Serving.block
+    itself = said == "fp8" and not (flash or blocks or trusted)
     rule = "makes FP8 codes of a bfloat16 checkpoint by itself, which SGLang cannot update"
     ways = [f"{START[way]} (rollout.servers.fp8={way.name})" for way in list(Fp8Serving)[1:]]
     require(not itself, key, url, rule, f"start it {' or '.join(ways)}")
     held = Fp8Serving.flash_rl if flash else Fp8Serving.off
-    if blocks or (blocks is None and servers.fp8 is Fp8Serving.block and not flash):
+    if blocks or (trusted and not flash):
         held = Fp8Serving.block
     rule = f"holds {HELD[held]}, and is to be sent {HELD[servers.fp8]}"
     remedy = f"set rollout.servers.fp8={held.name}, or start it {START[servers.fp8]}"
