@@ -42,7 +42,7 @@ MAKEFLAGS += -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),-O)
 endif
 
 # What make check reads with shellcheck, and with them what they source.
-SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh
+SCRIPTS := .ci/run benchmarks/gpu.sh $(wildcard slurm/*.sbatch tests/slurm/emulator/*.sh) slurm/task.sh slurm/watch.sh tools/setup_gpu.sh
 
 .PHONY: train test test-all test-slurm test-drill $(QUICK) $(SLOW) check bench clean
 

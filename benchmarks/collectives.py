@@ -30,7 +30,7 @@ from torch import Tensor
 from peergrad.config import ParallelConfig
 from peergrad.parallel.mesh import Mesh, close_mesh, init_mesh
 from peergrad.rollout.buckets import buckets
-from peergrad.rollout.sync import join_group
+from peergrad.rollout.sync import broadcaster, join_group
 
 GPU = torch.cuda.is_available()
 ROUNDS, WARMUP = 12, 2
@@ -63,15 +63,16 @@ class SyncGroup:
             "127.0.0.1", 0, 1, is_master=True, timeout=LIMIT, wait_for_workers=False
         )
         name = f"peergrad-{uuid4().hex[:8]}"
-        with ThreadPoolExecutor(1) as thread:  # the sync joins in a thread, too
-            self.handle = thread.submit(join_group, store, name, 0, 1, backend, LIMIT).result()
+        self.thread = ThreadPoolExecutor(1)  # the sync joins and sends in threads, too
+        join = self.thread.submit(join_group, store, name, 0, 1, backend, LIMIT)
+        self.handle = join.result()
 
     def send(self, named: list[tuple[str, Tensor]], limit: int) -> int:
         """Broadcast; the number of buckets."""
         count = 0
         for bucket, _ in buckets(named, limit):
             before = bucket.flat.clone()
-            dist.broadcast(bucket.flat, src=0, group=self.handle, async_op=True).wait()
+            self.thread.submit(broadcaster(bucket.flat, self.handle)).result().wait()
             assert torch.equal(bucket.flat, before)
             count += 1
         return count

@@ -15,7 +15,6 @@ ulimit -n "$(ulimit -Hn)"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$UID}
 if [ "$role" = trainer ]; then
     export PET_NODE_RANK=$SLURM_PROCID   # torchrun's --node-rank
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # Megatron asks for it
 fi
 
 hand_on() {

@@ -20,14 +20,17 @@ import transformers.models.llama.modeling_llama  # noqa: E402
 import transformers.models.mistral.modeling_mistral  # noqa: E402
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
-from megatron.core import parallel_state  # noqa: E402
 
-import peergrad.convert  # noqa: E402
-import peergrad.loop  # noqa: E402
-import peergrad.main  # noqa: E402
-import peergrad.parallel.checkpoint  # noqa: E402
-import peergrad.rollout.servers  # noqa: E402, F401
-from peergrad.parallel.device import set_up_device  # noqa: E402
+from peergrad.parallel.device import set_up_device, without_compiler, without_wandb  # noqa: E402
+
+with without_compiler(), without_wandb():  # as a run does
+    from megatron.core import parallel_state
+
+    import peergrad.convert
+    import peergrad.loop
+    import peergrad.main
+    import peergrad.parallel.checkpoint
+    import peergrad.rollout.servers  # noqa: F401
 from peergrad.running.lifetime import die_with_parent  # noqa: E402
 from tests import models, oracle  # noqa: E402, F401
 

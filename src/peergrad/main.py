@@ -32,6 +32,7 @@ from peergrad.observing.screen import Screen
 from peergrad.running.commandline import parse
 from peergrad.running.compose import chosen_keys, compose_config
 from peergrad.running.ending import FINISHED, Ending, refuse
+from peergrad.running.environment import prepare
 from peergrad.running.lifetime import die_with_parent
 from peergrad.running.lock import FolderLock
 from peergrad.running.logs import log_to
@@ -131,8 +132,7 @@ def run(chosen: Chosen, directory: RunDir, place: Place, ending: Ending) -> None
     """The run, from its folder to its last line."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave its ranks training
         die_with_parent(os.getppid())
-    # Set before torch is loaded: its C++ warnings are of no use to anybody who is not writing it.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    prepare(chosen.config)
     # Their absence is no news: the log says which layer spec is used.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     began, config = time.monotonic(), chosen.config
@@ -200,9 +200,9 @@ def train(
     with screen.waiting("PyTorch, Megatron and SGLang to load", announce=True):
         gc.disable()  # what is imported stays: looking through it for garbage takes a second
         # Imported here: an error of the configuration should not have to wait for Megatron.
-        from peergrad.parallel.device import without_compiler
+        from peergrad.parallel.device import without_compiler, without_wandb
 
-        with without_compiler():
+        with without_compiler(), without_wandb():
             from peergrad.build import Build
         gc.enable()
     Build(config, directory, attempt, servers, screen, stack).train(ending)

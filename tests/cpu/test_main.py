@@ -68,18 +68,41 @@ def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, root: str) ->
 
 @pytest.mark.parametrize("check", [False, True])
 def test_a_server_that_is_not_there_is_waited_for_except_by_a_check(
-    model: Path, tmp_path: Path, check: bool
+    model: Path, tmp_path: Path, check: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     external = ["rollout=external", f"rollout.servers.urls=[{url}]", "rollout.servers.wait=1"]
-    done = start(*overrides(model, tmp_path, *external), *["--check"] * check)
-    assert done.returncode == 2
+    asked = overrides(model, tmp_path, *external)
+    if check:  # here: to import what reads the model is most of a start
+        status, (out, err) = main([*asked, "--check"]), capsys.readouterr()
+    else:
+        done = start(*asked)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    assert status == 2
     wait = f"waiting for servers, for 1 s at most: {url} (connection refused)\n"
-    assert (wait in done.stdout) == (not check)
+    assert (wait in out) == (not check)
     late = "rollout.servers.wait = 1: 1 of 1 servers did not come within these seconds, "
     now = f"rollout.servers.urls = '{url}': cannot be reached (connection refused); "
-    assert done.stderr.startswith(f"error: {now if check else late}")
-    assert done.stderr.count("\n") == 1
+    assert err.startswith(f"error: {now if check else late}")
+    assert err.count("\n") == 1
+
+
+def test_a_rank_has_its_environment_before_it_loads_anything(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    seen: list[tuple[str | None, ...]] = []
+
+    def look(*_: object) -> None:
+        seen.append(
+            (os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), os.environ["NCCL_CUMEM_ENABLE"])
+        )
+        raise ValueError("enough")
+
+    monkeypatch.setattr("peergrad.main.open_folder", look)
+    assert main(overrides(model, tmp_path)) == 2
+    assert seen == [("1", "1")]
 
 
 def test_a_check_may_print_the_configuration(

@@ -8,7 +8,7 @@ step of a batch has a gradient to compare.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -143,11 +143,18 @@ def objectives_of(model: str, ranks: int, layout: Layout | None = None) -> tuple
 
 
 def configure(path: str, name: str) -> Any:
+    config = composed(name)
+    return replace(config, model=replace(config.model, path=path))
+
+
+@cache
+def composed(name: str) -> Any:
+    """Of any model."""
     from peergrad.running.compose import compose_config
 
     config, _ = compose_config(
         [
-            *(f"model.path={path}", "model.dtype=float32", *{**OBJECTIVES, **BALANCED}[name]),
+            *("model.path=m", "model.dtype=float32", *{**OBJECTIVES, **BALANCED}[name]),
             *("optim.lr=1e-30", "optim.clip_grad=0", f"rollout.temperature={TEMPERATURE}"),
             *("parallel.distributed_optimizer=false", "kernels.chunk=7"),
             *(f"rollout.max_new_tokens={MAX_TOKENS}", "rollout.batch_size=64"),
@@ -274,8 +281,6 @@ def gradients(
 ) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
     """What the package computes under each configuration on each layout, on rank 0. ``meeting``:
     under which of them on each; None: under all."""
-    from dataclasses import replace
-
     from peergrad.algo.grading import AlgoState, grade
     from peergrad.algo.objective import Objective
     from peergrad.algo.plan import make_plan

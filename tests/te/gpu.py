@@ -39,6 +39,7 @@ def pretend() -> None:
         "stream": lambda _: nullcontext(),
         "device": lambda _: nullcontext(),
         "is_current_stream_capturing": lambda: False,
+        "current_device": lambda: 0,
         "get_device_properties": lambda *_: HOPPER,
         "get_device_capability": lambda *_: (HOPPER.major, HOPPER.minor),
         "get_device_name": lambda *_: HOPPER.name,

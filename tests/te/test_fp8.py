@@ -105,6 +105,41 @@ def test_weights_in_8_bits_learn_as_those_that_are_not(tmp_path: Path) -> None:
         np.testing.assert_allclose(kept[key], usual[key], rtol=1e-6, atol=1e-5)
 
 
+def again(path: str, folder: str) -> list[dict[str, Any]]:
+    """A policy that learns, twice; one that starts from the weights which a checkpoint has of it
+    before, and goes on from a checkpoint between the two."""
+    from peergrad.config import Fp8
+    from peergrad.parallel.mesh import leave_layout
+    from peergrad.parallel.snapshot import load_megatron, save_weights, write_megatron
+
+    layout = {**PARAMS, "fp8": Fp8.blockwise}
+    policy = make(path, "te", layout, "bfloat16")
+    first, state = Path(folder) / "first", Path(folder) / "state"
+    save_weights(first, policy.model, policy.shape, policy.mesh, companions=policy.companions)
+    found = [learn(policy)]
+    state.mkdir()
+    write_megatron(state, policy.model, policy.optimizer, aside=False).finish()
+    found.append(learn(policy))
+    leave_layout()
+    policy = make(path, "te", layout, "bfloat16", weights=str(first))
+    found.append(learn(policy))
+    load_megatron(state, policy.model, policy.optimizer)
+    found.append(learn(policy))
+    leave_layout()
+    return found
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """Of weights alone they hold what 8 bits say, and main weights begin there, not with the random
+    ones that a model is made with; with an optimizer's state they are exact."""
+    path = str(make_hf_model(tmp_path / "a", layers=2, vocab=100, tied=True))
+    ((first, second, restarted, resumed),) = run_ranks(1, again, path, str(tmp_path))
+    for key in ("before", "norms", "after"):
+        np.testing.assert_array_equal(resumed[key], second[key])
+    np.testing.assert_array_equal(restarted["before"], first["before"])
+    np.testing.assert_allclose(restarted["norms"], first["norms"], rtol=0.1)
+
+
 def alike(found: list[dict[str, Any]], of: int = 0) -> None:
     """Each layout rounds a little otherwise; what is lost or added up twice differs by far more."""
     for one in found:

@@ -29,14 +29,21 @@ def samples() -> list[Any]:
     return found
 
 
-def make(path: str, spec: str, layout: Layout, dtype: str = "float32", **sections: Any) -> Any:
+def make(
+    path: str,
+    spec: str,
+    layout: Layout,
+    dtype: str = "float32",
+    weights: str | None = None,
+    **sections: Any,
+) -> Any:
     """A policy that learns the model ``path``."""
     from peergrad.config import Config, Dtype, ModelConfig, OptimConfig, ParallelConfig, Spec
     from peergrad.parallel.mesh import init_mesh
     from peergrad.parallel.policy import Policy
 
     config = Config(
-        model=ModelConfig(path=path, dtype=Dtype[dtype]),
+        model=ModelConfig(path=path, dtype=Dtype[dtype], weights=weights),
         parallel=ParallelConfig(spec=Spec[spec], **{"micro_batch_tokens": 48, **layout}),
         # A large eps: rounding of a gradient near 0 moves little.
         optim=OptimConfig(lr=1e-2, eps=1e-2, clip_grad=1.0),

@@ -32,6 +32,7 @@ from peergrad.parallel import engine
 from peergrad.parallel.hf.config import Experts, Shape
 from peergrad.parallel.hf.tensors import parameters
 from peergrad.prompts import GENERATED, paths
+from peergrad.running.environment import conflicts
 
 WIDTH, LABEL = 80, 13
 REWARDS = {
@@ -162,6 +163,7 @@ def warnings_of(config: Config, inputs: Inputs) -> Iterator[str]:
     disk = disk_warning(config, inputs.shape)
     if disk is not None:
         yield disk
+    yield from conflicts(config)
     recorded = foreign(config)
     if recorded is not None:
         algo = config.algo

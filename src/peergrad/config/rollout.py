@@ -36,10 +36,26 @@ HARMFUL = {
     "preferred-sampling-params": "may draw from another distribution than the trainer's",
 }
 """Options of SGLang that would break training, and why, whoever starts the server."""
+ONE = {
+    "dp_size": (
+        "with which SGLang takes no weight updates",
+        "start one server for each replica",
+    ),
+    "pp_size": (
+        "whose stages would all take the same places in weight updates, and wait for ever",
+        "start it with --tp-size alone",
+    ),
+}
+"""Sizes of a server, as it tells them, that must be 1, why, and what to do. Ranks that share
+experts or contexts are among the ``tp_size`` that join."""
 REFUSED = {
     **HARMFUL,
     **dict.fromkeys(
         ("dp", "dp-size", "data-parallel-size"), "cannot take weight updates in SGLang"
+    ),
+    **dict.fromkeys(
+        ("pp", "pp-size", "pipeline-parallel-size"),
+        "cannot take weight updates with SGLang's stages",
     ),
     **dict.fromkeys(("api-key", "admin-api-key"), "locks peergrad out, which sends no key"),
     "config": "reads further options, which nobody would check",

@@ -9,6 +9,7 @@ so CPU runs execute the very DDP, optimizer, schedules and checkpoints that GPU 
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -69,6 +70,20 @@ def without_compiler() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiler
+
+
+@contextmanager
+def without_wandb() -> Iterator[None]:
+    """For the import of Megatron, whose inference engine, of no use here, loads it if it can: more
+    than a second of a core for every rank. What asks for it later gets it."""
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 @cache  # a second mode on top of the first would translate twice

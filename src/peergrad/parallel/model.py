@@ -169,7 +169,7 @@ def transformer_config(
         "bias_activation_fusion": spec is Spec.te,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,  # needs apex or TE's main-grad kernels
+        "gradient_accumulation_fusion": False,  # of the trained model, in parallel/fused.py
         "apply_rope_fusion": spec is Spec.te,  # the plain one reads lengths on the host
         **_expert_fields(shape, parallel, spec),
         **recompute_fields(parallel, spec),

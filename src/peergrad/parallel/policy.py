@@ -1,5 +1,6 @@
 """The models of a run behind three verbs: score, update, weights."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.determinism import be_deterministic
 from peergrad.parallel.fp8 import products_in_8_bits, row_multiple
+from peergrad.parallel.fused import describe, fuse_weight_gradients
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -39,6 +41,8 @@ from peergrad.parallel.optimizer import (
 from peergrad.parallel.routing import NONE, Coefficients, Routed, Tally, routed, router_metrics
 from peergrad.parallel.snapshot import load_weights
 from peergrad.parallel.weights import export_hf, load_hf
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ class Policy(Scorer):
         super().__init__(config, mesh, path=config.model.path, weights=config.model.weights)
         self.in_8_bits = config.parallel.fp8_score
         self.ddp = wrap_model(self.model, config.parallel)
+        log.info(describe(fuse_weight_gradients(self.model)))
         self.optimizer = build_optimizer(
             self.ddp, config.optim, config.parallel, config.model.dtype
         )

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from peergrad.config import Config, ServerMode
+from peergrad.preflight.engine import asks_for_engine, check_packages, needs_engine
 from peergrad.preflight.exchange import Exchange, until
 from peergrad.preflight.gpus import check_gpus
 from peergrad.preflight.machine import (
@@ -99,7 +100,10 @@ class Node:
         late = time.monotonic() + self.options.reporting - SAYING_SECONDS
         self.doing = "asking nvidia-smi"
         gpus, found = check_gpus(asked.gpus)
-        with Probe(0 if found.wrong else gpus) as probe:  # torch takes seconds to load
+        engine = asks_for_engine(asked.config)
+        with Probe(
+            0 if found.wrong else gpus, engine=engine
+        ) as probe:  # torch takes seconds to load
             self.doing = "looking at processors, memory and limits"
             found += check_cpus(gpus, asked.min_cpus) + check_memory(gpus, asked.min_memory)
             found += check_limits() + check_ports(asked.ports)
@@ -107,6 +111,8 @@ class Node:
             found += check_disks(self._folders(), asked.min_disk, asked.min_shm)
             self.doing = "reading versions"
             found += versions()
+            if gpus and engine:
+                found += check_packages(needs_engine(asked.config))
             if asked.config is not None:
                 self.doing = f"reading {asked.config.model.path}"
                 found += check_model(asked.config.model.path, _reads_weights(asked.config))

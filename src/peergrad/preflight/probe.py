@@ -1,4 +1,5 @@
-"""Whether torch finds the GPUs, asked in a process of its own: a driver can hang whoever asks."""
+"""Whether torch finds the GPUs and Transformer Engine loads, asked in a process of its own: a
+driver can hang whoever asks."""
 
 import json
 import subprocess
@@ -6,14 +7,25 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from peergrad.preflight.engine import judge
 from peergrad.preflight.report import Found, problem
 
 PROGRAM = """
-import json, torch
-number = torch.cuda.device_count()
-for index in range(number):
+import json, sys, torch
+from importlib.util import find_spec
+gpus = range(torch.cuda.device_count())
+for index in gpus:
     torch.ones(1, device=("cuda", index)).item()
-print(json.dumps([number, ".".join(map(str, torch.cuda.nccl.version()))]))
+found = {"gpus": len(gpus), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+able = [float("%d.%d" % torch.cuda.get_device_capability(index)) for index in gpus]
+found["capability"] = min(able, default=99.0)
+if "engine" in sys.argv and find_spec("transformer_engine"):
+    try:
+        import transformer_engine.pytorch, transformer_engine_torch
+        found["cudnn"] = transformer_engine_torch.get_cudnn_version()
+    except Exception as error:
+        found["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+print(json.dumps(found))
 """
 
 
@@ -25,13 +37,15 @@ class Probe:
         ...     found = probe.found(20.0)
     """
 
-    def __init__(self, gpus: int, program: str = PROGRAM) -> None:
+    def __init__(self, gpus: int, program: str = PROGRAM, *, engine: bool = False) -> None:
+        """``engine``: see whether Transformer Engine can be loaded, if it is installed."""
         self._gpus, self._program = gpus, program
+        self._asked = ["engine"] if engine else []
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         if self._gpus:
-            words = [sys.executable, "-c", self._program]
+            words = [sys.executable, "-c", self._program, *self._asked]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True)
         return self
@@ -58,8 +72,8 @@ class Probe:
         if self._process.returncode:
             last = (complaint.strip().splitlines() or [f"status {self._process.returncode}"])[-1]
             return Found((problem("gpus", self._gpus, f"torch fails: {last[:200]}", remedy),))
-        number, nccl = json.loads(said.splitlines()[-1])
-        found = Found(facts={"nccl that torch uses": nccl})
-        if number != self._gpus:
-            found += Found((problem("gpus", self._gpus, f"torch sees {number}", remedy),))
-        return found
+        told = json.loads(said.splitlines()[-1])
+        found = Found(facts={"nccl that torch uses": told["nccl"]})
+        if told["gpus"] != self._gpus:
+            found += Found((problem("gpus", self._gpus, f"torch sees {told['gpus']}", remedy),))
+        return found + judge(told)

@@ -12,7 +12,10 @@ from peergrad.parallel.hf.config import read_shape
 from peergrad.parallel.hf.fit import check_weights
 from peergrad.preflight.report import Found
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "sglang", "triton")
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "transformer-engine-torch"),
+    *("nvidia-cudnn-cu13", "sglang", "triton"),
+)
 NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 NONE = "none"
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from peergrad.config import Fp8Serving
+from peergrad.config.rollout import ONE
 from peergrad.rollout.control import Control
 from peergrad.rollout.errors import ServerError
 from peergrad.rollout.proof import Digests
@@ -15,7 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def server_infos(control: Control) -> list[Json]:
-    """/server_info of every server, with ``NEEDED_INFO`` in it."""
+    """/server_info of every server, with ``NEEDED_INFO`` in it; ServerError for one whose ranks
+    are not those that the weight sync counts."""
     infos = control.get("/server_info")
     for url, info in zip(control.urls, infos, strict=True):
         if missing := [name for name in NEEDED_INFO if name not in info]:
@@ -24,6 +26,9 @@ def server_infos(control: Control) -> list[Json]:
                 "and name the workers themselves, not a router",
                 url=url,
             )
+        for name, (why, remedy) in ONE.items():
+            if (size := info.get(name, 1)) != 1:
+                raise ServerError(f"{url}: has {name} = {size}, {why}; {remedy}", url=url)
     return infos
 
 
@@ -39,7 +44,7 @@ def new_digests(infos: Sequence[Json], fp8: Fp8Serving) -> Digests | None:
         return Digests(None)
     if fp8 is Fp8Serving.flash_rl or any(info["quantization"] for info in infos):
         return None
-    known = all(i["device"] == "cpu" and i["tp_size"] == i["pp_size"] == 1 for i in infos)
+    known = all(i["device"] == "cpu" and i["tp_size"] == 1 for i in infos)
     dtypes = {info["dtype"] for info in infos}
     return Digests(DTYPES.get(dtypes.pop()) if known and len(dtypes) == 1 else None)
 

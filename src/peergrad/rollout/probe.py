@@ -6,6 +6,7 @@ of SGLang, and whose weights it carries. No torch here, and a few seconds in all
 
 import json
 import logging
+import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 from peergrad.config import Config, ServerMode, require
-from peergrad.config.rollout import HARMFUL, host_and_port
+from peergrad.config.rollout import HARMFUL, ONE, flag, host_and_port
 from peergrad.rollout.arrival import NotThereYet, Waiting, gather
 from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, may_come, quote, reason
@@ -28,6 +29,7 @@ from peergrad.rollout.form import (
     tensor_names,
 )
 from peergrad.rollout.reply import Reply
+from peergrad.running.environment import NCCL, forced_by, settings
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -221,6 +223,8 @@ def _facts(answer: _Answers, config: Config) -> ServerFacts:
     if info.get("quantization") or answer.blocks:
         kind = info.get("quantization") or "fp8"
         warnings.append(f"quantizes weights ({kind}): logprobs will differ more")
+    if (unknown := _check_nccl(answer, config)) is not None:
+        warnings.append(unknown)
     return ServerFacts(
         url=answer.url,
         sglang=str(info.get("version", "unknown")),
@@ -250,9 +254,27 @@ def _check_kind(answer: _Answers) -> None:
     for option, why in HARMFUL.items():
         value = info.get(option.replace("-", "_"))
         require(not value, KEY, url, why, f"start it without --{option}")
-    size = info.get("dp_size", 1)
-    rule = f"has dp_size = {size}, with which SGLang takes no weight updates"
-    require(size == 1, KEY, url, rule, "start one server for each replica")
+    for name, (why, remedy) in ONE.items():
+        size = info.get(name, 1)
+        require(size == 1, KEY, url, f"has {name} = {size}, {why}", remedy)
+
+
+def _check_nccl(answer: _Answers, config: Config) -> str | None:
+    """What cannot be known of NCCL's variables there; ValueError if they are not the trainer's. A
+    server tells its options, not its environment."""
+    options = {flag(name): value for name, value in answer.info.items()}
+    unknown = []
+    for name in NCCL if options.get("device") == "cuda" else ():
+        ours = os.environ.get(name, settings(config)[name])
+        option = forced_by(name, options)
+        rule = f"has --{option}, with which SGLang sets {name}=1, and this run has {ours}"
+        remedy = f"set {name}=1 for all ranks: NCCL needs one value on both sides"
+        require(option is None or ours == "1", KEY, answer.url, rule, remedy)
+        if option is None and ours != "0":
+            unknown.append(f"{name}={ours}")
+    if not unknown:
+        return None
+    return f"must have been started with {' '.join(unknown)}, as this run: it does not tell"
 
 
 def _check_model(facts: ServerFacts, config: Config, model: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from peergrad.rollout.address import Address
 from peergrad.rollout.arguments import REFUSED_STATUS
 from peergrad.rollout.nursery import Child, Nursery, Order
 from peergrad.rollout.server_log import cause
+from peergrad.running.environment import CONNECTIONS
 from peergrad.running.ports import free_ports
 
 log = logging.getLogger(__name__)
@@ -361,6 +362,7 @@ def _cpu_tokens(model: Path, dtype: Dtype) -> int:
 def _environment(index: int, tensor: int) -> dict[str, str]:
     """Ours, less what torchrun set: a server would take itself for one of the trainer's ranks."""
     env = {key: value for key, value in os.environ.items() if not TORCHRUN.fullmatch(key)}
+    env.pop(CONNECTIONS, None)  # Megatron's: SGLang has a number of its own
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # healthy while paused, too
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "0"  # logprobs are those at rollout.temperature
     env.setdefault("TOKENIZERS_PARALLELISM", "false")

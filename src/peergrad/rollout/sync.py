@@ -8,8 +8,8 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -248,11 +248,12 @@ class WeightSync:
         answers = self._control.start(
             "/update_weights_from_distributed", [body] * len(self._control.urls)
         )
-        work = dist.broadcast(bucket.flat, src=0, group=group.handle, async_op=True)
+        # In a thread: NCCL makes its communicator in the first broadcast, and waits there until all
+        # have come. A server that refused will not, and is heard meanwhile.
+        sent = self._control.run(broadcaster(bucket.flat, group.handle))
         try:
-            # First: a server that refused will never join the broadcast.
-            self._control.finish(answers)
-            work.wait()
+            self._control.finish([*answers, cast(Future[Any], sent)])
+            sent.result().wait()
         except BaseException as error:
             self._abandon(group)
             if isinstance(error, ServerError) or not isinstance(error, RuntimeError):
@@ -266,7 +267,9 @@ class WeightSync:
         """Give up a group in which a broadcast may hang; the next ``load`` makes a new one."""
         self._group = None
         self._abandoned.append(group)
-        group.handle.abort()  # ends NCCL's broadcast; Gloo's ends when a server closes its side
+        # Ends NCCL's broadcast, or waits for a communicator that is still being made; Gloo's ends
+        # when a server closes its side.
+        wait([self._control.run(group.handle.abort)], CLEAN_UP_SECONDS)
         self._destroy(group)
 
     def _destroy(self, group: "_Broadcast") -> None:
@@ -390,6 +393,21 @@ def join_group(
     )
     c10d._world.pg_group_ranks[group] = {member: member for member in range(world)}
     return group
+
+
+def broadcaster(flat: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], dist.Work]:
+    """What begins to send ``flat`` from rank 0, for another thread to do: device and stream are a
+    thread's own, and there are this one's."""
+    stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None
+
+    def begin() -> dist.Work:
+        if stream is not None:
+            torch.cuda.set_device(flat.device)
+            torch.cuda.set_stream(stream)
+        work: dist.Work = dist.broadcast(flat, src=0, group=group, async_op=True)
+        return work
+
+    return begin
 
 
 def local_address(url: str) -> str:

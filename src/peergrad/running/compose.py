@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -37,7 +39,8 @@ def compose_config(overrides: Sequence[str], *, allow_missing: bool = False) -> 
     Raises ValueError with one line for an unknown key or option, a wrong type, a missing or an
     out-of-range value.
     """
-    composed, preset = _compose(overrides)
+    pristine, preset = _compose(tuple(overrides), config_dir())
+    composed = pristine.copy()
     try:
         adapt_preset(composed, preset, _chosen(composed, preset, overrides))
         text = _yaml(composed)
@@ -61,7 +64,7 @@ def chosen_keys(overrides: Sequence[str]) -> frozenset[str]:
 
     ``overrides`` must be such that ``compose_config`` takes them.
     """
-    composed, preset = _compose(overrides)
+    composed, preset = _compose(tuple(overrides), config_dir())
     return _chosen(composed, preset, overrides)
 
 
@@ -71,12 +74,14 @@ def _chosen(composed: DictConfig, preset: DictConfig, overrides: Sequence[str]) 
     return frozenset(key for key, value in ours.items() if value != theirs[key] or key in named)
 
 
-def _compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
-    """The composed configuration, and the ``algo`` group's option alone."""
-    ConfigStore.instance().store(name="schema", node=schema())
+@lru_cache(maxsize=64)  # a third of a second each, and a start asks twice
+def _compose(overrides: tuple[str, ...], folder: Path) -> tuple[DictConfig, DictConfig]:
+    """The configuration composed of the files in ``folder``, and the ``algo`` group's option alone,
+    both to be read only."""
+    _store_schema()
     readable = read_overrides(overrides)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(folder), version_base="1.3"):
             composed = compose("config", overrides=readable, return_hydra_config=True)
         option = composed.hydra.runtime.choices.algo
         with open_dict(composed):
@@ -84,6 +89,11 @@ def _compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
         return composed, read_preset(option)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(_one_line(error)) from error
+
+
+@cache
+def _store_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=schema())
 
 
 def _filled(composed: DictConfig) -> DictConfig:

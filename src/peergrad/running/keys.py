@@ -32,8 +32,9 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+@cache
 def schema() -> DictConfig:
-    """The dataclasses as Hydra's schema, with the free dicts open to any key."""
+    """The dataclasses as Hydra's schema, with the free dicts open to any key; to be read only."""
     found = OmegaConf.structured(Config)
     assert isinstance(found, DictConfig)
     for free in FREE:

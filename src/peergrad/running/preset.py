@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -56,7 +57,7 @@ def adapt_preset(composed: DictConfig, preset: DictConfig, chosen: Collection[st
 def _give_way(composed: DictConfig, chosen: Collection[str]) -> set[str]:
     """The keys that were put back although they had an effect."""
     lost: set[str] = set()
-    usual = leaves(OmegaConf.structured(AlgoConfig), "algo.")
+    usual = _usual()
     while True:
         try:
             OmegaConf.to_object(composed.algo)
@@ -72,6 +73,11 @@ def _give_way(composed: DictConfig, chosen: Collection[str]) -> set[str]:
             return lost
         else:
             return lost
+
+
+@cache
+def _usual() -> dict[str, Any]:
+    return leaves(OmegaConf.structured(AlgoConfig), "algo.")
 
 
 def _written(value: Any) -> str:

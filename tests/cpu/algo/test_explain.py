@@ -434,6 +434,15 @@ def recorded() -> tuple[tuple[Group, ...], dict[bytes, np.ndarray], dict[bytes, 
     return tuple(groups), policy, reference
 
 
+@cache
+def moved(tokens: bytes) -> np.ndarray:
+    """The policy's logprobs of an answer before and after each of 8 updates, [9, T]."""
+    base = recorded()[1][tokens]
+    moves = wild(np.random.default_rng(np.frombuffer(tokens, np.int32)), (9, base.size))
+    moves[0] = 0
+    return (base + moves).astype(np.float32)
+
+
 class Policy:
     """Gives recorded logprobs, moved by every update; keeps each update's gradient, whether it was
     refused, and which tokens it learned from. Not the loss: it moves nothing."""
@@ -443,9 +452,7 @@ class Policy:
         self.updates = 0
 
     def logp(self, sample: Any) -> np.ndarray:
-        base = recorded()[1][sample.tokens.tobytes()]
-        moved = wild(np.random.default_rng(sample.tokens), (9, base.size))
-        return base if not self.updates else (base + moved[self.updates]).astype(np.float32)
+        return moved(sample.tokens.tobytes())[self.updates]
 
     def score(self, samples: Any, **_: Any) -> Any:
         return SimpleNamespace(logp=[self.logp(s) for s in samples])

@@ -28,9 +28,8 @@ def record(folder: Path, *overrides: str) -> Path:
 
 
 def replay(folder: Path, *overrides: str) -> Config:
-    return compose_config(
-        ["model.path=m", "data.source=arithmetic", f"rollout.replay={folder}", *overrides]
-    )[0]
+    config, _ = compose_config(["model.path=m", "data.source=arithmetic", *overrides])
+    return replace(config, rollout=replace(config.rollout, replay=str(folder)))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -26,10 +26,13 @@ print(faults())
 
 LITERALS = """
 import sys, torch
-from peergrad.parallel.device import set_up_device, without_compiler
+from peergrad.parallel.device import set_up_device, without_compiler, without_wandb
 torch.cuda.is_available = lambda: False
-with without_compiler():  # as a run does
+with without_compiler(), without_wandb():  # as a run does
     import peergrad.build
+assert "wandb" not in sys.modules
+import wandb
+assert wandb.init  # what asks later gets it
 assert "torch._inductor.compile_fx" not in sys.modules
 assert torch.compile(lambda: 3, backend="eager")() == 3  # what asks later gets the real one
 assert set_up_device() is set_up_device()
@@ -83,7 +86,7 @@ def run(code: str, **environment: str) -> str:
     return found.stdout.strip()
 
 
-def test_cuda_by_name_is_the_host_no_compiler_is_loaded_and_a_broken_engine_is_one_line(
+def test_cuda_by_name_is_the_host_nothing_idle_is_loaded_and_a_broken_engine_is_one_line(
     tmp_path: Path,
 ) -> None:
     """Megatron would end with an error of Transformer Engine's that is no ImportError, as with its

@@ -155,7 +155,7 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("print('[7, \"2.28.9\"]')", "gpus = 8: torch sees 7; "),
+        ("""print('{"gpus": 7, "nccl": "2.28.9"}')""", "gpus = 8: torch sees 7; "),
         ("raise SystemExit('CUDA error: no device')", "torch fails: CUDA error: no device; "),
         ("import time; time.sleep(60)", "torch has not found them within 2 s; "),
     ],
@@ -167,7 +167,7 @@ def test_what_torch_makes_of_them(program: str, said: str) -> None:
 
 
 def test_torch_says_which_nccl_it_uses() -> None:
-    with Probe(8, "print('[8, \"2.28.9\"]')") as probe:
+    with Probe(8, """print('{"gpus": 8, "nccl": "2.28.9"}')""") as probe:
         found = probe.found(PATIENCE_SECONDS)
     assert found.wrong == () and found.facts == {"nccl that torch uses": "2.28.9"}
     with Probe(0) as probe:

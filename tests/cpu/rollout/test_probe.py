@@ -177,6 +177,11 @@ def test_what_a_server_does_not_tell_is_not_held_against_it(config):
             "updates; start one server for each replica",
         ),
         (
+            Server(pp_size=2),
+            "rollout.servers.urls = 'URL': has pp_size = 2, whose stages would all take the same "
+            "places in weight updates, and wait for ever; start it with --tp-size alone",
+        ),
+        (
             Server(model={"model_type": "llama"}),
             "serves another model (/models/m) than model.path = ",
         ),
@@ -356,6 +361,22 @@ def test_what_servers_hold_is_what_they_are_sent(config, tmp_path, form, info, b
         change(built)
         (facts,) = probe(built)
     assert any("quantizes weights (fp8)" in text for text in facts.warnings) == bool(blocks or info)
+
+
+def test_nccl_must_be_told_the_same_on_both_sides(config, monkeypatch):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    line = refusal(config, Server(device="cuda", enable_symm_mem=True, enable_nccl_nvls=True))
+    assert line == (
+        "rollout.servers.urls = 'URL': has --enable-symm-mem, with which SGLang sets "
+        "NCCL_CUMEM_ENABLE=1, and this run has 0; set NCCL_CUMEM_ENABLE=1 for all ranks: NCCL "
+        "needs one value on both sides"
+    )
+    fakes = serve(Server(device="cuda"), Server(device="cuda", enable_nccl_nvls=True), Server())
+    with fakes[0], fakes[1], fakes[2]:
+        found = [facts.warnings for facts in probe(config(*(fake.url for fake in fakes)))]
+    text = "must have been started with NCCL_NVLS_ENABLE=1, as this run: it does not tell"
+    assert found == [(text,), (), ()]
 
 
 @pytest.fixture

@@ -177,8 +177,10 @@ def test_something_else_is_done_while_they_start(managed):
 
 def test_arguments_that_sglang_refuses_are_said_as_such(managed):
     """The server finds them, and ends; its parser is asked what it is that it does not like."""
+    module.check_args({})
     servers = managed("exit(2)", args={"max-total-tokns": 9})
-    with pytest.raises(ValueError, match=r"args = {'max-total-tokns': 9}: .* did you mean max-"):
+    rule = r"args = {'max-total-tokns': 9}: SGLang has no option max-total-tokns; did you mean max-"
+    with pytest.raises(ValueError, match=rule + r"total-tokens\?"):
         servers.__enter__()
 
 
@@ -437,10 +439,14 @@ def test_servers_do_not_take_themselves_for_ranks(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("LOCAL_SCRATCH", "/scratch")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
     env = module._environment(0, 1)
     assert not env.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
     assert "TORCHELASTIC_RUN_ID" not in env
     assert env["LOCAL_SCRATCH"] == "/scratch"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in env
+    assert env["NCCL_CUMEM_ENABLE"] == "0"  # as here: both sides must have the same
     assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
 
 
@@ -538,6 +544,7 @@ def test_addresses_that_cannot_be_are_refused(urls, line):
         ({"--tp_size": 2}, "args.--tp_size = 2: is peergrad's to set; set rollout.servers.tensor"),
         ({"dtype": "half"}, "args.dtype = 'half': is peergrad's to set; set model.dtype"),
         ({"dp-size": 2}, "args.dp-size = 2: cannot take weight updates in SGLang; remove it"),
+        ({"pp_size": 2}, "args.pp_size = 2: cannot take weight updates with SGLang's stages; remo"),
         ({"api-key": "x"}, "locks peergrad out, which sends no key; remove it"),
         ({"a-b": 1, "a_b": 2}, "is there 2 times, spelt with dashes and underscores; keep one"),
     ],

@@ -4,6 +4,7 @@ import hashlib
 import math
 import multiprocessing
 import socket
+import threading
 import time
 from datetime import timedelta
 from itertools import count
@@ -19,6 +20,7 @@ from peergrad import fp8
 from peergrad.config import Fp8Scales, Fp8Serving
 from peergrad.config import Proof as ProofMode
 from peergrad.rollout import claim
+from peergrad.rollout import sync as module
 from peergrad.rollout.errors import LoadAgain, ServerError
 from peergrad.rollout.proof import CANARY_TOKENS
 from peergrad.rollout.sync import WeightSync, join_group, local_address
@@ -251,6 +253,53 @@ def test_a_server_that_refuses_does_not_leave_the_broadcast_hanging(servers, syn
     assert version == "10"
 
 
+class Lazy(dist.ProcessGroup):
+    """As NCCL's groups are: who first sends or gives up waits until all have come."""
+
+    def __init__(self, rank, world, all_came):
+        super().__init__(rank, world)
+        self.all_came, self.waiting = all_came, threading.Event()
+
+    def broadcast(self, *_):
+        self.waiting.set()
+        self.abort()
+
+    def abort(self):
+        assert self.all_came.wait(60), "the first broadcast hangs"
+
+
+def test_a_refusal_is_heard_while_the_communicator_waits_for_that_server(monkeypatch):
+    all_came = threading.Event()
+    made = []
+
+    def lazily(store, name, rank, world, backend, timeout):
+        made.append(Lazy(rank, world, all_came))
+        dist.distributed_c10d._world.pg_group_ranks[made[-1]] = {i: i for i in range(world)}
+        return made[-1]
+
+    def refuse(_):
+        made[-1].waiting.wait()
+        return 400, {"message": "out of memory"}
+
+    monkeypatch.setattr(module, "join_group", lazily)
+    monkeypatch.setattr(module, "CLEAN_UP_SECONDS", 0.2)
+    info = {"server_info": Receiver().server_info, "update_weights_from_distributed": refuse}
+    try:
+        with FakeServer(lambda _: (200, {"success": True}), **info) as server:
+            sync = WeightSync([server.url], vocab_size=50, timeout=TIMEOUT.seconds)
+            with pytest.raises(
+                ServerError, match=rf"^{server.url}: /update\S+ answered 400: out of"
+            ):
+                sync.load(weights(), 9)
+            assert paths(server.requests)[-2:] == [
+                "destroy_weights_update_group",
+                "end_weight_update",
+            ]
+    finally:
+        all_came.set()
+        dist.distributed_c10d._world.pg_group_ranks.pop(made[-1])
+
+
 def test_one_server_with_other_weights_stops_generation(servers, sync):
     servers.ask(set(), {"checksum"})
     with pytest.raises(RuntimeError) as error:
@@ -446,6 +495,14 @@ def test_a_server_that_tells_too_little_is_named():
         pytest.raises(ServerError, match=rf"^{server.url}: /server_info tells no pp_size; use SGL"),
     ):
         WeightSync([server.url], vocab_size=50).load(weights(), 1)
+
+
+def test_a_server_whose_ranks_would_be_miscounted_is_refused_before_anything_is_sent():
+    info = Receiver().server_info(None)[1] | {"pp_size": 2}
+    with FakeServer(lambda _: (200, info)) as server:
+        with pytest.raises(ServerError, match=rf"^{server.url}: has pp_size = 2, whose stages .*"):
+            WeightSync([server.url], vocab_size=50).load(weights(), 1)
+        assert paths(server.requests) == ["server_info"]
 
 
 def test_a_server_that_hangs_is_named_with_the_time_it_was_given():

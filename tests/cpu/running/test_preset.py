@@ -67,7 +67,7 @@ MORE: dict[str, list[Any]] = {  # may be in vain; but then it is the user's key 
 
 def adapted(preset: DictConfig, values: dict[str, Any]) -> Config:
     """The preset with ``values`` chosen by the user, or ValueError."""
-    composed = OmegaConf.create({"algo": preset.copy()})
+    composed = OmegaConf.create({"algo": preset})  # a copy
     chosen = {f"algo.{key}" for key in values}
     for key, value in values.items():
         OmegaConf.update(composed, f"algo.{key}", value)
