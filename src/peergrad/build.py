@@ -192,6 +192,8 @@ class Build:
                 lost_after=rollout.servers.lost_after,
                 ended=ended,
                 routes=routes_of(self.config, policy.shape),
+                serving=rollout.servers.fp8,
+                scales=rollout.servers.fp8_scales,
             )
             self.stack.callback(sync.close)
             return collector, sync

@@ -37,8 +37,9 @@ usage: python -m peergrad.serve [--host ADDRESS] [--port BASE] [--log-dir FOLDER
                                 [group=option ...] [key=value ...]
 
 Starts the SGLang servers that a run's configuration describes, for a trainer on other nodes:
-model.path, model.dtype, run.seed and rollout.servers.{count,tensor,start_timeout,args}. The
-overrides may be all those of the run but rollout.servers.{mode,urls,wait,takeover}.
+model.path, model.dtype, run.seed and
+rollout.servers.{count,tensor,fp8,fp8_scales,start_timeout,args}. The overrides may be all those of
+the run but rollout.servers.{mode,urls,wait,takeover}.
 
 options
   --host ADDRESS    where they listen: an address or name of this machine by which the trainer finds
@@ -115,7 +116,7 @@ def read(arguments: Sequence[str]) -> Options:
 def build(config: Config, options: Options) -> "ManagedServers":
     """The servers, not yet started. Raises ValueError for what is wrong with them."""
     from peergrad.checks.serving import check_serving
-    from peergrad.early import tells_experts
+    from peergrad.early import tells_experts, weightless
     from peergrad.rollout.address import Address
     from peergrad.rollout.servers import ManagedServers, check_args
 
@@ -137,6 +138,7 @@ def build(config: Config, options: Options) -> "ManagedServers":
         seed=config.run.seed,
         address=address,
         tells_experts=tells_experts(config),
+        weightless=weightless(config),
     )
     servers.check()
     if options.check:

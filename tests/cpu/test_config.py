@@ -26,6 +26,8 @@ from peergrad.config import (
     Denominator,
     EvaluationConfig,
     Fp8,
+    Fp8Scales,
+    Fp8Serving,
     KernelsConfig,
     KlConfig,
     KlEstimator,
@@ -242,6 +244,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (ServersConfig, {"count": 0}, "rollout.servers.count"),
     (ServersConfig, {"tensor": 0}, "rollout.servers.tensor"),
+    (ServersConfig, {"fp8_scales": Fp8Scales.float32}, "rollout.servers.fp8_scales"),
     (ServersConfig, {"start_timeout": -1.0}, "rollout.servers.start_timeout"),
     (ServersConfig, {"mode": ServerMode.external}, "rollout.servers.urls"),
     (ServersConfig, {"urls": ["http://host:30000"]}, "rollout.servers.urls"),
@@ -294,6 +297,8 @@ ALLOWED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (CorrectionConfig, {"kind": CorrectionKind.mis, "low": 0.0, "high": 5.0, "m2po": 0.04}),
     (AdvantageConfig, {"eps": 0.0, "leave_one_out": True}),
     (AlgoConfig, {"minibatches": 2, "shuffle": True, "epochs": 2}),
+    (ServersConfig, {"args": {"load-format": "dummy", "kv-cache-dtype": "fp8_e4m3"}}),
+    (ServersConfig, {"fp8": Fp8Serving.block, "args": {"kv-cache-dtype": "auto"}}),
     # whole answers may be dropped where the ratio is theirs, single tokens where it is not
     (
         AlgoConfig,
@@ -340,6 +345,21 @@ def test_refused_with_key_value_rule_and_remedy(
     found: object = Config()
     for part in key.split("."):
         found = getattr(found, part)  # the key named is one that exists
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "said"),
+    [
+        ("off", "quantization", "is peergrad's to set; set rollout.servers.fp8"),
+        ("flash_rl", "load_format", "is peergrad's to set with rollout.servers.fp8=flash_rl"),
+        ("block", "--load-f", "is peergrad's to set with rollout.servers.fp8=block"),
+        ("block", "kv-cache-dtype", "needs scales of keys and values, which rollout.servers.fp8="),
+    ],
+)
+def test_what_servers_hold_is_said_once(form: str, option: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ServersConfig(fp8=Fp8Serving[form], args={option: "fp8"})
+    assert str(caught.value).startswith(f"rollout.servers.args.{option} = 'fp8': {said}")
 
 
 @pytest.mark.parametrize(("section", "values"), ALLOWED)

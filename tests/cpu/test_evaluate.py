@@ -49,6 +49,8 @@ def test_what_cannot_be_evaluated(
         "data.held_out: the shortest takes 3 ",
         "rollout.stop_token_ids=[128]": "rollout.stop_token_ids = [128]: ",
         "evaluation.samples=2": "evaluation.samples = 2: greedy answers are all the same; ",
+        "rollout.servers.fp8=block": "rollout.servers.fp8 = 'block': has servers start without "
+        "weights, which come from a trainer, and there is none; start servers on ",
         "--objective": "--objective: is an option of peergrad.main; ",
         "--uot=x": "--uot: there is no such option; did you mean --out?",
         f"--out={tmp_path}": f"--out = '{tmp_path}': is there already; name another folder",

@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from peergrad.checks.served import check_served
-from peergrad.config import Config, Dtype
+from peergrad.config import Config, Dtype, Proof
 from peergrad.rollout.control import Control
 from peergrad.rollout.sync import WeightSync
 from tests.cpu.rollout import stand_in
@@ -115,6 +115,13 @@ def test_on_a_server_of_others(
     other = f"'{server.url}': holds other weights than model.path = '{model}', of {norm}; start it"
     with pytest.raises(ValueError, match=re.escape(other)):
         check_served(config, Control([server.url]))
+
+    config.rollout.proof, control = Proof.canary, Control([server.url])
+    assert not check_served(config, control)  # it cannot be told
+    info = {**control.get("/server_info")[0], "load_format": "dummy"}
+    control.get = lambda path: [info]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"was started without weights .*tools/quantize_fp8\.py"):
+        check_served(config, control)
 
     sync.load(weights.items(), 0)
     sync.close()

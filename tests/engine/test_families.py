@@ -23,8 +23,8 @@ TOLERANCE = 1e-4
 
 
 class ServersOfMany(ManagedServers):
-    """One server of each of ``models``, forked from one process. The last one computes in bfloat16,
-    and tells its experts."""
+    """One server of each of ``models``, forked from one process. The last one alone has weights,
+    computes in bfloat16, and tells its experts."""
 
     def __init__(self, models: Sequence[Path], logs: Path) -> None:
         config = ServersConfig(count=len(models), start_timeout=START_TIMEOUT)
@@ -38,11 +38,13 @@ class ServersOfMany(ManagedServers):
         if index == len(self._models) - 1:
             options[options.index("--dtype") + 1] = "bfloat16"
             options.append("--enable-return-routed-experts")
+        else:  # as servers that are to be sent FP8
+            options += ["--load-format", "dummy"]
         return options
 
 
 def test_engine_and_trainer_agree_after_a_sync(tmp_path: Path) -> None:
-    """Servers start with other weights than the trainer has: what was not sent would show."""
+    """Servers start without weights, with small random ones: what was not sent would show."""
     pytest.importorskip("sglang")
     served, trained = (
         [
@@ -51,6 +53,8 @@ def test_engine_and_trainer_agree_after_a_sync(tmp_path: Path) -> None:
         ]
         for seed in (0, 1)
     )
+    for path in served:
+        (path / "model.safetensors").unlink()
     many = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     rounded = make_hf_model(tmp_path / "rounded", family="qwen3_moe", norm_topk_prob=True, **many)
     with ServersOfMany([*served, rounded], tmp_path / "logs") as servers:

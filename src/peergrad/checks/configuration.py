@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from peergrad.algo.plan import Old, make_plan
+from peergrad.checks.fp8 import check_serving_form
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.checks.recording import check_recording
 from peergrad.config import WANDB_REFUSES, Config, Dtype, Fp8, OldPolicy, require
@@ -64,7 +65,8 @@ def _check_sources(config: Config) -> None:
 
 
 def check_engine(config: Config, shape: Shape) -> None:
-    """SGLang chooses its implementation by a name that transformers can do without."""
+    """SGLang chooses its implementation by a name that transformers can do without, and holds the
+    weights as it is told to."""
     path, name = config.model.path, FAMILIES[shape.family].architecture
     named = read_model_config(path, "model.path").get("architectures")
     require(
@@ -74,6 +76,7 @@ def check_engine(config: Config, shape: Shape) -> None:
         "config.json has no architectures, by which SGLang knows a model",
         f'add "architectures": ["{name}"] to it',
     )
+    check_serving_form(config, shape)
 
 
 def _check_reference(config: Config, reference: Shape, policy: Shape) -> None:

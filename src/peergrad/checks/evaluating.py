@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peergrad.checks.configuration import check_engine, check_ids, check_lengths
 from peergrad.checks.inputs import Source, check_answer_lengths, describe, read_source
-from peergrad.config import Config, require
+from peergrad.config import Config, Fp8Serving, ServerMode, require
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.fit import check_weights
 from peergrad.prompts import check_source, load_tokenizer, tokenizer_facts
@@ -31,6 +31,7 @@ def check_evaluation(config: Config, heard: Callable[[str], None]) -> Evaluated:
     prompts, run folder) may be missing or elsewhere."""
     path, data = config.model.path, config.data
     _check_place(config)
+    _check_servers(config)
     shape = read_shape(path)
     require(
         data.held_out is not None,
@@ -65,3 +66,11 @@ def _check_place(config: Config) -> None:
         require(not is_run, "model.path", path, "is the folder of a run", f"set model.path={run}")
     rule = "has recorded answers to training prompts, and others are to be drawn"
     require(replay is None, "rollout.replay", replay, rule, "remove it")
+
+
+def _check_servers(config: Config) -> None:
+    servers = config.rollout.servers
+    weightless = servers.mode is ServerMode.managed and servers.fp8 is Fp8Serving.block
+    rule = "has servers start without weights, which come from a trainer, and there is none"
+    remedy = "start servers on what python tools/quantize_fp8.py makes, and name them (external)"
+    require(not weightless, "rollout.servers.fp8", servers.fp8.name, rule, remedy)

@@ -15,7 +15,16 @@ from peergrad.checks.account import check_account
 from peergrad.checks.configuration import check_steps
 from peergrad.checks.place import resumed_step, run_folder
 from peergrad.checks.replay import check_recorded
-from peergrad.config import Config, Fp8, Recompute, RewardKind, ServerMode, Spec, require
+from peergrad.config import (
+    Config,
+    Fp8,
+    Fp8Serving,
+    Recompute,
+    RewardKind,
+    ServerMode,
+    Spec,
+    require,
+)
 from peergrad.data import Prompt
 from peergrad.parallel.hf.companions import Companions
 from peergrad.parallel.hf.config import Shape, read_shape
@@ -150,7 +159,7 @@ def servers_load(config: Config) -> bool:
     servers = config.rollout.servers
     managed = config.rollout.replay is None and servers.mode is ServerMode.managed
     formats = [servers.args.get(key) for key in ("load-format", "load_format", "--load-format")]
-    return managed and "dummy" not in formats
+    return managed and "dummy" not in formats and servers.fp8 is not Fp8Serving.block
 
 
 def _check_checkpoint(path: Path, shape: Shape) -> None:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from peergrad.checks.fp8 import both_in_blocks, other_weights
 from peergrad.checks.inputs import Inputs, Source
 from peergrad.checks.layout import data_ranks
 from peergrad.checks.place import (
@@ -17,6 +18,7 @@ from peergrad.checks.recording import foreign
 from peergrad.config import (
     Config,
     Fp8,
+    Fp8Serving,
     KlPlace,
     ParallelConfig,
     Replay,
@@ -136,7 +138,11 @@ def _work(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield "reward", _reward(config)
     stale = config.rollout.max_staleness
     lag = f"; answers up to {_plural(stale, 'version')} old" if stale else ""
-    yield "servers", _servers(config) + lag
+    yield "servers", _servers(config) + _held(config) + lag
+    if both_in_blocks(config):
+        others = other_weights(config, inputs.shape)
+        alike = f"not the trainer's: {others[0]}" if others else "the trainer's, bit for bit"
+        yield "FP8 weights", f"those that servers multiply with are {alike}"
     yield "evaluation", _evaluation(config, inputs)
 
 
@@ -275,6 +281,16 @@ def _fp8(parallel: ParallelConfig) -> str:
         return ""
     kept = ", weights too" if parallel.fp8_params else ""
     return f", products in FP8 ({parallel.fp8.name} {parallel.fp8_format.name}{kept})"
+
+
+def _held(config: Config) -> str:
+    """What servers hold matrices in, and whether these are the trainer's."""
+    servers = config.rollout.servers
+    if servers.fp8 is Fp8Serving.off:
+        return ""
+    if servers.fp8 is Fp8Serving.flash_rl:
+        return ", in FP8 (flash_rl)"
+    return f", in FP8 (block, scales {servers.fp8_scales.name})"
 
 
 def _count(number: int) -> str:

@@ -42,6 +42,8 @@ from peergrad.config.parallel import (
     Spec,
 )
 from peergrad.config.rollout import (
+    Fp8Scales,
+    Fp8Serving,
     OnGap,
     Proof,
     RolloutConfig,
@@ -87,6 +89,8 @@ __all__ = [
     "EvaluationConfig",
     "FlatGroups",
     "Fp8",
+    "Fp8Scales",
+    "Fp8Serving",
     "KernelsConfig",
     "KlConfig",
     "KlEstimator",

@@ -11,6 +11,9 @@ from peergrad.config.rules import at_least, optional_positive, positive, require
 ServerMode = Enum("ServerMode", ["managed", "external"])
 Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
+Fp8Serving = Enum("Fp8Serving", ["off", "block", "flash_rl"])
+Fp8Scales = Enum("Fp8Scales", ["power_of_two", "float32"])
+FP8_BLOCK = 128  # rows, and columns, that share a scale
 
 GREEDY = 1e-3
 """Temperature below which sampling is no sampling: logits divided by it overflow or, in the engine,
@@ -21,6 +24,7 @@ OURS = {
     **dict.fromkeys(("model", "model-path"), "set model.path"),
     **dict.fromkeys(("tp", "tp-size", "tensor-parallel-size"), "set rollout.servers.tensor"),
     "dtype": "set model.dtype",
+    "quantization": "set rollout.servers.fp8",
     **dict.fromkeys(("host", "port", "weight-version"), "remove it"),
 }
 """Options of SGLang that peergrad sets, with all their spellings, and how a user sets them. The
@@ -79,6 +83,12 @@ class ServersConfig:
     """Managed servers, or those of one ``peergrad.serve``."""
     tensor: int = 1
     """Tensor-parallel size of each server."""
+    fp8: Fp8Serving = Fp8Serving.off
+    """What servers hold the layers' matrices in: ``off``, model.dtype; ``block``, FP8 codes with a
+    scale for each block of 128 x 128, which the trainer makes before it sends them; ``flash_rl``,
+    FP8 codes with a scale for each row, which SGLang makes of what it is sent. On GPUs alone."""
+    fp8_scales: Fp8Scales = Fp8Scales.power_of_two
+    """Of ``fp8=block``: powers of two, as Transformer Engine has them by default, or any number."""
     start_timeout: float = 300.0
     """Seconds until a managed server must be healthy."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +133,15 @@ class ServersConfig:
                 f"names {url} {places.count(place)} times",
                 "name every server once",
             )
+        require(
+            self.fp8 is Fp8Serving.block or self.fp8_scales is Fp8Scales.power_of_two,
+            "rollout.servers.fp8_scales",
+            self.fp8_scales.name,
+            f"has no effect with rollout.servers.fp8={self.fp8.name}",
+            "set that to block, or remove this",
+        )
         _check_args(self.args)
+        _check_form(self.args, self.fp8)
 
 
 def _base_url(url: str) -> str:
@@ -179,6 +197,20 @@ def _check_args(args: dict[str, Any]) -> None:
             f"is there {flags.count(name)} times, spelt with dashes and underscores",
             "keep one",
         )
+
+
+def _check_form(args: dict[str, Any], fp8: Fp8Serving) -> None:
+    """What ``fp8`` says of the weights is not said otherwise."""
+    if fp8 is Fp8Serving.off:
+        return
+    for key, value in args.items():
+        rule, name = f"is peergrad's to set with rollout.servers.fp8={fp8.name}", flag(key)
+        ours = name.startswith("load-f") and "load-format".startswith(name)
+        require(not ours, f"rollout.servers.args.{key}", value, rule, "remove it")
+        # Their scales would be random numbers: servers start without weights, and are sent none.
+        rule = "needs scales of keys and values, which rollout.servers.fp8=block does not send"
+        cache = fp8 is Fp8Serving.block and name.startswith("kv-cache-d") and value != "auto"
+        require(not cache, f"rollout.servers.args.{key}", value, rule, "remove it")
 
 
 def _meant(name: str) -> str:

@@ -102,3 +102,9 @@ def may_come(error: BaseException) -> bool:
 def cannot_connect(error: BaseException | None) -> bool:
     """Whether nothing listens there: the request has not even been sent."""
     return isinstance(error, NOT_THERE)
+
+
+def some_of(names: Mapping[str, object] | set[str], limit: int = 5) -> str:
+    """``a, b and 3 more``."""
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

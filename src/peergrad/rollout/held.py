@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from peergrad.config import Fp8Serving
 from peergrad.config.rollout import ONE
 from peergrad.rollout.control import Control
 from peergrad.rollout.errors import ServerError
@@ -31,10 +32,17 @@ def server_infos(control: Control) -> list[Json]:
     return infos
 
 
-def new_digests(infos: Sequence[Json]) -> Digests | None:
+def new_digests(infos: Sequence[Json], fp8: Fp8Serving) -> Digests | None:
     """What takes the digests that tensors must have on these servers; None if not even the names of
-    the engine's tensors can be known."""
-    if any(info["quantization"] for info in infos):
+    the engine's tensors can be known.
+
+    Of FP8 codes SGLang tells one digest for each matrix: that of codes times scales in bfloat16, as
+    their GPU hashes it. With ``flash_rl`` it makes further tensors, and how many depends on the
+    GPU.
+    """
+    if fp8 is Fp8Serving.block:
+        return Digests(None)
+    if fp8 is Fp8Serving.flash_rl or any(info["quantization"] for info in infos):
         return None
     known = all(i["device"] == "cpu" and i["tp_size"] == 1 for i in infos)
     dtypes = {info["dtype"] for info in infos}

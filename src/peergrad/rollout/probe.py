@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,13 @@ from peergrad.config.rollout import HARMFUL, ONE, flag, host_and_port
 from peergrad.rollout.arrival import NotThereYet, Waiting, gather
 from peergrad.rollout.claim import refuse_foreign
 from peergrad.rollout.errors import ServerError, may_come, quote, reason
+from peergrad.rollout.form import (
+    BLOCKS_QUESTION,
+    CHECKSUM,
+    check_form,
+    names_of_blocks,
+    tensor_names,
+)
 from peergrad.rollout.reply import Reply
 from peergrad.running.environment import NCCL, forced_by, settings
 
@@ -84,6 +91,8 @@ def probe(
         answer = _ask(url, starting=seconds > 0)
         version = str(answer.model["weight_version"])
         _check_kind(answer)
+        tensors, blocks = answer.tensors, answer.blocks
+        check_form(url, answer.info, servers, tensors=tensors, blocks=blocks)
         refuse_foreign(url, version, identity, takeover=servers.takeover)
         facts = _facts(answer, config)
         _check_model(facts, config, model)
@@ -105,7 +114,8 @@ class _Answers:
     info: dict[str, Any]  # /server_info
     context: int | None  # /v1/models
     vocab_size: int | None
-    layers: int | None
+    tensors: set[str] | None  # names of those that it holds
+    blocks: set[str] | None  # of those, the matrices in FP8 blocks
     updatable: bool  # there is a /begin_weight_update
 
 
@@ -113,6 +123,11 @@ def _ask(url: str, *, starting: bool) -> _Answers:
     """All questions to one server. ValueError if it is none, or none of ours; NotThereYet if it may
     still become one. ``starting``: ask for that, too, which may take a second."""
     with httpx.Client(timeout=SECONDS, trust_env=False) as http:
+
+        def ask(question: Mapping[str, Any]) -> dict[str, Any]:
+            answer: dict[str, Any] = http.post(f"{url}/weights_checker", json=question).json()
+            return answer
+
         # SGLang answers other questions while it warms up. One that is paused gives no answer.
         if starting and _optional(lambda: http.get(f"{url}/health").status_code) == 503:
             raise _not_yet(url, "is still starting", "see its log")
@@ -126,7 +141,8 @@ def _ask(url: str, *, starting: bool) -> _Answers:
             info,
             _optional(lambda: _context(http, url)),
             _optional(lambda: _vocabulary(http, url)),
-            _optional(lambda: _layers(http, url)) if updatable else None,
+            _optional(lambda: tensor_names(ask(CHECKSUM))) if updatable else None,
+            _optional(lambda: names_of_blocks(ask(BLOCKS_QUESTION))) if updatable else None,
             updatable,
         )
 
@@ -193,10 +209,8 @@ def _vocabulary(http: httpx.Client, url: str) -> int | None:
     return int(found[1]) + 1 if response.status_code == 400 and found else None
 
 
-def _layers(http: httpx.Client, url: str) -> int | None:
-    answer = http.post(f"{url}/weights_checker", json={"action": "checksum"}).json()
-    names = [name for rank in answer["ranks"] for name in rank["checksums"]]
-    found = [re.search(r"\.layers\.(\d+)\.", name) for name in names if name[:5] != "draft"]
+def _layers(names: Iterable[str]) -> int | None:
+    found = [re.search(r"\.layers\.(\d+)\.", name) for name in names]
     return max((int(match[1]) + 1 for match in found if match), default=None)
 
 
@@ -206,8 +220,9 @@ def _facts(answer: _Answers, config: Config) -> ServerFacts:
     warnings = []
     if dtype in ("float32", "float16", "bfloat16") and dtype != wanted:
         warnings.append(f"computes in {dtype}, model.dtype = {wanted}: logprobs will differ more")
-    if info.get("quantization"):
-        warnings.append(f"quantizes weights ({info['quantization']}): logprobs will differ more")
+    if info.get("quantization") or answer.blocks:
+        kind = info.get("quantization") or "fp8"
+        warnings.append(f"quantizes weights ({kind}): logprobs will differ more")
     if (unknown := _check_nccl(answer, config)) is not None:
         warnings.append(unknown)
     return ServerFacts(
@@ -218,7 +233,7 @@ def _facts(answer: _Answers, config: Config) -> ServerFacts:
         model_type=model.get("model_type"),
         architectures=tuple(model.get("architectures") or ()),
         vocab_size=answer.vocab_size,
-        layers=answer.layers,
+        layers=_layers(answer.tensors or ()),
         dtype=dtype,
         context=answer.context,
         tensor=int(info.get("tp_size", 1)),

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from peergrad.data import Group, Prompt, Rollout
+from peergrad.rollout.errors import some_of
 
 CANARY_TOKENS = 64
 VOCABULARY_MULTIPLE = 64  # the server appends rows of zeros up to a multiple of this
+SCALES = ".weight_scale_inv"  # FP8: the engine has no digest of them apart from their matrix's
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 FUSED = {  # projection -> the engine's matrix, position in it, number of parts
     "q_proj": ("qkv_proj", 0, 3),
@@ -36,7 +38,7 @@ class Proof:
 
     version: int
     verified: int  # engine tensors found equal to what was sent, on every server
-    unverified: int  # engine tensors whose digest cannot be known: sharded, quantised, experts, GPU
+    unverified: int  # engine tensors whose digest cannot be known: sharded, FP8, experts, GPU
     canary: Group | None
     servers: int = 1  # that hold the weights
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the sync
@@ -56,7 +58,7 @@ class Digests:
         self._partial: dict[str, _Parts] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        if _is_expert(name):
+        if _is_expert(name) or name.endswith(SCALES):
             return
         engine_name, index, count = _place(name)
         parts = self._partial.setdefault(engine_name, _Parts(count))
@@ -193,9 +195,3 @@ def _is_expert(name: str) -> bool:
 def _differing(one: Sequence[Mapping[str, str]], other: Sequence[Mapping[str, str]]) -> set[str]:
     pairs = zip(one, other, strict=True)
     return {n for a, b in pairs for n in a.keys() | b.keys() if a.get(n) != b.get(n)}
-
-
-def some_of(names: Mapping[str, object] | set[str], limit: int = 5) -> str:
-    """``a, b and 3 more``."""
-    shown = ", ".join(sorted(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,7 +22,7 @@ import httpx
 import psutil
 import torch
 
-from peergrad.config import Dtype, ServersConfig, require
+from peergrad.config import Dtype, Fp8Serving, ServersConfig, require
 from peergrad.config.rollout import OURS, flag
 from peergrad.rollout.address import Address
 from peergrad.rollout.arguments import REFUSED_STATUS
@@ -58,6 +58,16 @@ CPU_CACHE_BYTES = 512 << 20
 CPU_SERVER = "peergrad.rollout.cpu_server"
 CPU_MODELS = "peergrad.rollout.cpu_models"
 GPU_SERVER = "sglang.launch_server"
+FORMS: dict[Fp8Serving, dict[str, Any]] = {
+    Fp8Serving.off: {},
+    # Codes and scales come with the first weight sync: what is on the disk would be read in vain.
+    Fp8Serving.block: {"load-format": "dummy"},
+    Fp8Serving.flash_rl: {"quantization": "fp8", "load-format": "flash_rl"},
+}
+"""What makes servers hold matrices so."""
+# From Blackwell on DeepGEMM packs scales once for all: there is no place left for new ones.
+PLAIN_SCALES = {"fp8-gemm-backend": "triton", "moe-runner-backend": "triton"}
+BLACKWELL, ADA = (10, 0), (8, 9)  # compute capabilities; before Ada no GPU multiplies in FP8
 # Until servers are forked: OpenBLAS starts its threads as soon as it is loaded.
 LOADING = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_\w+|TORCHELASTIC_\w+)")
@@ -88,11 +98,14 @@ class ManagedServers:
         address: Address | None = None,
         ranks: int | None = None,
         tells_experts: bool = False,
+        weightless: Callable[[Path], object] | None = None,
     ) -> None:
         """``address``: where they listen, with the GPUs of this machine to themselves. None: beside
         a trainer, at free ports that only this machine sees. ``ranks``: of that trainer on this
         machine, which have the first GPUs; None: as many as torchrun says. ``tells_experts``: those
-        of a mixture of experts that its tokens go to are said with the answers, where asked for."""
+        of a mixture of experts that its tokens go to are said with the answers, where asked for.
+        ``weightless``: writes the folder of the model that they serve, without weights, in place of
+        ``model_path``."""
         self._config = config
         self._alone = address is not None
         self._ranks = 0 if self._alone else ranks
@@ -110,6 +123,9 @@ class ManagedServers:
             "weight-version": weight_version,
         }
         self._tells_experts = tells_experts
+        self._weightless = weightless
+        if weightless is not None:
+            self._fixed["model-path"] = str(self._served)
         self._seed = seed
         self.urls = self._address.urls
         self._rising: list[int] = []  # those that were not healthy yet
@@ -128,6 +144,8 @@ class ManagedServers:
         """Start the processes, and return at once. Raises as ``check`` does."""
         self.check()
         self._log_dir.mkdir(parents=True, exist_ok=True)
+        if self._weightless is not None:
+            self._weightless(self._served)
         self._began, self._rising = time.monotonic(), list(range(self._config.count))
         for index, url in enumerate(self.urls):
             if self.log(index).exists():  # it may tell why an earlier one ended
@@ -178,9 +196,12 @@ class ManagedServers:
         if not torch.cuda.is_available():
             model, dtype = Path(self._fixed["model-path"]), Dtype[self._fixed["dtype"]]
             options |= CPU_OPTIONS | {"max-total-tokens": _cpu_tokens(model, dtype)}
+        if self._config.fp8 is Fp8Serving.block and self._capability() >= BLACKWELL:
+            options |= PLAIN_SCALES
         options |= {flag(key): value for key, value in self._config.args.items()}
         if torch.cuda.is_available():
             options["base-gpu-id"] = self.gpus(index)[0]
+        options |= FORMS[self._config.fp8]
         fixed = self._fixed | {"port": self._address.ports[index]}
         assert fixed.keys() <= OURS.keys(), "what is set here must be refused there"
         options |= fixed
@@ -215,6 +236,24 @@ class ManagedServers:
             f"on need {needed} GPUs, and {seen} are seen here",
             "lower one of the two, or see CUDA_VISIBLE_DEVICES",
         )
+
+        if self._config.fp8 is not Fp8Serving.off:
+            key, value = "rollout.servers.fp8", self._config.fp8.name
+            found = self._capability()
+            rule = "SGLang serves FP8 on GPUs of compute capability 8.9 and up, and "
+            rule += f"the servers have {found[0]}.{found[1]}" if any(found) else "none is seen here"
+            require(found >= ADA, key, value, rule, "use such GPUs, or set it to off")
+
+    def _capability(self) -> tuple[int, int]:
+        """Of the first server's first GPU."""
+        if not torch.cuda.is_available():
+            return (0, 0)
+        return torch.cuda.get_device_capability(self.gpus(0)[0])
+
+    @property
+    def _served(self) -> Path:
+        """The folder that ``weightless`` writes."""
+        return self.log(0).with_suffix(".model")
 
     def _random_seed(self, index: int) -> int:
         """Another for each server; of those on nodes of their own, all of which may be number 0

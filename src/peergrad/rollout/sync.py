@@ -21,6 +21,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from peergrad import fp8
+from peergrad.config import Fp8Scales, Fp8Serving
 from peergrad.config import Proof as ProofMode
 from peergrad.config.rollout import host_and_port
 from peergrad.data import Group
@@ -93,9 +95,12 @@ class WeightSync:
         lost_after: float = 60.0,
         ended: Ended = none_ended,
         routes: Routes | None = None,
+        serving: Fp8Serving = Fp8Serving.off,
+        scales: Fp8Scales = Fp8Scales.power_of_two,
     ) -> None:
         """``timeout``: seconds that one bucket, and one control request, may take. ``routes``: of a
-        mixture of experts, to be asked for with the canary.
+        mixture of experts, to be asked for with the canary. ``serving``: what the servers hold
+        matrices in; ``scales``: of their FP8 blocks, if these are it.
 
         ``identity``: the run that the servers must belong to (``claim``); None: to nobody.
         ``takeover``: take them from another run. ``lost_after``: seconds for which a server that
@@ -109,6 +114,7 @@ class WeightSync:
         self._canary, self._routes = canary_tokens(vocab_size), routes
         self._identity = identity
         self._claim = Claim(self._control, identity, takeover=takeover)
+        self._serving, self._scales = serving, scales
         self._ended, self._lost_after = ended, lost_after
         self._loaded = False
         self._group: _Broadcast | None = None
@@ -176,8 +182,8 @@ class WeightSync:
     def _load(self, named: NamedTensors, version: int) -> Proof:
         began, sent, count = time.monotonic(), 0, 0
         digests = self._new_digests()
-        exported = self._parts.each("export", named)
-        stream = buckets(_observed(exported, digests, self._parts), self._limit)
+        served = self._served(self._parts.each("export", named))
+        stream = buckets(_observed(served, digests, self._parts), self._limit)
         first = next(stream, None)
         if first is None:
             raise ValueError("there are no weights to load")
@@ -272,6 +278,16 @@ class WeightSync:
         with suppress(ServerError):
             self._control.post("/destroy_weights_update_group", body, timeout=CLEAN_UP_SECONDS)
 
+    def _served(self, named: NamedTensors) -> NamedTensors:
+        """In the form that the servers hold."""
+        if self._serving is not Fp8Serving.block:
+            yield from named
+            return
+        for name, tensor in named:
+            with self._parts.time("quantise"):
+                pairs = fp8.served(name, tensor, self._scales)
+            yield from pairs
+
     def _joined(self, device: torch.device) -> "_Broadcast":
         if self._group is None:
             self._group = self._join("nccl" if device.type == "cuda" else "gloo")
@@ -323,7 +339,7 @@ class WeightSync:
     def _new_digests(self) -> Digests | None:
         """None if not even the names of the engine's tensors can be known."""
         known = self._proof is ProofMode.auto
-        return new_digests(self._server_info()) if known else None
+        return new_digests(self._server_info(), self._serving) if known else None
 
     def _compare(self, digests: Digests | None) -> tuple[int, int]:
         if self._proof is not ProofMode.auto:

@@ -237,6 +237,7 @@ rollout.servers.args.mem-fraction-static :
     gpu_memory_utilization vllm_gpu_memory_utilization mem_fraction_static
     sglang_mem_fraction_static
 rollout.servers.args : engine_kwargs sglang_args server_args vllm_kwargs
+rollout.servers.fp8 : rollout.quantization rollout.fp8 servers.quantization generation.quantization
 rollout.bucket_mb : update_weight_buffer_size update_weights_bucket_megabytes
 
 optim.lr : learning_rate actor_lr policy_lr peak_lr

@@ -14,6 +14,7 @@ from peergrad.config import (
     Config,
     Dtype,
     Fp8,
+    Fp8Serving,
     OldPolicy,
     Recompute,
     RecomputeMethod,
@@ -361,6 +362,41 @@ def test_products_in_8_bits_fit_the_model(
         check(config, world=world)
     else:
         assert refusal(config, world).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "line"),
+    [
+        (Fp8Serving.block, {}, None),
+        (Fp8Serving.flash_rl, {}, None),
+        (
+            *(Fp8Serving.block, {"dtype": Dtype.float32}),
+            "rollout.servers.fp8 = 'block': is for a model in bfloat16, and model.dtype = float32",
+        ),
+        (Fp8Serving.block, {"tensor": 4}, "rollout.servers.fp8 = 'block': needs multiples of 128"),
+        (
+            *(Fp8Serving.flash_rl, {"family": "llama"}),
+            "rollout.servers.fp8 = 'flash_rl': SGLang knows qwen2 and qwen3 alone, and model.path "
+            "is of llama; serve it in bfloat16",
+        ),
+        (Fp8Serving.block, {"family": "llama"}, "rollout.servers.fp8 = 'block': SGLang 0.5.23 "),
+    ],
+)
+def test_models_fit_what_servers_hold(
+    config: Config, tmp_path: Path, form: Fp8Serving, changes: dict[str, Any], line: str | None
+) -> None:
+    named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    family = changes.get("family", "qwen3")
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
+    kind = {"model_type": family, "architectures": [named[family]]}
+    config.model.path = str(write_model(tmp_path / "served", **sizes, **kind))
+    config.model.dtype = changes.get("dtype", Dtype.bfloat16)
+    config.rollout.servers.tensor = changes.get("tensor", 1)
+    config.rollout.servers.fp8 = form
+    if line is None:
+        check(config, world=1)
+    else:
+        assert refusal(config).startswith(line)
 
 
 @pytest.mark.parametrize("key", ["path", "reference"])

@@ -7,7 +7,16 @@ import pytest
 
 from peergrad.checks import Inputs, Source, summary, warnings_of
 from peergrad.checks.place import checkpoint_bytes, disk_warning, gigabytes, resumed_step
-from peergrad.config import AlgoConfig, Config, Dtype, RewardKind, ServerMode, SurrogateKind
+from peergrad.config import (
+    AlgoConfig,
+    Config,
+    Dtype,
+    Fp8,
+    Fp8Serving,
+    RewardKind,
+    ServerMode,
+    SurrogateKind,
+)
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.rope import Rope
 from peergrad.parallel.hf.tensors import parameters
@@ -70,6 +79,26 @@ def test_every_kind_of_parallelism(config: Config) -> None:
     assert line.startswith(
         "layout         16 processes: TP 2 x PP 2 (2 pieces each) x CP 2 x DP 2, PyTorch"
     )
+
+
+def test_servers_in_fp8(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whether the trainer, in FP8 too, multiplies with the same weights."""
+    servers = config.rollout.servers
+    servers.fp8 = Fp8Serving.flash_rl
+    assert "stopped by the run, in FP8 (flash_rl)\n" in summary(config, 2, FOUND)
+    servers.fp8 = Fp8Serving.block
+    text = " ".join(summary(config, 2, FOUND).split())
+    assert "in FP8 (block, scales power_of_two) evaluation" in text
+    config.parallel.fp8 = Fp8.blockwise
+    same = "FP8 weights those that servers multiply with are {} evaluation"
+    text = " ".join(summary(config, 2, FOUND).split())
+    assert same.format("the trainer's, bit for bit") in text
+    config.parallel.fp8_first_layers_bf16 = 1
+    text = " ".join(summary(config, 2, FOUND).split())
+    assert same.format("not the trainer's: the trainer has 1 layers in bfloat16") in text
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    text = " ".join(summary(config, 2, FOUND).split())
+    assert "not the trainer's: scales of the trainer are float32, of the engine power_" in text
 
 
 def test_another_run(config: Config, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import dataclasses
 import pytest
 import torch
 
-from peergrad.config import ServersConfig
+from peergrad.config import Fp8Serving, ServersConfig
 from peergrad.config.rollout import OURS, REFUSED
 from peergrad.rollout import arguments
 from peergrad.rollout.buckets import buckets, update_payload
 from peergrad.rollout.claim import mark_payload
 from peergrad.rollout.engine import Sampling
+from peergrad.rollout.form import BLOCKS_QUESTION, CHECKSUM
 from peergrad.rollout.requests import Draw, generate_payload, score_payload
+from peergrad.rollout.servers import FORMS, PLAIN_SCALES, _flags
 from peergrad.rollout.sync import init_payload
 
 io = pytest.importorskip("sglang.srt.managers.io_struct")
@@ -63,7 +65,8 @@ def test_update_weights(version):
         ("BeginWeightUpdateReqInput", {}),
         ("EndWeightUpdateReqInput", {}),
         ("ContinueGenerationReqInput", {}),
-        ("CheckWeightsReqInput", {"action": "checksum"}),
+        ("CheckWeightsReqInput", CHECKSUM),
+        ("CheckWeightsReqInput", BLOCKS_QUESTION),
         ("AbortReq", {"abort_all": True}),
         ("UpdateWeightVersionReqInput", mark_payload("runs/a:-1")),
     ],
@@ -104,6 +107,8 @@ def test_no_spelling_of_an_option_that_is_not_the_users_is_forgotten(spellings):
     ("options", "line"),
     [
         (["--max-total-tokens", "9", "--sleep-on-idle"], None),
+        (_flags(FORMS[Fp8Serving.block] | PLAIN_SCALES), None),
+        (_flags(FORMS[Fp8Serving.flash_rl]), None),
         (["--tokenizer-mode", "quick"], "argument --tokenizer-mode: invalid choice: 'quick'"),
         (["--max-total-tokens", "many"], "argument --max-total-tokens: "),
         (["--chunked-prefill", "9"], "SGLang has no option chunked-prefill; did you mean"),

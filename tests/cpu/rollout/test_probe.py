@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 from fake_sglang import FakeServer, Hanging, Mark
 
-from peergrad.config import Config, Dtype, ServerMode
+from peergrad.config import Config, Dtype, Fp8Serving, ServerMode
 from peergrad.observing.screen import Screen
 from peergrad.rollout import arrival
 from peergrad.rollout import probe as module
@@ -32,6 +32,9 @@ class Server(Mark):
         self.model = {"model_path": "/models/m", **MODEL, **dict(model)}
         self.info = {"version": "0.5.23", "dtype": "float32", "tp_size": 2, "dp_size": 1, **info}
         self.absent = absent
+        self.tensors = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"]
+        self.tensors += ["model.layers.1.self_attn.qkv_proj.weight", "draft.layers.7.x"]
+        self.blocks = []
 
     def routes(self):
         names = ("model_info", "server_info", "begin_weight_update", "v1/models")
@@ -59,8 +62,8 @@ class Server(Mark):
         message = "logit_bias must has keys in [0, 99], got -1."
         return 400, {"error": {"message": message}}
 
-    def weights_checker(self, _):
-        names = ["model.embed_tokens.weight", "model.layers.1.mlp.weight", "draft.layers.7.x"]
+    def weights_checker(self, body):
+        names = self.blocks if body.get("skip_tensor_list") else self.tensors
         return 200, {"ranks": [{"checksums": dict.fromkeys(names, "0")}]}
 
 
@@ -278,12 +281,86 @@ def test_our_own_server_and_one_to_take_over_pass(config):
 
 
 def test_another_precision_is_worth_a_warning(config, caplog):
-    (fake,) = serve(Server(dtype="bfloat16", quantization="fp8"))
+    (fake,) = serve(Server(dtype="bfloat16", quantization="awq"))
     with fake:
         (facts,) = probe(config(fake.url))
     assert facts.warnings[0].startswith("computes in bfloat16, model.dtype = float32")
-    assert facts.warnings[1].startswith("quantizes weights (fp8)")
+    assert facts.warnings[1].startswith("quantizes weights (awq)")
     assert f"{fake.url}: computes in bfloat16" in caplog.text
+
+
+BLOCKS = ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.qkv_proj.weight"]
+FLASH = {"quantization": "fp8", "load_format": "flash_rl"}
+REMEDY = "start it on what python tools/quantize_fp8.py makes of the model"
+
+
+@pytest.mark.parametrize(
+    ("form", "info", "blocks", "line"),
+    [
+        (
+            *("off", {"quantization": "fp8"}, []),
+            "rollout.servers.urls = 'URL': makes FP8 codes of a bfloat16 checkpoint by itself, "
+            f"which SGLang cannot update; {REMEDY} (rollout.servers.fp8=block) or with "
+            "--quantization fp8 --load-format flash_rl (rollout.servers.fp8=flash_rl)",
+        ),
+        ("block", {"quantization": "fp8"}, [], "makes FP8 codes of a bfloat16 checkpoint"),
+        (
+            *("off", {}, BLOCKS),
+            "rollout.servers.urls = 'URL': holds matrices in FP8 blocks, and is to be sent no FP8; "
+            "set rollout.servers.fp8=block, or start it on the model itself",
+        ),
+        (
+            *("block", {}, []),
+            f"holds no FP8, and is to be sent matrices in FP8 blocks; set rollout.servers.fp8=off, "
+            f"or {REMEDY}",
+        ),
+        ("off", FLASH, [], "set rollout.servers.fp8=flash_rl, or start it on the model itself"),
+        ("block", FLASH, None, "holds matrices in FP8 by flash_rl, and is to be sent"),
+        ("flash_rl", {}, [], "or start it with --quantization fp8 --load-format flash_rl"),
+        (
+            *("block", {}, BLOCKS[:1]),
+            "holds others of its matrices in FP8 than it is to be sent: not alike are "
+            f"model.layers.1.self_attn.qkv_proj.weight; {REMEDY}",
+        ),
+        (
+            *("block", {"model_path": "FREE"}, BLOCKS),
+            "has scales of kind float32 in FREE, and is to be sent power_of_two; set "
+            f"rollout.servers.fp8_scales=float32, or {REMEDY}",
+        ),
+        (
+            *("block", {"model_path": "SMALL"}, BLOCKS),
+            f"has FP8 blocks of [64, 64] in SMALL, not [128, 128]; {REMEDY}",
+        ),
+        ("block", {"model_path": "POWERS", "quantization": "fp8"}, BLOCKS, None),
+        ("block", {"model_path": "/elsewhere"}, BLOCKS, None),
+        ("block", {}, None, None),  # does not tell
+        ("flash_rl", FLASH, [], None),
+    ],
+)
+def test_what_servers_hold_is_what_they_are_sent(config, tmp_path, form, info, blocks, line):
+    kinds = {"FREE": (128, None), "SMALL": (64, "ue8m0"), "POWERS": (128, "ue8m0")}
+    for name, (size, scales) in kinds.items():
+        found = {"quant_method": "fp8", "weight_block_size": [size, size], "scale_fmt": scales}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"quantization_config": found}))
+    if info.get("model_path") in kinds:
+        info = {**info, "model_path": str(tmp_path / info["model_path"])}
+    server = Server(**info)
+    server.blocks = server.tensors if blocks is None else blocks  # a SGLang that leaves nothing out
+
+    def change(built):
+        built.rollout.servers.fp8 = Fp8Serving[form]
+
+    if line is not None:
+        said = refusal(config, server, change=change)
+        assert line in said.replace(f"{tmp_path}/", "")
+        return
+    (fake,) = serve(server)
+    with fake:
+        built = config(fake.url)
+        change(built)
+        (facts,) = probe(built)
+    assert any("quantizes weights (fp8)" in text for text in facts.warnings) == bool(blocks or info)
 
 
 def test_nccl_must_be_told_the_same_on_both_sides(config, monkeypatch):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from peergrad.config import Dtype, ServerMode, ServersConfig
+from peergrad.config import Dtype, Fp8Serving, ServerMode, ServersConfig
 from peergrad.rollout import servers as module
 from peergrad.rollout.address import Address
 from peergrad.rollout.cpu_server import use_threads
@@ -294,6 +294,61 @@ def test_each_server_has_gpus_of_its_own(managed):
     assert "sleep-on-idle" not in servers.options(0)
     assert [*managed(count=2, tensor=2).gpus(1)] == [3, 4]  # behind one rank
     assert [*managed(ranks=0, count=2, tensor=2).gpus(1)] == [2, 3]
+
+
+@pytest.mark.parametrize("gpu", [True])
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+def test_servers_in_fp8(managed, monkeypatch, capability):
+    asked = []
+
+    def found(gpu):
+        asked.append(gpu)
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", found)
+    written = []
+    servers = managed(fp8=Fp8Serving.block, args={"fp8-gemm-backend": "cutlass"})
+    servers._weightless = written.append
+    packed = capability >= (10, 0)
+    options = " ".join(servers.options(0))
+    assert "--load-format dummy" in options and "--quantization" not in options
+    assert "--fp8-gemm-backend cutlass" in options  # the user's word
+    assert ("--moe-runner-backend triton" in options) == packed
+    servers.check()
+    assert set(asked) == {1}  # behind the trainer's
+    options = " ".join(managed(fp8=Fp8Serving.flash_rl).options(0))
+    assert "--quantization fp8 --load-format flash_rl" in options and "triton" not in options
+    assert not {"--load-format", "--quantization"} & set(managed().options(0))
+
+
+def test_the_folder_that_servers_in_fp8_read_is_theirs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_check_installed", lambda: None)
+    monkeypatch.setattr(ManagedServers, "check", lambda self: None)
+    monkeypatch.setattr(ManagedServers, "_nursery", lambda self: 1 / 0)
+    written = []
+    servers = ManagedServers(
+        ServersConfig(fp8=Fp8Serving.block, count=2),
+        **{"model_path": "m", "dtype": Dtype.bfloat16, "log_dir": tmp_path / "logs"},
+        weightless=written.append,
+    )
+    with pytest.raises(ZeroDivisionError):
+        servers.start()
+    assert written == [tmp_path / "logs/server_0.model"]
+    assert {option(servers, index, "model-path") for index in range(2)} == {str(written[0])}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "found"),
+    [(False, None, "none is seen here"), (True, (8, 6), "the servers have 8.6")],
+)
+def test_fp8_needs_gpus_that_multiply_in_it(managed, monkeypatch, capability, found):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    with pytest.raises(ValueError) as error:
+        managed(fp8=Fp8Serving.flash_rl).check()
+    assert str(error.value) == (
+        "rollout.servers.fp8 = 'flash_rl': SGLang serves FP8 on GPUs of compute capability 8.9 and "
+        f"up, and {found}; use such GPUs, or set it to off"
+    )
 
 
 @pytest.fixture

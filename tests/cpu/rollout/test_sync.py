@@ -10,11 +10,14 @@ from datetime import timedelta
 from itertools import count
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import torch
 import torch.distributed as dist
 from fake_sglang import FakeServer, Hanging
 
+from peergrad import fp8
+from peergrad.config import Fp8Scales, Fp8Serving
 from peergrad.config import Proof as ProofMode
 from peergrad.rollout import claim
 from peergrad.rollout import sync as module
@@ -50,6 +53,7 @@ class Receiver:
         return 200, {**sizes, "device": "cpu", "dtype": "float32", "quantization": None}
 
     def init_weights_update_group(self, body):
+        self.held = {}  # another sync may send other tensors
         world = body["world_size"]
         store = dist.TCPStore(body["master_address"], body["master_port"], world, timeout=TIMEOUT)
         self.group = join_group(
@@ -192,6 +196,43 @@ def test_all_servers_get_all_buckets_in_the_one_safe_order(servers, sync):
         assert version == "7"
     sync.load(weights(), 8)  # the group is there, and so is what the servers are
     assert paths(servers.ask()[0][0])[0] == "pause_generation"
+
+
+def test_servers_of_fp8_blocks_get_codes_and_scales(servers):
+    """Also where those before leave a bucket at an odd place, and of more than a bucket holds."""
+    torch.manual_seed(0)
+    name = "model.layers.0.mlp.{}_proj.weight"
+    named = [("model.norm.weight", torch.randn(3).bfloat16())]
+    named += [(name.format(part), torch.randn(300, 1001).bfloat16()) for part in ("up", "down")]
+    named += [(name.format("gate"), torch.randn(1500, 1000).bfloat16())]
+    sync = WeightSync(
+        *(servers.urls,),
+        **{"vocab_size": 50, "bucket_mb": 1, "proof": ProofMode.canary},
+        **{"timeout": TIMEOUT.seconds, "serving": Fp8Serving.block},
+    )
+    proof = sync.load(named, 7)
+    assert (proof.verified, proof.unverified) == (0, 0) and proof.seconds["quantise"] > 0
+    sent = [named[0]]
+    for what, weight in named[1:]:
+        codes, scales = fp8.quantise(weight, Fp8Scales.power_of_two)
+        sent += [(what, codes), (f"{what}_scale_inv", scales)]
+    for url in servers.urls:
+        answer = httpx.post(f"{url}/weights_checker", json={}).json()
+        held = answer["ranks"][0]["checksums"]
+        for what, tensor in sent:
+            raw = tensor.view(torch.uint8).numpy().tobytes()
+            assert held[what] == hashlib.sha256(raw).hexdigest()[:16], what
+    requests, _ = servers.ask()[0]
+    updates = [body for path, body in requests if path.startswith("/update_weights")]
+    assert [n for body in updates for n in body["names"]] == [n for n, _ in sent]
+    dtypes = [dtype for body in updates for dtype in body["dtypes"]]
+    assert dtypes == ["bfloat16", *["float8_e4m3fn", "float32"] * 3]
+    named[2][1][7, 7] = math.nan
+    with pytest.raises(ValueError, match=rf"^{named[2][0]}: has values that are not finite"):
+        sync.load(named, 8)
+    assert paths(servers.ask()[0][0])[-1] == "end_weight_update"
+    sync.close()
+    servers.ask()
 
 
 def test_a_server_that_refuses_does_not_leave_the_broadcast_hanging(servers, sync):

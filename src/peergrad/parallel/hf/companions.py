@@ -67,7 +67,7 @@ class Companions:
         for name, content in self.files.items():
             file = target / name
             file.parent.mkdir(exist_ok=True)
-            file.write_bytes(_with_dtype(content, dtype) if name == CONFIG and dtype else content)
+            file.write_bytes(with_dtype(content, dtype) if name == CONFIG and dtype else content)
 
 
 def _names(folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
-def _with_dtype(config: bytes, dtype: str) -> bytes:
+def with_dtype(config: bytes, dtype: str) -> bytes:
     """config.json with the precision in the spelling that it has, in both if it has both."""
     found = _parsed(config)
     if not isinstance(found, dict):
