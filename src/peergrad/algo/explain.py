@@ -11,6 +11,7 @@ from peergrad.config import (
     CorrectionLevel,
     Denominator,
     Fp8,
+    Fp8Serving,
     KlEstimator,
     KlPlace,
     Level,
@@ -284,6 +285,8 @@ def _sampling(config: Config) -> Iterator[tuple[str, str]]:
 def _precision(config: Config, plan: Plan) -> str:
     parallel, dtype = config.parallel, config.model.dtype.name
     logits = f"logits in {config.kernels.logits.name}"
+    if config.rollout.servers.fp8 is not Fp8Serving.off and config.rollout.replay is None:
+        logits += f"; the engine in FP8 ({config.rollout.servers.fp8.name})"
     if parallel.fp8 is Fp8.off:
         return f"weights and products in {dtype}, {logits}"
     scale = "a block of 128" if parallel.fp8 is Fp8.blockwise else "a whole tensor"
@@ -295,7 +298,7 @@ def _precision(config: Config, plan: Plan) -> str:
     first, last = parallel.fp8_first_layers_bf16, parallel.fp8_last_layers_bf16
     but = f"; not the first {first} and the last {last} layers" if first or last else ""
     eight = f"8 bits ({parallel.fp8_format.name}, {parallel.fp8.name}: a scale for {scale})"
-    held = f"{'8 bits' if parallel.fp8_params else dtype}"
+    held = "8 bits" if parallel.fp8_params else dtype
     return f"weights in {held}, products in {eight} in {where}{but}; else in {dtype}, {logits}"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from peergrad.checks import Source, check, check_inputs
 from peergrad.checks.place import check_folder
-from peergrad.config import Config, Recompute, RewardKind, ServerMode, Spec
+from peergrad.config import Config, Fp8, Recompute, RewardKind, ServerMode, Spec
 from peergrad.inputs import collector_parts
 from peergrad.parallel.hf.folder import INDEX
 from tests.models import make_hf_model
@@ -335,7 +335,9 @@ OTHERS: list[tuple[Edit, str]] = [
     (megatron(recompute="full"), "parallel.megatron.recompute = 'full': is no field of Transf"),
     (megatron(init_method_std="2"), "parallel.megatron.init_method_std = '2': must be a number"),
     (megatron(recompute_num_layers=2), "parallel.megatron.recompute_num_layers = 2: is set by pe"),
-    (megatron(fp8_param=True), "parallel.megatron = {"),
+    (megatron(fp8_param=True), "parallel.megatron.fp8_param = True: is set by peergrad or not"),
+    (lambda c, f: setattr(c.parallel, "fp8", Fp8.blockwise),
+        "parallel.fp8 = 'blockwise': needs Transformer Engine's layers, and parallel.spec=auto "),
     (lambda c, f: setattr(c.parallel, "recompute", Recompute.selective) or setattr(
         c.parallel, "recompute_modules", ["layernorm"]), "parallel.recompute_modules = 'layernorm"),
     (root("rows.jsonl"), "run.root = '"),

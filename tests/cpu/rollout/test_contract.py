@@ -100,7 +100,7 @@ def test_no_spelling_of_an_option_that_is_not_the_users_is_forgotten(spellings):
             else:
                 ServersConfig(args={name: 1})
     known = set().union(*spellings)
-    assert {name for name in kept if name not in known} <= {"dp", "tp", "config"}
+    assert {name for name in kept if name not in known} <= {"dp", "pp", "tp", "config"}
 
 
 @pytest.mark.parametrize(
