@@ -66,6 +66,41 @@ def leaves(section: Any, prefix: str = "algo") -> list[str]:
 # --- what is printed -----------------------------------------------------------------------------
 
 
+BLOCKWISE = ["parallel.fp8=blockwise", "parallel.spec=te"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ([], "weights and products in bfloat16, logits in float32"),
+        (
+            [*KL, *BLOCKWISE],
+            "weights in bfloat16, products in 8 bits (e4m3, blockwise: a scale for a block of 128) "
+            "in updates, reference; else in bfloat16, logits in float32",
+        ),
+        (
+            [
+                *(*KL, *BLOCKWISE, "parallel.fp8_params=true", "parallel.fp8_reference=false"),
+                *("algo.minibatches=2", "parallel.fp8_first_layers_bf16=1"),
+                "rollout.servers.fp8=block",
+            ],
+            "weights in 8 bits, products in 8 bits (e4m3, blockwise: a scale for a block of 128) "
+            "in updates, old policy; not the first 1 and the last 0 layers; else in bfloat16, logits "
+            "in float32; the engine in FP8 (block)",
+        ),
+        (
+            ["algo.kl.coef=0", "parallel.fp8=delayed", "parallel.fp8_format=hybrid"],
+            "weights in bfloat16, products in 8 bits (hybrid, delayed: a scale for a whole tensor) "
+            "in updates; else in bfloat16, logits in float32",
+        ),
+    ],
+)
+def test_what_is_computed_in_which_precision(overrides: list[str], text: str) -> None:
+    given = ["algo=deepseekmath", "model.dtype=bfloat16", *overrides]
+    (said,) = (line for line in explain(composed(*given)).splitlines() if "  precision" in line)
+    assert said.split(maxsplit=1) == ["precision", text]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_explains_itself(preset: str) -> None:
     config = composed(f"algo={preset}")
