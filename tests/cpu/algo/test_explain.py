@@ -85,8 +85,8 @@ BLOCKWISE = ["parallel.fp8=blockwise", "parallel.spec=te"]
                 "rollout.servers.fp8=block",
             ],
             "weights in 8 bits, products in 8 bits (e4m3, blockwise: a scale for a block of 128) "
-            "in updates, old policy; not the first 1 and the last 0 layers; else in bfloat16, logits "
-            "in float32; the engine in FP8 (block)",
+            "in updates, old policy; not the first 1 and the last 0 layers; else in bfloat16, "
+            "logits in float32; the engine in FP8 (block)",
         ),
         (
             ["algo.kl.coef=0", "parallel.fp8=delayed", "parallel.fp8_format=hybrid"],
