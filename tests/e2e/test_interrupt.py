@@ -42,7 +42,7 @@ def test_in_every_phase(run: Run, server: SharedServer) -> None:
 
     run.start()
     run.wait_until(lambda: "for SGLang to start" in run.printed, "the server's start")
-    assert log.stat().st_size
+    run.wait_until(lambda: log.stat().st_size, "the server's first words")
     run.interrupt()
     check_end(run, inside="ready")
     assert run.process.returncode == 130

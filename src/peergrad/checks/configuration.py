@@ -6,7 +6,7 @@ from peergrad.algo.plan import Old, make_plan
 from peergrad.checks.fp8 import check_serving_form
 from peergrad.checks.layout import check_batch, check_layout
 from peergrad.checks.recording import check_recording
-from peergrad.config import WANDB_REFUSES, Config, Dtype, Fp8, OldPolicy, require
+from peergrad.config import WANDB_REFUSES, Config, Dtype, Fp8, OldPolicy, StateDtype, require
 from peergrad.parallel import engine
 from peergrad.parallel.hf.config import Shape, read_shape
 from peergrad.parallel.hf.families import FAMILIES
@@ -208,6 +208,14 @@ def _check_fp8(config: Config) -> None:
     fit = dtype is Dtype.bfloat16 or recipe is Fp8.off
     rule = f"is for a model in bfloat16, and model.dtype = {dtype.name}"
     require(fit, "parallel.fp8", recipe.name, rule, "set model.dtype=bfloat16, or fp8=off")
+    kept, optim = config.parallel.fp8_params, config.optim
+    coarse = optim.main_params_dtype is not StateDtype.float32
+    for name, wrong in (("main_params_dtype", coarse), ("optimizer_cpu_offload", True)):
+        value = getattr(optim, name)
+        fit = not (kept and wrong and value)
+        said = value.name if isinstance(value, StateDtype) else value
+        rule = "Megatron has no main weights so of parameters that are kept in 8 bits"
+        require(fit, f"optim.{name}", said, rule, "unset it, or parallel.fp8_params")
     plan = make_plan(config)
     fit = plan.reference or config.parallel.fp8_reference
     key, rule = "parallel.fp8_reference", "has no effect: there is no reference (algo.kl.coef = 0)"

@@ -127,13 +127,12 @@ def _check_fp8(parallel: ParallelConfig, shape: Shape) -> None:
     tensor = parallel.tensor
     experts = parallel.expert_tensor or tensor
     shared = experts if shape.experts else tensor
-    groups = max(shape.kv_heads, tensor)  # ranks that share one have it each
     blocks = parallel.sequence and parallel.fp8 is Fp8.blockwise
     parts = {
         f"a hidden size of {shape.hidden}": (shape.hidden, 128 if blocks else 16),
         "rows of the attention's output": (shape.heads * shape.head_dim // tensor, 16),
         "rows of queries, keys and values": (
-            (shape.heads + 2 * groups) * shape.head_dim // tensor,
+            (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tensor,
             16,
         ),
         "columns of the MLP": (shape.ffn // shared, 16),

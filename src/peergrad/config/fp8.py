@@ -24,8 +24,8 @@ class Fp8Config:
     fp8_last_layers_bf16: int = 0
     """And so many of the last."""
     fp8_params: bool = False
-    """The policy's matrices are kept in 8 bits and gathered so from the data-parallel ranks; the
-    optimizer has them in float32 all the same."""
+    """Matrices of policy and reference are kept in 8 bits, and gathered so from the data-parallel
+    ranks; the optimizer has them in float32 all the same."""
     fp8_score: bool = True
     """Logprobs of the old policy are taken in 8 bits, as those of its updates are."""
     fp8_reference: bool = True

@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.fp8_utils import (
+    dequantize_fp8_tensor,
+    is_float8tensor,
+    post_all_gather_processing,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -76,6 +80,22 @@ def keep_exact(parameter: torch.nn.Parameter, values: Tensor) -> None:
     if is_float8tensor(parameter):
         dtype = parameter.dtype  # what it is taken for, not what is stored
         parameter._high_precision_init_val = values.to("cpu", dtype)  # type: ignore[attr-defined]
+
+
+def forget_exact(model: torch.nn.Module) -> None:
+    """Free what ``keep_exact`` and Transformer Engine have kept on the host, once there is an
+    optimizer that has taken its part, or if there will be none."""
+    for parameter in model.parameters():
+        if is_float8tensor(parameter) and hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
+
+
+def gathered(group: Any) -> None:
+    """Renew what backward passes read of the parameters in a group of Megatron's buckets that came
+    from other ranks in 8 bits: their transposes, which do not come with them."""
+    held = [p for bucket in group.buckets for p in bucket.params if is_float8tensor(p)]
+    if held:
+        post_all_gather_processing(held)
 
 
 def whole_numbers(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer import TransformerConfig
 
 from peergrad.config import Config, Dtype, Fp8, OptimConfig, ParallelConfig, Schedule
+from peergrad.parallel.fp8 import gathered
 from peergrad.parallel.model import PolicyModel, Stage
 from peergrad.parallel.states import state_fields
 
@@ -106,6 +107,8 @@ def gather_parameters(ddp: list[Wrapped]) -> None:
         for group in piece.bucket_groups + piece.expert_parallel_bucket_groups:
             if not group.param_gather_dispatched or group.param_gather_handle is not None:
                 group.start_param_sync(force_sync=True)
+                # Else left to what waits for a gather in the next forward pass, and none goes on.
+                gathered(group)
 
 
 def build_optimizer(

@@ -22,7 +22,7 @@ from peergrad.config import Config
 from peergrad.data import Group
 from peergrad.parallel.context import hold
 from peergrad.parallel.determinism import be_deterministic
-from peergrad.parallel.fp8 import products_in_8_bits, row_multiple
+from peergrad.parallel.fp8 import forget_exact, products_in_8_bits, row_multiple
 from peergrad.parallel.fused import describe, fuse_weight_gradients
 from peergrad.parallel.head import Head, Objective, choose_logprob
 from peergrad.parallel.hf.companions import Companions
@@ -78,6 +78,7 @@ class Scorer:
 
     replays = False
     """Whether tokens go to the experts that the engine chose: its weights are this model's."""
+    learns = False
 
     def __init__(
         self, config: Config, mesh: Mesh, *, path: str, weights: str | None = None
@@ -96,6 +97,8 @@ class Scorer:
             load_hf(self.model, path, self.shape, mesh, key=key)
         else:
             load_weights(Path(weights), self.model, self.shape, mesh)
+        if not self.learns:
+            forget_exact(self.model)
 
     def score(
         self,
@@ -261,7 +264,7 @@ class Scorer:
 class Policy(Scorer):
     """The model that learns."""
 
-    replays = True
+    replays = learns = True
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.companions = Companions.read(Path(config.model.path))
@@ -272,6 +275,7 @@ class Policy(Scorer):
         self.optimizer = build_optimizer(
             self.ddp, config.optim, config.parallel, config.model.dtype
         )
+        forget_exact(self.model)
         self.updates = 0
 
     def gather(self) -> None:

@@ -61,7 +61,9 @@ def check_form(
     """
     key, said = "rollout.servers.urls", info.get("quantization")
     flash = info.get("load_format") == "flash_rl"
+    told = _model_config(str(info.get("model_path")))
     trusted = blocks is None and servers.fp8 is Fp8Serving.block
+    trusted = trusted and (told is None or "quantization_config" in told)
     itself = said == "fp8" and not (flash or blocks or trusted)
     rule = "makes FP8 codes of a bfloat16 checkpoint by itself, which SGLang cannot update"
     ways = [f"{START[way]} (rollout.servers.fp8={way.name})" for way in list(Fp8Serving)[1:]]
@@ -78,15 +80,24 @@ def check_form(
         apart = {name for name in tensors if MATRIX.fullmatch(name)} ^ blocks
         rule = "holds others of its matrices in FP8 than it is to be sent: not alike are "
         require(not apart, key, url, rule + some_of(apart), f"start it {START[held]}")
-    _check_scales(url, str(info.get("model_path")), servers.fp8_scales)
+    _check_scales(url, str(info.get("model_path")), told, servers.fp8_scales)
 
 
-def _check_scales(url: str, path: str, scales: Fp8Scales) -> None:
+def _model_config(path: str) -> dict[str, Any] | None:
+    """config.json of a server's model; None: it cannot be read here."""
+    try:
+        found = json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_scales(url: str, path: str, told: dict[str, Any] | None, scales: Fp8Scales) -> None:
     """As far as the server's model folder can be read here."""
     try:
-        found = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
+        found = (told or {})["quantization_config"]
         size, form = found["weight_block_size"], found.get("scale_fmt")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         return
     key, start = "rollout.servers.urls", f"start it {START[Fp8Serving.block]}"
     block = [FP8_BLOCK, FP8_BLOCK]

@@ -334,6 +334,10 @@ def test_a_precise_optimizer_is_distributed_and_has_coarse_weights(config: Confi
             "parallel.fp8 = 'blockwise': needs multiples of 16, and a tensor rank has columns of "
             "the MLP, 24; ",
         ),
+        (
+            {"parallel.fp8_params": True, "optim.optimizer_cpu_offload": True},
+            "optim.optimizer_cpu_offload = True: Megatron has no main weights so of parameters",
+        ),
         ({"parallel.fp8_first_layers_bf16": 7}, "parallel.fp8_first_layers_bf16 = 7: must be at "),
         (
             {"parallel.fp8_first_layers_bf16": 3, "parallel.fp8_last_layers_bf16": 3},

@@ -334,6 +334,10 @@ REMEDY = "start it on what python tools/quantize_fp8.py makes of the model"
         ("block", {"model_path": "POWERS", "quantization": "fp8"}, BLOCKS, None),
         ("block", {"model_path": "/elsewhere"}, BLOCKS, None),
         ("block", {}, None, None),  # does not tell
+        (
+            *("block", {"model_path": "PLAIN", "quantization": "fp8"}, None),  # nor need it
+            "makes FP8 codes of a bfloat16 checkpoint",
+        ),
         ("flash_rl", FLASH, [], None),
     ],
 )
@@ -343,7 +347,9 @@ def test_what_servers_hold_is_what_they_are_sent(config, tmp_path, form, info, b
         found = {"quant_method": "fp8", "weight_block_size": [size, size], "scale_fmt": scales}
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"quantization_config": found}))
-    if info.get("model_path") in kinds:
+    (tmp_path / "PLAIN").mkdir()
+    (tmp_path / "PLAIN" / "config.json").write_text("{}")
+    if info.get("model_path") in (*kinds, "PLAIN"):
         info = {**info, "model_path": str(tmp_path / info["model_path"])}
     server = Server(**info)
     server.blocks = server.tensors if blocks is None else blocks  # a SGLang that leaves nothing out
