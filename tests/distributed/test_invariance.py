@@ -108,9 +108,9 @@ GRID: dict[tuple[str, int], list[Layout]] = {
     ],
     (DEEP, 4): [
         ({**VIRTUAL, "tensor": 2, "sequence": True, "micro_batch_tokens": 160, **FULL}, 1, LOGITS),
-        ({**VIRTUAL, "micro_batch_tokens": 80, **PARTS, **BESIDE}, 2, FUSED),
-        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 50, **FULL, **BESIDE}, 0, FUSED),
-        ({"context": 4, "micro_batch_tokens": 50, **PARTS, **BESIDE}, 0, LOGITS),
+        ({**VIRTUAL, "micro_batch_tokens": 160, **PARTS, **BESIDE}, 2, FUSED),
+        ({**VIRTUAL, "context": 2, "micro_batch_tokens": 100, **FULL, **BESIDE}, 0, FUSED),
+        ({"context": 4, "micro_batch_tokens": 80, **PARTS, **BESIDE}, 0, LOGITS),
     ],
     (EXPERTS, 2): [
         ({"expert": 2, "micro_batch_tokens": 250, **BESIDE}, 1, FUSED),
@@ -119,12 +119,12 @@ GRID: dict[tuple[str, int], list[Layout]] = {
         ({"context": 2, "expert": 2, "micro_batch_tokens": 50}, 3, FUSED),
     ],
     (EXPERTS, 4): [
-        ({**SPREAD, "micro_batch_tokens": 80, **BESIDE}, 1, FUSED),
+        ({**SPREAD, "micro_batch_tokens": 160, **BESIDE}, 1, FUSED),
         # Two ranks share each key-value head.
         ({**SPREAD, "tensor": 4, "expert_tensor": 1, "micro_batch_tokens": 160, **FULL}, 0, FUSED),
-        ({"expert": 2, "pipeline": 2, "micro_batch_tokens": 80, **FULL}, 2, FUSED),
+        ({"expert": 2, "pipeline": 2, "micro_batch_tokens": 160, **FULL}, 2, FUSED),
         (
-            {"context": 2, "expert": 2, "micro_batch_tokens": 50, **EXPERTS_AGAIN, **BESIDE},
+            {"context": 2, "expert": 2, "micro_batch_tokens": 100, **EXPERTS_AGAIN, **BESIDE},
             3,
             LOGITS,
         ),
