@@ -164,9 +164,11 @@ class WeightSync:
             away = [] if gone else asyncio.run(absent(self.urls))
             was_away = was_away or bool(gone or away)
             seconds, wait = time.monotonic() - began, POLL_SECONDS
-            if gone or not away or not self._loaded:
+            # One that dies breaks off what was said before it is out of reach.
+            there = not away and (was_away or seconds >= DEATH_SECONDS)
+            if gone or there or not self._loaded:
                 return was_away, gone
-            if seconds >= self._lost_after:
+            if away and seconds >= self._lost_after:
                 return True, {url: out_of_reach(url, seconds) for url in away}
             time.sleep(POLL_SECONDS)
 

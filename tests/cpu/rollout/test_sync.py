@@ -511,3 +511,25 @@ def test_a_server_that_hangs_is_named_with_the_time_it_was_given():
         pytest.raises(ServerError, match=rf"^{server.url}: no answer to GET /server_info \(none "),
     ):
         WeightSync([server.url], vocab_size=50, timeout=0.3).load(weights(), 1)
+
+
+def test_a_server_that_dies_is_given_time_to_be_out_of_reach(monkeypatch):
+    """Its connections break first, and until the last is closed others can be opened."""
+    urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    found = WeightSync(urls, vocab_size=9, lost_after=0.0)
+    found._loaded = True
+    away = iter([[], urls[1:], [], [], []])
+
+    async def absent(asked):
+        return next(away)
+
+    monkeypatch.setattr(module, "absent", absent)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    error = RuntimeError("the connection broke before the answer")
+    try:
+        was_away, gone = found._missing(error)
+        assert was_away and list(gone) == urls[1:]
+        monkeypatch.setattr(module, "DEATH_SECONDS", 0.0)
+        assert found._missing(error) == (False, {})  # it was there all the time
+    finally:
+        found.close()
