@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peergrad.config import Fp8Scales
-from peergrad.config.rollout import FP8_BLOCK as BLOCK
+from peergrad.config.fp8 import FP8_BLOCK as BLOCK
 
 LARGEST = 448.0  # of the codes
 LEAST = 1e-4

@@ -208,14 +208,16 @@ def _check_fp8(config: Config) -> None:
     fit = dtype is Dtype.bfloat16 or recipe is Fp8.off
     rule = f"is for a model in bfloat16, and model.dtype = {dtype.name}"
     require(fit, "parallel.fp8", recipe.name, rule, "set model.dtype=bfloat16, or fp8=off")
-    kept, optim = config.parallel.fp8_params, config.optim
-    coarse = optim.main_params_dtype is not StateDtype.float32
-    for name, wrong in (("main_params_dtype", coarse), ("optimizer_cpu_offload", True)):
-        value = getattr(optim, name)
-        fit = not (kept and wrong and value)
+    kept = config.parallel.fp8_params
+    for name, usual in (
+        ("main_params_dtype", StateDtype.float32),
+        ("optimizer_cpu_offload", False),
+    ):
+        value = getattr(config.optim, name)
         said = value.name if isinstance(value, StateDtype) else value
         rule = "Megatron has no main weights so of parameters that are kept in 8 bits"
-        require(fit, f"optim.{name}", said, rule, "unset it, or parallel.fp8_params")
+        fit, remedy = value is usual or not kept, "unset it, or parallel.fp8_params"
+        require(fit, f"optim.{name}", said, rule, remedy)
     plan = make_plan(config)
     fit = plan.reference or config.parallel.fp8_reference
     key, rule = "parallel.fp8_reference", "has no effect: there is no reference (algo.kl.coef = 0)"

@@ -13,6 +13,7 @@ from peergrad.config import (
     Replay,
     require,
 )
+from peergrad.config.fp8 import FP8_BLOCK, FP8_MULTIPLE
 from peergrad.parallel.hf.config import VOCAB_MULTIPLE, Experts, Shape
 
 
@@ -125,17 +126,16 @@ def _check_fp8(parallel: ParallelConfig, shape: Shape) -> None:
     """Raise ValueError unless a tensor rank's matrices are such as are multiplied in 8 bits, and
     each pipeline rank has the layers that are left in bfloat16."""
     tensor = parallel.tensor
-    experts = parallel.expert_tensor or tensor
-    shared = experts if shape.experts else tensor
+    shared = (parallel.expert_tensor or tensor) if shape.experts else tensor
     blocks = parallel.sequence and parallel.fp8 is Fp8.blockwise
     parts = {
-        f"a hidden size of {shape.hidden}": (shape.hidden, 128 if blocks else 16),
-        "rows of the attention's output": (shape.heads * shape.head_dim // tensor, 16),
+        f"a hidden size of {shape.hidden}": (shape.hidden, FP8_BLOCK if blocks else FP8_MULTIPLE),
+        "rows of the attention's output": (shape.heads * shape.head_dim // tensor, FP8_MULTIPLE),
         "rows of queries, keys and values": (
             (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tensor,
-            16,
+            FP8_MULTIPLE,
         ),
-        "columns of the MLP": (shape.ffn // shared, 16),
+        "columns of the MLP": (shape.ffn // shared, FP8_MULTIPLE),
     }
     for what, (number, of) in parts.items():
         rule = f"needs multiples of {of}, and a tensor rank has {what}, {number}"

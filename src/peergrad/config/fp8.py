@@ -5,6 +5,10 @@ from enum import Enum
 
 from peergrad.config.rules import at_least, require
 
+FP8_MULTIPLE = 16
+"""Of what numbers of rows and columns cuBLAS takes a matrix in 8 bits."""
+FP8_BLOCK = 128
+"""Rows, and columns, that share a scale, where blocks have one."""
 Fp8 = Enum("Fp8", ["off", "blockwise", "delayed", "tensorwise"])
 Fp8Format = Enum("Fp8Format", ["e4m3", "hybrid"])
 

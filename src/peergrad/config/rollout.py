@@ -13,7 +13,6 @@ Proof = Enum("Proof", ["auto", "canary", "off"])
 OnGap = Enum("OnGap", ["warn", "stop"])
 Fp8Serving = Enum("Fp8Serving", ["off", "block", "flash_rl"])
 Fp8Scales = Enum("Fp8Scales", ["power_of_two", "float32"])
-FP8_BLOCK = 128  # rows, and columns, that share a scale
 
 GREEDY = 1e-3
 """Temperature below which sampling is no sampling: logits divided by it overflow or, in the engine,

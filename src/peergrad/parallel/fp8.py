@@ -15,11 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from peergrad.config import Fp8, ParallelConfig, Spec, require
-
-ROWS = 16
-"""Of what number of rows cuBLAS takes a matrix in 8 bits, the gradient's products included."""
-BLOCK = 128
-"""Numbers that have a scale of their own, with ``blockwise``."""
+from peergrad.config.fp8 import FP8_BLOCK, FP8_MULTIPLE
 
 
 def fp8_fields(parallel: ParallelConfig, spec: Spec) -> dict[str, Any]:
@@ -49,17 +45,16 @@ def fp8_fields(parallel: ParallelConfig, spec: Spec) -> dict[str, Any]:
 
 
 def row_multiple(parallel: ParallelConfig) -> int:
-    """Of what number a context rank's part of a packed row must be a multiple, beyond what sequence
-    parallelism divides it by.
+    """Of what number a context rank's part of a packed row must be a multiple.
 
     With sequence parallelism the products of a tensor rank are of its own rows; Transformer Engine
     gathers rows in 8 bits only by whole blocks of scales.
     """
+    ranks = parallel.tensor if parallel.sequence else 1
     if parallel.fp8 is Fp8.off:
-        return 1
-    if not parallel.sequence:
-        return ROWS
-    return parallel.tensor * (BLOCK if parallel.fp8 is Fp8.blockwise else ROWS)
+        return ranks
+    gathered = parallel.sequence and parallel.fp8 is Fp8.blockwise
+    return ranks * (FP8_BLOCK if gathered else FP8_MULTIPLE)
 
 
 @contextmanager

@@ -21,20 +21,26 @@ MAKERS = {"transformer_engine": "Transformer Engine", "apex": "apex", "amp_C": "
 
 
 def fuse_weight_gradients(model: Stage) -> str:
-    """Have the matrices of Megatron's own layers add their gradients to ``main_grad`` in one pass,
-    where the kernel for it is; what has come of it, for a person.
+    """Have the layers' matrices add their gradients to ``main_grad`` in one pass, in float32, and
+    not hand them to DDP in their own precision to do so: Transformer Engine's always, Megatron's
+    own where the kernel for it is; what has come of it, for a person.
 
-    For the model that learns alone, once it has its ``main_grad``. The head adds its own by itself
-    (``kernels/projection.py``) and stays as it is.
+    For the model that learns alone, for no other has a ``main_grad``. The head adds its own by
+    itself (``kernels/projection.py``) and stays as it is. Megatron's switch for both would want the
+    kernel for its output layer, which here needs none.
     """
-    found = list(_matrices(model))
-    if not found:
-        return "apart (none of Megatron's own layers)"
+    module: Any
+    found = [m for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    for module in found:
+        module.fuse_wgrad_accumulation = True
+    if found:
+        return f"added up in float32 by Transformer Engine in {len(found)} modules"
     if (absence := _absence()) is not None:
         return f"apart ({absence})"
-    for matrix in found:
-        matrix.gradient_accumulation_fusion = True
-    return f"added up in float32 by apex in {len(found)} matrices"
+    matrices = list(_matrices(model))
+    for module in matrices:
+        module.gradient_accumulation_fusion = True
+    return f"added up in float32 by apex in {len(matrices)} matrices"
 
 
 def describe(weight_gradients: str) -> str:

@@ -70,7 +70,6 @@ def wrap_model(model: Stage, parallel: ParallelConfig) -> list[Wrapped]:
     model.config.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: (
         finalize_model_grads(chunks, None, **kwargs)
     )
-    _add_to_main_grad(model)
     ddp = [Wrapped(model.config, config, piece) for piece in model.pieces]
     for buffer in (x for piece in ddp for x in piece.buffers + piece.expert_parallel_buffers):
         _count_padding(buffer)
@@ -78,17 +77,6 @@ def wrap_model(model: Stage, parallel: ParallelConfig) -> list[Wrapped]:
         syncs = [piece.no_sync for piece in ddp]
         model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return ddp
-
-
-def _add_to_main_grad(model: Stage) -> None:
-    """Have Transformer Engine's products add a weight's gradient to ``main_grad``, in float32, and
-    not hand it to DDP in the weight's precision to do so. Megatron's switch for it also wants
-    kernels of apex, for the output layer, which here needs none. A model that does not learn has no
-    ``main_grad``."""
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
 
 
 def _count_padding(buffer: Any) -> None:

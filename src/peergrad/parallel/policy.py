@@ -180,8 +180,7 @@ class Scorer:
     def _pack(self, samples: Sequence[Sample], bins: Sequence[list[list[int]]]) -> list[MicroBatch]:
         """This rank's micro-batches, on its device."""
         parallel, context = self.config.parallel, self.mesh.context
-        multiple = parallel.tensor if parallel.sequence else 1
-        multiple = math.lcm(self._each, context.size() * math.lcm(multiple, row_multiple(parallel)))
+        multiple = math.lcm(self._each, context.size() * row_multiple(parallel))
         options: dict[str, Any] = {"share": self.model.shares_prompts, "each": self._each}
         options |= {"multiple": multiple, "routed": self.shape.experts is not None}
         mine = bins[self.mesh.data.rank()]

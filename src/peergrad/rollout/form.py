@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peergrad.config import Fp8Serving, ServersConfig, require
-from peergrad.config.rollout import FP8_BLOCK, Fp8Scales
+from peergrad.config.fp8 import FP8_BLOCK
+from peergrad.config.rollout import Fp8Scales
 from peergrad.rollout.errors import some_of
 from peergrad.rollout.requests import Json
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peergrad.config import Fp8Scales, require
-from peergrad.config.rollout import FP8_BLOCK
+from peergrad.config.fp8 import FP8_BLOCK
 from peergrad.parallel.hf.companions import CONFIG, Companions, with_dtype
 from peergrad.parallel.hf.config import Shape
 from peergrad.parallel.hf.families import FAMILIES
